@@ -1,0 +1,130 @@
+"""The objective that really trains: each configuration runs in ranks of its own and is timed there."""
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from objectives.errors import EnvironmentFault
+from objectives.files import result_file
+from objectives.launcher import Launcher
+from objectives.machine import Machine
+from objectives.rank_group import OnPhase, RankGroup
+from objectives.timing import StepPlan, throughput
+from objectives.trial import Failure, Measurement, Outcome, TrialConfig
+from objectives.workload import Workload
+
+
+class DeepSpeedObjective:
+    """See `Objective`. Every trial gets fresh processes; `prepare` starts those of the first one."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        machine: Machine,
+        *,
+        launcher: Launcher,
+        log_folder: Path,
+        trial_seconds: float,
+        plan: StepPlan | None = None,
+    ) -> None:
+        """
+        Args:
+            log_folder: where the ranks' output goes until a trial has its own folder.
+            trial_seconds: a trial that has not ended by then is killed, its process start not counted.
+        """
+        self._machine = machine
+        self._launcher = launcher
+        self._log_folder = log_folder
+        self._trial_seconds = trial_seconds
+        self._setup = {
+            "workload": workload.to_json(),
+            "machine": machine.to_json(),
+            "plan": dataclasses.asdict(plan or StepPlan()),
+        }
+        self._group: RankGroup | None = None
+        self._start_seconds = 0.0
+
+    def prepare(self) -> None:
+        failure = self._start()
+        if failure is not None:
+            raise EnvironmentFault(f"the training processes do not start: {failure.message}\n{failure.log_tail}")
+
+    def run(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> Outcome:
+        started = time.monotonic()
+        folder = folder.resolve()
+        shutil.rmtree(result_file(folder, 0).parent, ignore_errors=True)
+        result_file(folder, 0).parent.mkdir(parents=True)
+        for log in ("stdout.log", "stderr.log"):
+            (folder / log).write_bytes(b"")
+        if self._group is None:
+            on_phase("start")
+            failure = self._start()
+            if failure is not None:
+                return dataclasses.replace(failure, wall_seconds=time.monotonic() - started)
+        assert self._group is not None
+        try:
+            answer = self._group.run(config, folder, seconds=self._trial_seconds, on_phase=on_phase)
+        finally:
+            self.close()
+        wall_seconds = time.monotonic() - started
+        if isinstance(answer, Failure):
+            return dataclasses.replace(answer, wall_seconds=wall_seconds)
+        return combine_ranks(answer, config=config, start_seconds=self._start_seconds, wall_seconds=wall_seconds)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.kill()
+            self._group = None
+
+    def _start(self) -> Failure | None:
+        started = time.monotonic()
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        stdout, stderr = self._log_folder / "start.stdout.log", self._log_folder / "start.stderr.log"
+        for log in (stdout, stderr):
+            log.write_bytes(b"")
+        self._group = RankGroup(self._launcher, stdout=stdout, stderr=stderr)
+        try:
+            answer = self._group.setup(self._setup)
+        except BaseException:
+            self.close()
+            raise
+        self._start_seconds = time.monotonic() - started
+        if isinstance(answer, Failure):
+            self.close()
+            return answer
+        return None
+
+
+def combine_ranks(
+    ranks: Sequence[dict[str, Any]], *, config: TrialConfig, start_seconds: float, wall_seconds: float
+) -> Measurement:
+    """One measurement from the result documents of all ranks.
+
+    Times are the slowest rank's, by its total (taking the slowest of each single step would add up the jitter
+    of different ranks); memory figures are the highest of any rank.
+    """
+    slowest = max(ranks, key=lambda document: math.fsum(document["step_seconds"]))
+    samples = config.global_batch_size(len(ranks))
+    rate, interval = throughput(slowest["step_seconds"], samples)
+    return Measurement(
+        step_seconds=tuple(slowest["step_seconds"]),
+        samples_per_second=rate,
+        samples_per_second_ci95=interval,
+        forward_seconds=slowest["forward_seconds"],
+        backward_seconds=slowest["backward_seconds"],
+        optimizer_seconds=slowest["optimizer_seconds"],
+        deepspeed_samples_per_second=ranks[0]["deepspeed_samples_per_second"],
+        warmup_step_seconds=tuple(slowest["warmup_step_seconds"]),
+        skipped_steps=slowest["skipped_steps"],
+        peak_memory_bytes=max(document["peak_memory_bytes"] for document in ranks),
+        reserved_memory_bytes=max(document["reserved_memory_bytes"] for document in ranks),
+        alloc_retries=max(document["alloc_retries"] for document in ranks),
+        setup_seconds=start_seconds + max(document["setup_seconds"] for document in ranks),
+        wall_seconds=wall_seconds,
+        model_parameters=ranks[0]["model_parameters"],
+        flops_per_sample=ranks[0]["flops_per_sample"],
+    )

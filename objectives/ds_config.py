@@ -1,0 +1,64 @@
+"""TrialConfig -> DeepSpeed JSON: the only place that writes a DeepSpeed configuration."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from objectives.trial import TrialConfig
+from objectives.workload import Workload
+
+# DeepSpeed's default bucket of 5e8 elements is 2 GB of fp32 per rank: on CPU that is slower and crowds out the model.
+CPU_BUCKET_ELEMENTS = 5_000_000
+
+# Stated rather than left to DeepSpeed, whose default for clipping changed in 2026.
+GRADIENT_CLIPPING = 1.0
+LEARNING_RATE = 1e-5
+NEVER_PRINT = 1_000_000_000
+
+
+def deepspeed_config(config: TrialConfig, workload: Workload, *, ranks: int, device: str) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of one trial, ready for `deepspeed.initialize`.
+
+    The user's settings come first; batch sizes and the ZeRO stage are the trial's; what neither names has
+    ds-tune's defaults: AdamW, gradient clipping 1.0, and on CPU torch's own Adam and small buckets.
+
+    Args:
+        device: `cuda` or `cpu`.
+    """
+    document = _without_auto(workload.base_ds_config)
+    document.pop("autotuning", None)
+    document["train_micro_batch_size_per_gpu"] = config.micro_batch_size
+    document["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    document["train_batch_size"] = config.global_batch_size(ranks)
+    zero = document.setdefault("zero_optimization", {})
+    zero["stage"] = config.zero_stage
+    _set_precision(document, workload.dtype)
+    optimizer = document.setdefault("optimizer", {"type": "AdamW", "params": {"lr": LEARNING_RATE}})
+    document.setdefault("gradient_clipping", GRADIENT_CLIPPING)
+    document.setdefault("steps_per_print", NEVER_PRINT)
+    if device == "cpu":
+        zero.setdefault("reduce_bucket_size", CPU_BUCKET_ELEMENTS)
+        zero.setdefault("allgather_bucket_size", CPU_BUCKET_ELEMENTS)
+        if optimizer.get("type", "").lower() in ("adam", "adamw"):
+            # DeepSpeed's CPUAdam is compiled at first use, for a minute or two; torch's is at hand.
+            optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    return document
+
+
+def _set_precision(document: dict[str, Any], dtype: str) -> None:
+    """Turns on the workload's precision and keeps the user's loss-scaling settings for it."""
+    for name in ("fp16", "bf16"):
+        block = document.pop(name, {})
+        if name == dtype:
+            document[name] = {**(block if isinstance(block, dict) else {}), "enabled": True}
+
+
+def _without_auto(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without the values `"auto"`, which transformers' Trainer fills in and DeepSpeed refuses."""
+    kept: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            kept[key] = _without_auto(value)
+        elif value != "auto":
+            kept[key] = copy.deepcopy(value)
+    return kept

@@ -1,0 +1,114 @@
+"""The only place that decides out_of_memory | invalid_config | timeout | crash.
+
+Three kinds of evidence: the exception a rank caught, the way a rank died, and the deadline that passed.
+"""
+
+import dataclasses
+import re
+import signal
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from objectives.trial import Failure, FailureKind
+
+# What the layers under torch say when memory is gone. Matched against exception texts, and against the last
+# lines of the log of a rank that died without a word, where a C++ library aborted the process.
+_OUT_OF_MEMORY_TEXT = re.compile(
+    r"out of memory"  # CUDA, torch.OutOfMemoryError
+    r"|DefaultCPUAllocator: (?:can't allocate|not enough) memory"
+    r"|std::bad_alloc"
+    r"|Cannot allocate memory"  # errno ENOMEM, in whoever's words
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|failed to allocate"
+    r"|unable to mmap .* bytes"
+    r"|can't start new thread|Thread creation failed",  # a resource limit leaves no room for a stack
+    re.IGNORECASE,
+)
+
+# What DeepSpeed and pydantic raise for a configuration that no machine could run.
+_INVALID_CONFIG_TYPES = frozenset({"ValidationError", "DeepSpeedConfigError", "JSONDecodeError"})
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, or one that it was raised from, says that memory ran out."""
+    seen: BaseException | None = error
+    while seen is not None:
+        names = {kind.__name__ for kind in type(seen).__mro__}
+        if names & {"OutOfMemoryError", "MemoryError"} or _OUT_OF_MEMORY_TEXT.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def kind_of_exception(error: BaseException, phase: str) -> FailureKind:
+    """What an exception that a rank caught in `phase` says about the configuration."""
+    if is_out_of_memory(error):
+        return FailureKind.OUT_OF_MEMORY
+    refused = {kind.__name__ for kind in type(error).__mro__} & _INVALID_CONFIG_TYPES
+    # DeepSpeed checks what its pydantic models cannot with bare asserts: settings that exclude each other.
+    refused |= {"assert"} if isinstance(error, AssertionError | ValueError) and "deepspeed" in _origin(error) else set()
+    if phase == "config" or (phase == "engine" and refused):
+        return FailureKind.INVALID_CONFIG
+    return FailureKind.CRASH
+
+
+def _origin(error: BaseException) -> str:
+    """The file that raised the exception."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_filename if trace is not None else ""
+
+
+def first_sentence(error: BaseException) -> str:
+    """What to show of an exception on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:3]) if lines else "(no message)"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def failure_of_exit(returncode: int, *, rank: int, phase: str, log_tail: str, host_oom_kills: int) -> Failure:
+    """Why a rank that left without a result did so.
+
+    Args:
+        returncode: as `subprocess` gives it: minus the signal's number for a rank that a signal killed.
+        host_oom_kills: processes the kernel killed for memory on this machine while the trial ran.
+    """
+    how = f"exited with status {returncode}"
+    if returncode < 0:
+        how = f"was killed by {signal.Signals(-returncode).name}"
+    kind = FailureKind.CRASH
+    if returncode == -signal.SIGKILL and host_oom_kills > 0:
+        kind, how = FailureKind.OUT_OF_MEMORY, "was killed by the kernel because the host ran out of memory"
+    elif _OUT_OF_MEMORY_TEXT.search(log_tail):
+        kind, how = FailureKind.OUT_OF_MEMORY, f"{how} when an allocation failed"
+    return Failure(kind=kind, message=f"rank {rank} {how} in {phase}", phase=phase, rank=rank, log_tail=log_tail)
+
+
+def failure_of_deadline(seconds: float, *, phases: Sequence[str], log_tail: str) -> Failure:
+    """A trial that was killed at its deadline, with where each rank stood."""
+    where = ", ".join(f"rank {rank} in {phase}" for rank, phase in enumerate(phases))
+    message = f"not finished after {seconds:.0f} s ({where}); killed"
+    return Failure(kind=FailureKind.TIMEOUT, message=message, phase=phases[0], log_tail=log_tail)
+
+
+def root_cause(failures: Iterable[Failure], *, log_tail: str) -> Failure:
+    """The one failure of several ranks that explains the others, with the log beside it.
+
+    When one rank runs out of memory, its peers see a broken connection: memory comes first, then what DeepSpeed
+    refused; among equals the lowest rank.
+    """
+    order = [FailureKind.OUT_OF_MEMORY, FailureKind.INVALID_CONFIG, FailureKind.CRASH, FailureKind.TIMEOUT]
+    cause = min(failures, key=lambda failure: order.index(failure.kind))
+    return dataclasses.replace(cause, log_tail=log_tail)
+
+
+def host_oom_kills() -> int:
+    """Processes that the kernel has killed for memory since boot; 0 where it does not say."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return 0

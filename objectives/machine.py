@@ -1,0 +1,199 @@
+"""What the ranks run on: the GPUs that `nvidia-smi` lists, or this machine's CPU; and the software versions.
+
+The parent process asks without torch. Whether torch can use what is here, the ranks check when they start.
+"""
+
+import dataclasses
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from objectives.errors import EnvironmentFault, UsageError
+
+GIB = 2**30
+
+# Ranks on a CPU share the host's memory with everything else: leave a fifth of it alone.
+CPU_MEMORY_SHARE = 0.8
+
+DEFAULT_CPU_RANKS = 2
+
+RECORDED_PACKAGES = (
+    "ds-tune",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "optuna",
+    "optuna-dashboard",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The hardware of a study, part of its identity: figures from another machine don't compare."""
+
+    device: str
+    """`cuda` or `cpu`."""
+    name: str
+    """Of one device, such as `NVIDIA H200` or the CPU's model name."""
+    ranks: int
+    device_ids: tuple[int, ...] = ()
+    """Indices into the visible GPUs; empty on CPU."""
+    memory_bytes: int
+    """What one rank can have, before any cap."""
+    memory_cap_bytes: int | None = None
+    """What the user lets one rank have."""
+    compute_capability: str | None = None
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What one rank may use: the cap if there is one, else all that is there."""
+        return min(self.memory_cap_bytes or self.memory_bytes, self.memory_bytes)
+
+    @property
+    def description(self) -> str:
+        """Such as `2 × NVIDIA H200 (139.8 GiB)` or `2 CPU ranks (AMD EPYC …, 9.4 GiB each)`."""
+        gib = f"{self.memory_bytes / GIB:.1f} GiB"
+        text = f"{self.ranks} CPU ranks ({self.name}, {gib} each)"
+        if self.device == "cuda":
+            text = f"{self.ranks} × {self.name} ({gib})"
+        if self.memory_cap_bytes is not None:
+            text += f", capped at {self.memory_cap_bytes / GIB:.2f} GiB a rank"
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        return cls(**{**document, "device_ids": tuple(document["device_ids"])})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One row of `nvidia-smi`."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: str
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that a process started now would see, in its order; an empty list without `nvidia-smi`.
+
+    Raises:
+        EnvironmentFault: `nvidia-smi` is there but fails, as after a driver update without a restart.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [
+        program,
+        "--query-gpu=name,memory.total,compute_cap,index,uuid",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentFault(f"nvidia-smi does not answer ({error}); --gpus 0 runs on the CPU") from error
+    if answer.returncode != 0:
+        said = (answer.stdout + answer.stderr).strip().splitlines() or ["no message"]
+        if "No devices were found" in said[-1]:
+            return []
+        raise EnvironmentFault(f"nvidia-smi fails: {said[-1]}; --gpus 0 runs on the CPU")
+    rows = [[field.strip() for field in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
+    found = {}
+    for name, memory_mib, capability, index, uuid in rows:
+        gpu = Gpu(name=name, memory_bytes=int(memory_mib) * 2**20, compute_capability=capability)
+        found[index] = found[uuid] = gpu
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return [found[row[3]] for row in rows]
+    visible = []
+    for entry in wanted.split(","):
+        match = [
+            gpu
+            for key, gpu in found.items()
+            if key == entry.strip() or (entry.startswith("GPU-") and key.startswith(entry))
+        ]
+        if not match:  # CUDA itself ignores everything from the first invalid entry on
+            break
+        visible.append(match[0])
+    return visible
+
+
+def detect_machine(*, gpus: int | None, cpu_ranks: int, memory_cap_bytes: int | None) -> Machine:
+    """The hardware that a study will use.
+
+    Args:
+        gpus: how many of the visible GPUs; None for all of them, 0 for CPU ranks instead.
+        cpu_ranks: ranks to start where no GPU is used.
+
+    Raises:
+        UsageError: more GPUs are asked for than there are, or a cap that is more than there is.
+        EnvironmentFault: see `visible_gpus`.
+    """
+    present = [] if gpus == 0 else visible_gpus()
+    if gpus is not None and gpus > len(present):
+        raise UsageError(f"--gpus {gpus}: {len(present)} GPUs are visible here (--gpus 0 runs on the CPU)")
+    machine = _gpu_machine(present[: gpus or len(present)]) if present else _cpu_machine(cpu_ranks)
+    if memory_cap_bytes is not None and memory_cap_bytes > machine.memory_bytes:
+        available = machine.memory_bytes / GIB
+        raise UsageError(
+            f"--memory-cap {memory_cap_bytes / GIB:.1f}GiB is more than a rank has here ({available:.1f} GiB)"
+        )
+    return dataclasses.replace(machine, memory_cap_bytes=memory_cap_bytes)
+
+
+def _gpu_machine(gpus: Sequence[Gpu]) -> Machine:
+    smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
+    names = sorted({gpu.name for gpu in gpus})
+    return Machine(
+        device="cuda",
+        name=" + ".join(names),
+        ranks=len(gpus),
+        device_ids=tuple(range(len(gpus))),
+        memory_bytes=smallest.memory_bytes,
+        compute_capability=min((gpu.compute_capability for gpu in gpus), key=_version),
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def _cpu_machine(ranks: int) -> Machine:
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        device="cpu",
+        name=_cpu_name(),
+        ranks=ranks,
+        # To whole GiB, so that a kernel update that keeps a few MiB more does not make it another machine.
+        memory_bytes=max(round(host_bytes * CPU_MEMORY_SHARE / ranks / GIB), 1) * GIB,
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def software_versions() -> dict[str, str]:
+    """The versions that decide what a trial measures, read from package metadata without importing anything."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,52 @@
+"""Connects the ranks of a group, for torch and for DeepSpeed."""
+
+import os
+from datetime import timedelta
+
+import deepspeed
+import torch
+
+RENDEZVOUS_SECONDS = 120
+
+
+def skip_unused_ops() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory op (most of a minute) when it connects CPU ranks.
+
+    The op serves `inference_all_reduce` alone; training never calls it, and DeepSpeed falls back without it.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def connect_ranks(device: torch.device) -> None:
+    """Joins this rank to its group, on the address and the listening socket that the launcher gave.
+
+    The tuner opened rank 0's listening socket before any rank was started, so no other program can have taken
+    the port in between.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    listen_fd = os.environ.pop("DS_TUNE_RENDEZVOUS_FD", None)
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        master_listen_fd=int(listen_fd) if listen_fd is not None else None,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
+    )
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+    skip_unused_ops()
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def slowest(seconds: float, device: torch.device) -> float:
+    """The largest of all ranks' values, the same on every rank."""
+    value = torch.tensor([seconds], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return float(value.item())

@@ -1,0 +1,97 @@
+"""Builds the model of a workload on this rank's device."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+from objectives.errors import UsageError
+from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
+
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_config(workload: Workload) -> transformers.PretrainedConfig:
+    """The model's configuration: shipped, from a local file or folder, or from the hub.
+
+    Raises:
+        UsageError: it cannot be had, or the model is of no kind that is trained here.
+    """
+    try:
+        if workload.model in SHIPPED_MODELS and not workload.pretrained:
+            fields = dict(SHIPPED_MODELS[workload.model])
+            config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            path = model_config_path(workload.model)
+            config = transformers.AutoConfig.from_pretrained(str(path) if path else workload.model)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {workload.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model_class(config)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and workload.seq_len > limit:
+        raise UsageError(f"{workload.model} takes at most {limit} positions; --seq-len {workload.seq_len} is too long")
+    config.use_cache = False  # the key-value cache is for generation; in training it only costs memory
+    return config
+
+
+def model_class(config: transformers.PretrainedConfig) -> Any:
+    """The `Auto` class that trains this kind of model: causal where it can be, masked where it says so.
+
+    Raises:
+        UsageError: the model has neither head.
+    """
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
+    architectures = config.architectures or []
+    says_masked = any(name.endswith("ForMaskedLM") for name in architectures)
+    if type(config) in causal and not says_masked:
+        return transformers.AutoModelForCausalLM
+    if type(config) in masked:
+        return transformers.AutoModelForMaskedLM
+    raise UsageError(f"models of type {config.model_type} have no language-model head that transformers can train")
+
+
+def build_model(
+    workload: Workload,
+    config: transformers.PretrainedConfig,
+    ds_config: Mapping[str, Any],
+    device: torch.device,
+) -> torch.nn.Module:
+    """The model in the workload's precision, on the device from its first byte.
+
+    Under ZeRO-3 each layer is partitioned as soon as it is made, so that no rank ever holds the whole model.
+    """
+    torch.manual_seed(0)
+    dtype = TORCH_DTYPES[workload.dtype]
+    auto_class = model_class(config)
+    partition = contextlib.nullcontext()
+    if ds_config["zero_optimization"]["stage"] == 3:
+        partition = deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype)
+    with partition, device:
+        model: torch.nn.Module
+        if workload.pretrained:
+            model = auto_class.from_pretrained(workload.model, config=config, dtype=dtype)
+        else:
+            model = auto_class.from_config(config, dtype=dtype)
+    model.train()
+    return model
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of the whole model, also where ZeRO-3 has partitioned them."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def flops_per_sample(config: transformers.PretrainedConfig, parameters: int, seq_len: int) -> float:
+    """Model FLOPs of one sample's forward and backward pass: seq_len × (6N + 12·L·h·s).
+
+    Chowdhery et al. 2022 (PaLM), appendix B; the attention term is left out where the configuration does not
+    say its layers and width.
+    """
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0) or 0
+    hidden = getattr(text, "hidden_size", 0) or 0
+    return float(seq_len * (6 * parameters + 12 * layers * hidden * seq_len))

@@ -1,0 +1,26 @@
+"""Tells the tuner where this rank stands, and remembers it for the case that something fails there."""
+
+import json
+import os
+from typing import Any
+
+
+class Progress:
+    """The sending end of a rank's event pipe."""
+
+    def __init__(self, event_fd: int) -> None:
+        self._event_fd = event_fd
+        self.phase = "start"
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Sends one event; a line under PIPE_BUF bytes arrives whole."""
+        os.write(self._event_fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+
+    def announce(self, phase: str) -> None:
+        """Enters a phase and tells the tuner, for the live line and the deadline's message."""
+        self.enter(phase)
+        self.send("phase", phase=phase)
+
+    def enter(self, phase: str) -> None:
+        """Enters a phase that is too short to be worth an event: a part of one step."""
+        self.phase = phase

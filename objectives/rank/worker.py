@@ -1,0 +1,114 @@
+"""What a rank process does: get ready once, then run the trials that arrive on its standard input.
+
+Started by `objectives.launcher`; the protocol is described in `objectives.rank_group`.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from objectives.errors import DsTuneError, UsageError
+from objectives.failures import first_sentence, kind_of_exception
+from objectives.files import result_file, write_atomically
+from objectives.machine import Machine
+from objectives.rank.data import load_blocks
+from objectives.rank.device import cap_memory, claim_device, local_rank, meter_for
+from objectives.rank.distributed import connect_ranks
+from objectives.rank.model import load_config
+from objectives.rank.progress import Progress
+from objectives.rank.training import run_trial
+from objectives.timing import StepPlan
+from objectives.trial import Failure, TrialConfig
+from objectives.workload import Workload
+
+
+class Worker:
+    """One rank, ready to run trials."""
+
+    def __init__(self, setup: dict[str, Any], progress: Progress) -> None:
+        """
+        Raises:
+            UsageError, EnvironmentFault: no trial could run; the text is for the user.
+        """
+        self._progress = progress
+        self._workload = Workload.from_json(setup["workload"])
+        self._machine = Machine.from_json(setup["machine"])
+        self._plan = StepPlan(**setup["plan"])
+        self._device = claim_device(self._machine, local_rank())
+        self._meter = meter_for(self._device)
+        self._model_config = load_config(self._workload)
+        self._blocks = load_blocks(self._workload, self._model_config.get_text_config().vocab_size)
+        connect_ranks(self._device)
+        self._rank = torch.distributed.get_rank()
+        cap_memory(self._machine)
+
+    def run(self, config: TrialConfig, folder: Path) -> None:
+        """Runs one trial and leaves its result, or why there is none, in this rank's result file."""
+        _log_to(folder)
+        self._meter.reset_peaks()
+        self._progress.phase = "start"
+        try:
+            document = run_trial(
+                config,
+                workload=self._workload,
+                machine=self._machine,
+                model_config=self._model_config,
+                blocks=self._blocks,
+                plan=self._plan,
+                device=self._device,
+                meter=self._meter,
+                progress=self._progress,
+            )
+        except Exception as error:
+            traceback.print_exc()
+            self._report(folder, self._failure(error).to_json(), event="failed")
+        else:
+            self._report(folder, document, event="finished")
+
+    def _failure(self, error: Exception) -> Failure:
+        phase = self._progress.phase
+        peak_bytes = self._meter.peak_memory_bytes()
+        return Failure(
+            kind=kind_of_exception(error, phase),
+            message=f"rank {self._rank} in {phase}: {first_sentence(error)}",
+            phase=phase,
+            rank=self._rank,
+            peak_memory_bytes=peak_bytes,
+        )
+
+    def _report(self, folder: Path, document: dict[str, Any], *, event: str) -> None:
+        write_atomically(result_file(folder, self._rank), json.dumps(document))
+        self._progress.send(event)
+
+
+def _log_to(folder: Path) -> None:
+    """Sends everything that is printed from here on, by C++ libraries too, to the trial's log files."""
+    for name, stream in (("stdout.log", sys.stdout), ("stderr.log", sys.stderr)):
+        stream.flush()
+        target = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(target, stream.fileno())
+        os.close(target)
+
+
+def main() -> None:
+    progress = Progress(int(os.environ.pop("DS_TUNE_EVENT_FD")))
+    commands = sys.stdin
+    setup = json.loads(commands.readline())
+    try:
+        worker = Worker(setup, progress)
+    except DsTuneError as error:
+        progress.send("refused", usage=isinstance(error, UsageError), message=str(error))
+        return
+    progress.send("ready")
+    for line in commands:
+        command = json.loads(line)
+        worker.run(TrialConfig.from_json(command["config"]), Path(command["folder"]))
+
+
+if __name__ == "__main__":
+    main()

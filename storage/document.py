@@ -1,0 +1,44 @@
+"""StudySummary -> the JSON document that `--json` prints; `storage/study.schema.json` describes it."""
+
+from typing import Any
+
+from objectives.trial import Measurement
+from storage.records import StudySummary, TrialRecord
+
+
+def study_document(summary: StudySummary) -> dict[str, Any]:
+    """One study as one JSON document, with units in the names."""
+    best, baseline, speedup = summary.best, summary.baseline, summary.speedup
+    return {
+        "study": summary.study,
+        "state": summary.state.value,
+        "ended": summary.ended,
+        "model": {**summary.workload.to_json()},
+        "hardware": {**summary.machine.to_json(), "description": summary.machine.description},
+        "versions": dict(summary.versions),
+        "seconds": summary.tuning_seconds,
+        "trials_total": summary.trials_total,
+        "trials": [_trial(record) for record in summary.records],
+        "best": _trial(best) if best else None,
+        "baseline": _trial(baseline) if baseline else None,
+        "speedup": {"factor": speedup.factor, "ci95": list(speedup.ci95)} if speedup else None,
+    }
+
+
+def _trial(record: TrialRecord) -> dict[str, Any]:
+    measured = record.outcome if isinstance(record.outcome, Measurement) else None
+    return {
+        "number": record.number,
+        "name": record.config.name,
+        "state": record.state.value,
+        "config": record.config.to_json(),
+        "global_batch_size": record.config.global_batch_size(record.machine.ranks),
+        "samples_per_second": measured.samples_per_second if measured else None,
+        "samples_per_second_ci95": list(measured.samples_per_second_ci95) if measured else None,
+        "deepspeed_samples_per_second": measured.deepspeed_samples_per_second if measured else None,
+        "peak_memory_bytes": record.outcome.peak_memory_bytes,
+        "seconds": record.outcome.wall_seconds,
+        "started_at": record.started_at,
+        "reason": record.reason,
+        "source": record.source.value,
+    }

@@ -1,0 +1,172 @@
+"""StudySummary -> summary.md, in the form of the tables that DeepSpeed publishes for its autotuner."""
+
+import datetime
+
+import tabulate
+
+from objectives.machine import GIB
+from objectives.trial import Measurement
+from storage.records import StudySummary, TrialRecord
+
+
+def summary_markdown(summary: StudySummary) -> str:
+    """The whole report: results, every trial, versions, hardware, and how it was measured."""
+    sections = [
+        f"# {summary.workload.model}\n",
+        _environment(summary),
+        "## Throughput\n",
+        throughput_table(summary),
+        "\n## Detailed result summary\n",
+        _bullets(summary),
+        stage_table(summary),
+        f"\n{closing_line(summary)}",
+        "\n## Trials\n",
+        trial_table(summary),
+        "\n## How this was measured\n",
+        _method(summary),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def duration_words(seconds: float) -> str:
+    """Such as `41 s`, `3 min 20 s` or `1 h 2 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def rate_words(record: TrialRecord) -> str:
+    """Samples per second with the half width of its 95% interval; a dash for a trial without one."""
+    if not isinstance(record.outcome, Measurement):
+        return "–"
+    low, high = record.outcome.samples_per_second_ci95
+    return f"{record.outcome.samples_per_second:.2f} ± {(high - low) / 2:.2f}"
+
+
+def improvement_words(summary: StudySummary) -> str:
+    """The best trial's speed-up over the baseline with its interval, in one phrase."""
+    speedup = summary.speedup
+    if summary.best is None:
+        return "none: no configuration ran"
+    if speedup is None:
+        return "Inf (the baseline does not run)"
+    if summary.best is summary.baseline:
+        return "1.00× (nothing tried was faster than the baseline)"
+    low, high = speedup.ci95
+    return f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})"
+
+
+def throughput_table(summary: StudySummary) -> str:
+    """The seed's comparison table: the baseline beside the best, with what each trains on a step."""
+    rows = []
+    for title, record in (("baseline", summary.baseline), ("ds-tune", summary.best)):
+        if record is None:
+            rows.append([title, "not runnable", "", "", ""])
+            continue
+        rows.append(
+            [
+                title,
+                record.config.name,
+                rate_words(record),
+                str(record.config.global_batch_size(record.machine.ranks)),
+                _gib(record),
+            ]
+        )
+    return tabulate.tabulate(
+        rows,
+        headers=["", "configuration", "samples/s", "global batch", "peak GiB a rank"],
+        tablefmt="pipe",
+        disable_numparse=True,
+    )
+
+
+def stage_table(summary: StudySummary) -> str:
+    """DeepSpeed's table of tuning spaces: for each ZeRO stage its trials and its best, then over all of them."""
+    rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
+    rows.append(("global", len(summary.records), summary.best))
+    return tabulate.tabulate(
+        [[space, count, best and best.samples_per_second, best and best.config.name] for space, count, best in rows],
+        headers=["tuning_space", "num_experiments", "best_metric_val", "best_exp_name"],
+        tablefmt="pipe",
+    )
+
+
+def closing_line(summary: StudySummary) -> str:
+    """The sentence that DeepSpeed's autotuner ends its summary with."""
+    duration = datetime.timedelta(seconds=summary.tuning_seconds)
+    return f"Tuning completed in {duration}. Total number of experiments: {len(summary.records)}."
+
+
+def trial_table(summary: StudySummary) -> str:
+    """Every trial with its configuration and how it ended."""
+    rows = [
+        [
+            record.number,
+            record.config.name,
+            record.config.zero_stage,
+            record.config.micro_batch_size,
+            record.config.gradient_accumulation_steps,
+            record.config.global_batch_size(record.machine.ranks),
+            rate_words(record),
+            _gib(record),
+            record.state.value,
+            # A pipe in a message would end the cell.
+            (record.reason or record.source.value).replace("|", "/"),
+        ]
+        for record in summary.records
+    ]
+    headers = ["#", "name", "stage", "mbs", "gas", "global batch", "samples/s", "peak GiB", "state", "note"]
+    return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _gib(record: TrialRecord) -> str:
+    peak = record.outcome.peak_memory_bytes
+    return "–" if peak is None else f"{peak / GIB:.2f}"
+
+
+def _environment(summary: StudySummary) -> str:
+    versions = "\n".join(f"- {name} ({version})" for name, version in summary.versions.items())
+    return (
+        "## Environment\n\n"
+        f"- training: {summary.workload.description}\n"
+        f"- hardware: {summary.machine.description}\n"
+        f"{versions}\n"
+    )
+
+
+def _bullets(summary: StudySummary) -> str:
+    lines = [
+        f"- Tuning time: {duration_words(summary.tuning_seconds)}",
+        f"- Number of experiments: {len(summary.records)}",
+        f"- Throughput improvement over baseline: {improvement_words(summary)}",
+    ]
+    if summary.state.value == "unfinished":
+        lines.append(f"- Not finished: {summary.finished_trials} of {summary.trials_total} trials")
+    elif summary.ended:
+        lines.append(f"- Ended early: {summary.ended}")
+    return "\n".join(lines) + "\n"
+
+
+def _method(summary: StudySummary) -> str:
+    text = (
+        "Throughput is end to end: ranks × mbs × gas over the mean seconds of one whole optimizer step on the slowest "
+        "rank, data loading included, after warm-up steps. The ± is half the 95% confidence interval of that mean "
+        "(Student's t over the steps of one run; differences between runs come on top). Steps that fp16 overflow "
+        "skipped are left out. Memory is the most that any rank had allocated."
+    )
+    best = summary.best
+    if best is not None and isinstance(best.outcome, Measurement):
+        measured = best.outcome
+        samples = best.config.global_batch_size(best.machine.ranks)
+        timers = samples / (measured.forward_seconds + measured.backward_seconds + measured.optimizer_seconds)
+        text += (
+            f"\n\nFor comparison with DeepSpeed's own figures, {best.config.name} over the sum of its forward, "
+            f"backward and step timers, as DeepSpeed's autotuner counts: {timers:.2f} samples/s"
+        )
+        if measured.deepspeed_samples_per_second is not None:
+            text += f"; by DeepSpeed's ThroughputTimer: {measured.deepspeed_samples_per_second:.2f} samples/s"
+        text += "."
+    return text

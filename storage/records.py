@@ -1,0 +1,190 @@
+"""What is kept of a trial (`TrialRecord`) and what a study amounts to (`StudySummary`)."""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from objectives.machine import GIB, Machine
+from objectives.timing import speedup_ci95
+from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig, outcome_from_json
+from objectives.workload import Workload
+
+RECORD_VERSION = 1
+
+
+class TrialState(enum.StrEnum):
+    """How a trial ended, as Optuna counts it."""
+
+    COMPLETE = "complete"
+    PRUNED = "pruned"
+    FAILED = "failed"
+
+
+class Source(enum.StrEnum):
+    """Who proposed a configuration."""
+
+    BASELINE = "baseline"
+    SEARCH = "search"
+    RETRY = "retry"
+    """The configuration of a trial that was running when the tuner was stopped."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """Everything known of one trial; what reports and exports are made from."""
+
+    number: int
+    config: TrialConfig
+    outcome: Outcome
+    source: Source
+    started_at: str
+    """ISO 8601, UTC."""
+    machine: Machine
+    versions: Mapping[str, str]
+
+    @property
+    def state(self) -> TrialState:
+        """Out of memory says something about the configuration and prunes it; a crash or a timeout does not."""
+        match self.outcome:
+            case Measurement():
+                return TrialState.COMPLETE
+            case Failure(kind=FailureKind.OUT_OF_MEMORY):
+                return TrialState.PRUNED
+            case _:
+                return TrialState.FAILED
+
+    @property
+    def counts(self) -> bool:
+        """Whether the trial is one of the `--trials N`."""
+        return self.state is not TrialState.FAILED
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self.outcome.samples_per_second if isinstance(self.outcome, Measurement) else None
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no throughput, in one line; None for a trial that has one."""
+        if isinstance(self.outcome, Measurement):
+            return None
+        reason = f"{self.outcome.kind.value.replace('_', ' ')}: {self.outcome.message}"
+        if self.outcome.kind is FailureKind.OUT_OF_MEMORY and self.outcome.peak_memory_bytes is not None:
+            peak, capacity = self.outcome.peak_memory_bytes / GIB, self.machine.capacity_bytes / GIB
+            reason = f"out of memory in {self.outcome.phase} (peak {peak:.2f} of {capacity:.2f} GiB)"
+        return reason
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": RECORD_VERSION,
+            "number": self.number,
+            "config": self.config.to_json(),
+            "outcome": self.outcome.to_json(),
+            "source": self.source.value,
+            "started_at": self.started_at,
+            "machine": self.machine.to_json(),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """
+        Raises:
+            ValueError: the record is of a version that this ds-tune does not know.
+        """
+        if document["version"] != RECORD_VERSION:
+            raise ValueError(f"a trial record of version {document['version']}; this ds-tune reads {RECORD_VERSION}")
+        return cls(
+            number=document["number"],
+            config=TrialConfig.from_json(document["config"]),
+            outcome=outcome_from_json(document["outcome"]),
+            source=Source(document["source"]),
+            started_at=document["started_at"],
+            machine=Machine.from_json(document["machine"]),
+            versions=document["versions"],
+        )
+
+
+class StudyState(enum.StrEnum):
+    """Where a study stands."""
+
+    FINISHED = "finished"
+    UNFINISHED = "unfinished"
+    """The same command continues it."""
+    NOTHING_FITS = "nothing_fits"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Speedup:
+    """How many times faster one trial is than another."""
+
+    factor: float
+    ci95: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StudySummary:
+    """A study as its records tell it; derived whenever it is needed, never stored."""
+
+    study: str
+    workload: Workload
+    machine: Machine
+    versions: Mapping[str, str]
+    trials_total: int
+    """What the study was asked to reach."""
+    tuning_seconds: float
+    """Time that tuners spent on it, over all sessions, from the first trial's begin on."""
+    ended: str | None
+    """Why the search stopped before `trials_total`, when it did and will not go on."""
+    records: Sequence[TrialRecord]
+
+    @property
+    def finished_trials(self) -> int:
+        return sum(record.counts for record in self.records)
+
+    @property
+    def state(self) -> StudyState:
+        done = self.finished_trials >= self.trials_total or self.ended is not None
+        if not done:
+            return StudyState.UNFINISHED
+        return StudyState.FINISHED if self.best is not None else StudyState.NOTHING_FITS
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The fastest trial."""
+        complete = [record for record in self.records if record.state is TrialState.COMPLETE]
+        return max(complete, key=lambda record: record.samples_per_second or -math.inf, default=None)
+
+    @property
+    def baseline(self) -> TrialRecord | None:
+        """The untuned configuration: ZeRO-0 with mbs 1, or the smallest that fits."""
+        for record in self.records:
+            if record.source is Source.BASELINE and record.state is TrialState.COMPLETE:
+                return record
+        return None
+
+    @property
+    def speedup(self) -> Speedup | None:
+        """The best trial over the baseline, with its interval."""
+        best, baseline = self.best, self.baseline
+        if best is None or baseline is None:
+            return None
+        assert isinstance(best.outcome, Measurement) and isinstance(baseline.outcome, Measurement)
+        if best is baseline:
+            return Speedup(factor=1.0, ci95=(1.0, 1.0))
+        factor, interval = speedup_ci95(
+            best.outcome.samples_per_second,
+            best.outcome.samples_per_second_ci95,
+            baseline.outcome.samples_per_second,
+            baseline.outcome.samples_per_second_ci95,
+        )
+        return Speedup(factor=factor, ci95=interval)
+
+    def best_of_stage(self) -> dict[int, tuple[int, TrialRecord | None]]:
+        """For each ZeRO stage tried, in order: how many trials, and the fastest of them."""
+        stages: dict[int, tuple[int, TrialRecord | None]] = {}
+        for stage in sorted({record.config.zero_stage for record in self.records}):
+            records = [record for record in self.records if record.config.zero_stage == stage]
+            stages[stage] = (len(records), dataclasses.replace(self, records=records).best)
+        return stages

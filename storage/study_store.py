@@ -1,0 +1,294 @@
+"""The Optuna study that keeps a tuning: opening, resuming, saving and telling.
+
+Records live in the trials' user attributes and are saved before Optuna is told, so that a crash between the two
+loses nothing: `recover` tells what was saved.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+import optuna_dashboard
+import sqlalchemy.engine
+import sqlalchemy.exc
+
+from objectives.errors import EnvironmentFault, UsageError
+from objectives.machine import GIB, Machine
+from objectives.trial import Failure, Measurement, TrialConfig
+from objectives.workload import Workload
+from storage.records import Source, StudySummary, TrialRecord, TrialState
+from storage.urls import check_storage_url, masked
+
+METRIC = "samples_per_second"
+
+# User attributes of the study and of its trials. The first word keeps them together in the dashboard's lists.
+IDENTITY = "ds_tune:identity"
+TARGET = "ds_tune:trials_total"
+SECONDS = "ds_tune:tuning_seconds"
+ENDED = "ds_tune:ended"
+VERSIONS = "ds_tune:versions"
+RECORD = "record"
+SOURCE = "source"
+
+# How far an out-of-memory trial is counted as over the limit: nobody knows what it would have needed.
+OUT_OF_MEMORY_VIOLATION = 0.1
+
+_OPTUNA_STATES = {
+    TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
+    TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
+    TrialState.FAILED: optuna.trial.TrialState.FAIL,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What makes measurements comparable: a study holds trials of one of these only."""
+
+    objective: str
+    workload: Workload
+    machine: Machine
+    space: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "objective": self.objective,
+            "workload": self.workload.to_json(),
+            "hardware": self.machine.to_json(),
+            "space": dict(self.space),
+        }
+
+
+def differences(stored: Any, present: Any, path: str = "") -> list[str]:
+    """Where two JSON documents differ, each as `key: was … now …`, outermost first."""
+    if isinstance(stored, Mapping) and isinstance(present, Mapping):
+        found = []
+        for key in [*stored, *(key for key in present if key not in stored)]:
+            found += differences(stored.get(key), present.get(key), f"{path} {key}".strip())
+        return found
+    return [] if stored == present else [f"{path} {_shown(stored)} there, {_shown(present)} here"]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
+
+
+def open_storage(storage_url: str) -> optuna.storages.RDBStorage:
+    """
+    Raises:
+        UsageError: the URL is of no use; or no such database answers, or its driver is not installed.
+    """
+    check_storage_url(storage_url)
+    is_sqlite = sqlalchemy.engine.make_url(storage_url).get_backend_name() == "sqlite"
+    try:
+        return optuna.storages.RDBStorage(
+            storage_url, engine_kwargs={"connect_args": {"timeout": 60}} if is_sqlite else None
+        )
+    except ImportError as error:
+        driver = error.name or "its driver"
+        raise UsageError(
+            f"--storage {masked(storage_url)} needs the Python package {driver}: pip install it"
+        ) from error
+    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        said = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise UsageError(f"--storage {masked(storage_url)} cannot be opened: {said}") from error
+
+
+class StudyStore:
+    """One study in its storage."""
+
+    def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage) -> None:
+        self.study = study
+        self._storage = storage
+
+    @classmethod
+    def create_or_resume(
+        cls,
+        storage_url: str,
+        name: str,
+        identity: Identity,
+        versions: Mapping[str, str],
+        sampler: optuna.samplers.BaseSampler,
+    ) -> "StudyStore":
+        """Opens the study of this name, or begins it.
+
+        Raises:
+            UsageError: the storage cannot be opened, or holds under this name a study that measured something else.
+        """
+        storage = open_storage(storage_url)
+        if name in optuna.get_all_study_names(storage):
+            store = cls(optuna.load_study(study_name=name, storage=storage, sampler=sampler), storage)
+            stored = store.study.user_attrs.get(IDENTITY)
+            if stored is None:
+                raise UsageError(
+                    f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
+                )
+            found = differences(stored, identity.to_json())
+            if found and any(record.counts for record in store.records()):
+                raise UsageError(
+                    f"study {name} measured something else ({'; '.join(found)}): repeat its command to go on with it, "
+                    "or begin another one with --study NAME --results DIR"
+                )
+            if not found:
+                store.study.set_user_attr(VERSIONS, dict(versions))
+                return store
+            # Nothing was learned under the old identity: the study begins anew under the corrected one.
+            optuna.delete_study(study_name=name, storage=storage)
+        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction="maximize")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([METRIC])
+        study.set_user_attr(VERSIONS, dict(versions))
+        study.set_user_attr(IDENTITY, identity.to_json())
+        return cls(study, storage)
+
+    @classmethod
+    def load(cls, storage_url: str, name: str | None) -> "StudyStore":
+        """Opens a study to read it; without a name, the only one that is there.
+
+        Raises:
+            UsageError: there is no such study, or several and no name.
+        """
+        storage = open_storage(storage_url)
+        names = optuna.get_all_study_names(storage)
+        if name is None and len(names) == 1:
+            name = names[0]
+        if name is None or name not in names:
+            there = f"it holds {', '.join(names)}" if names else "it holds none"
+            wanted = f"no study {name}" if name else "no single study"
+            raise UsageError(f"{wanted} in {masked(storage_url)} ({there}); name one with --study")
+        study = optuna.load_study(study_name=name, storage=storage)
+        if IDENTITY not in study.user_attrs:
+            raise UsageError(f"study {name} in {masked(storage_url)} was not made by ds-tune")
+        return cls(study, storage)
+
+    def records(self) -> list[TrialRecord]:
+        """All trials that ended, in their order. An interrupted one has no record."""
+        return [
+            TrialRecord.from_json(json.loads(trial.user_attrs[RECORD]))
+            for trial in self.study.get_trials(deepcopy=False)
+            if RECORD in trial.user_attrs and trial.state.is_finished()
+        ]
+
+    def summary(self) -> StudySummary:
+        attributes = self.study.user_attrs
+        identity = attributes[IDENTITY]
+        return StudySummary(
+            study=self.study.study_name,
+            workload=Workload.from_json(identity["workload"]),
+            machine=Machine.from_json(identity["hardware"]),
+            versions=attributes[VERSIONS],
+            trials_total=attributes.get(TARGET, 0),
+            tuning_seconds=attributes.get(SECONDS, 0.0),
+            ended=attributes.get(ENDED),
+            records=self.records(),
+        )
+
+    def set_target(self, trials: int) -> None:
+        """How many finished trials the study is to have; what ended it before is forgotten."""
+        if self.study.user_attrs.get(TARGET) != trials:
+            self.study.set_user_attr(TARGET, trials)
+            self.study.set_user_attr(ENDED, None)
+
+    def set_ended(self, reason: str) -> None:
+        self.study.set_user_attr(ENDED, reason)
+
+    def add_seconds(self, seconds: float) -> None:
+        """Adds to the time that tuners spent on the study."""
+        self.study.set_user_attr(SECONDS, self.study.user_attrs.get(SECONDS, 0.0) + seconds)
+
+    def enqueue(self, params: Mapping[str, Any], source: Source) -> None:
+        """Has the next `ask` propose these parameters; asking twice for the same changes nothing."""
+        for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING]):
+            if trial.system_attrs.get("fixed_params") == dict(params):
+                return
+        self.study.enqueue_trial(dict(params), user_attrs={SOURCE: source.value})
+
+    def has_waiting(self) -> bool:
+        return bool(self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING]))
+
+    def save(self, trial: optuna.Trial, record: TrialRecord) -> None:
+        """Stores the record; from here on the trial is not lost, whatever happens before `tell`."""
+        trial.set_user_attr(RECORD, json.dumps(record.to_json()))
+
+    def tell(self, trial: optuna.Trial, record: TrialRecord) -> None:
+        """Ends the trial in Optuna: its value, its constraint, and what the dashboard shows of it.
+
+        May be called again after a crash in its middle.
+        """
+        told = self._storage.get_trial(trial._trial_id)
+        match record.outcome:
+            case Measurement() as measured:
+                samples = record.config.global_batch_size(record.machine.ranks)
+                for step, seconds in enumerate(measured.step_seconds, start=1):
+                    if step not in told.intermediate_values:
+                        trial.report(samples / seconds, step)
+                attributes: dict[str, Any] = {
+                    "samples_per_second_ci95": list(measured.samples_per_second_ci95),
+                    "peak_memory_gib": round(measured.peak_memory_bytes / GIB, 3),
+                    "step_seconds": sum(measured.step_seconds) / len(measured.step_seconds),
+                    "wall_seconds": round(measured.wall_seconds, 2),
+                }
+                violation = measured.peak_memory_bytes / record.machine.capacity_bytes - 1
+            case Failure() as failure:
+                attributes = {"reason": record.reason, "wall_seconds": round(failure.wall_seconds, 2)}
+                if failure.peak_memory_bytes is not None:
+                    attributes["peak_memory_gib"] = round(failure.peak_memory_bytes / GIB, 3)
+                violation = OUT_OF_MEMORY_VIOLATION
+                optuna_dashboard.save_note(trial, f"{failure.message}\n\n```\n{failure.log_tail}\n```")
+        for key, value in {"name": record.config.name, **attributes}.items():
+            trial.set_user_attr(key, value)
+        if record.counts and "constraints" not in told.system_attrs:
+            self._constrain(trial, min(violation, 0.0) if record.state is TrialState.COMPLETE else violation)
+        value = record.samples_per_second
+        self.study.tell(trial.number, value, state=_OPTUNA_STATES[record.state], skip_if_finished=True)
+
+    def _constrain(self, trial: optuna.Trial, violation: float) -> None:
+        # Last before tell: a retried trial would copy it. The list is what optuna-dashboard reads, and is written
+        # second, so that where it stands both do.
+        if "constraints:memory" not in self._storage.get_trial_system_attrs(trial._trial_id):
+            trial.set_constraint("memory", violation)
+        self._storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
+
+    def recover(self, config_of: Callable[[optuna.trial.FrozenTrial], TrialConfig | None]) -> Sequence[str]:
+        """Puts right what a killed tuner left: tells what was saved, and has the interrupted trial run again.
+
+        Call it while holding the study's lock.
+
+        Args:
+            config_of: the configuration of an interrupted trial, or None if it was killed before it had one.
+
+        Returns:
+            The names of the configurations that will run again.
+        """
+        again = []
+        for frozen in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+            trial = optuna.Trial(self.study, frozen._trial_id)
+            saved = frozen.user_attrs.get(RECORD)
+            if saved is not None:
+                self.tell(trial, TrialRecord.from_json(json.loads(saved)))
+                continue
+            config = config_of(frozen)
+            if config is not None:
+                source = Source(frozen.user_attrs.get(SOURCE, Source.RETRY.value))
+                self.enqueue(frozen.params, Source.BASELINE if source is Source.BASELINE else Source.RETRY)
+                again.append(config.name)
+            self.interrupt(trial)
+        return again
+
+    def note(self, text: str) -> None:
+        """What optuna-dashboard shows beside the study."""
+        optuna_dashboard.save_note(self.study, text)
+
+    def interrupt(self, trial: optuna.Trial) -> None:
+        """Ends a trial that was stopped from outside; it has no record and counts for nothing."""
+        trial.set_user_attr("reason", "interrupted")
+        self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+
+
+def storage_fault(error: BaseException, storage_url: str) -> EnvironmentFault:
+    """The sentence for a storage that stopped answering in the middle of a study."""
+    said = str(getattr(error, "orig", None) or error).splitlines()[0]
+    return EnvironmentFault(f"the storage {masked(storage_url)} stopped answering: {said}; the same command goes on")

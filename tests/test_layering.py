@@ -1,0 +1,53 @@
+"""The direction of imports, what the parent process may load, and the size and names of files."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+# Each package may import itself and those before it.
+LAYERS = ("objectives", "storage", "tuner")
+# Loaded by rank processes only: they take seconds to import, and torch may touch the GPUs.
+RANK_ONLY = {"torch", "deepspeed", "transformers", "datasets"}
+MODULES = sorted(path.relative_to(CHECKOUT) for layer in LAYERS for path in (CHECKOUT / layer).rglob("*.py"))
+TESTS = sorted(path.relative_to(CHECKOUT) for path in (CHECKOUT / "tests").rglob("*.py"))
+
+
+def imported(module: Path) -> Iterator[tuple[str, int]]:
+    """The top-level package and the line of every import in a module, also those inside functions."""
+    for node in ast.walk(ast.parse((CHECKOUT / module).read_text(), filename=str(module))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module
+            yield node.module.partition(".")[0], node.lineno
+
+
+def runs_in_a_rank(module: Path) -> bool:
+    return module.is_relative_to("objectives/rank") or module == Path("objectives/train.py")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_go_one_way(module: Path) -> None:
+    above = set(LAYERS[LAYERS.index(module.parts[0]) + 1 :])
+    forbidden = above | {"tests"} | (set() if runs_in_a_rank(module) else RANK_ONLY)
+    if module.parts[0] == "objectives":
+        forbidden |= {"optuna", "optuna_dashboard"}
+    wrong = [f"{module}:{line} imports {name}" for name, line in imported(module) if name in forbidden]
+    assert not wrong
+
+
+def test_the_command_line_does_not_load_what_ranks_load() -> None:
+    loaded = f"import sys, tuner.cli; print(*sorted({RANK_ONLY!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", loaded], cwd=CHECKOUT, check=True, capture_output=True, text=True)
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", MODULES + TESTS, ids=str)
+def test_modules_are_short_and_named_for_what_they_do(module: Path) -> None:
+    assert len((CHECKOUT / module).read_text().splitlines()) < 400
+    assert module.stem not in {"utils", "util", "helpers", "common", "manager"}

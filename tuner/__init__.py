@@ -1,0 +1,1 @@
+"""Which trial next, and when to stop: the search, its console and its commands."""

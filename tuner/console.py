@@ -1,0 +1,208 @@
+"""What a person sees: a line a finished trial, a live line below, and the tables at the end."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.live
+import rich.progress_bar
+import rich.table
+import rich.text
+
+from objectives.machine import GIB
+from objectives.trial import Measurement, TrialConfig
+from storage.markdown import duration_words, improvement_words, rate_words
+from storage.records import StudySummary, TrialRecord, TrialState
+from tuner.space import DIMENSIONS
+
+_STYLES = {TrialState.COMPLETE: "green", TrialState.PRUNED: "yellow", TrialState.FAILED: "red"}
+
+# The live line counts seconds; drawing it more often would only take time from the CPU ranks.
+REFRESHES_PER_SECOND = 1
+
+
+class Console:
+    """Shows a study's progress; see `tuner.study.Observer`.
+
+    On a terminal the last line is alive; elsewhere each line is plain and final. Nothing is shown when quiet.
+    """
+
+    def __init__(self, output: rich.console.Console, *, quiet: bool = False) -> None:
+        self._output = output
+        self._quiet = quiet
+        self._live: rich.live.Live | None = None
+        self._running: _RunningTrial | None = None
+
+    def say(self, text: str) -> None:
+        """One line for the person."""
+        if not self._quiet:
+            self._output.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> "Console":
+        if self._output.is_terminal and not self._quiet:
+            self._live = rich.live.Live(
+                get_renderable=self._live_line,
+                console=self._output,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._running = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
+        self.say(f"{summary.workload.description} on {summary.machine.description}")
+        done = summary.finished_trials
+        if done >= summary.trials_total or summary.ended:
+            why = f", {summary.ended}" if summary.ended else ""
+            self.say(f"Study {summary.study} is finished ({done} trials{why}); --more M adds M trials.")
+        elif done:
+            self.say(f"Study {summary.study} goes on: {done} of {summary.trials_total} trials are done.")
+        for name in again:
+            self.say(f"{name} was interrupted and runs again.")
+
+    def trial_started(self, number: int, config: TrialConfig, summary: StudySummary) -> None:
+        self._running = _RunningTrial(config, summary)
+        if self._live is None:
+            self.say(f"trial {self._running.position}: {config.name} …")
+
+    def phase(self, phase: str) -> None:
+        if self._running is not None:
+            self._running.phase = phase
+
+    def trial_finished(self, record: TrialRecord, summary: StudySummary) -> None:
+        self._running = None
+        if self._quiet:
+            return
+        self._output.print(trial_line(record, summary), soft_wrap=True)
+
+    def _live_line(self) -> rich.text.Text:
+        running = self._running
+        if running is None:
+            return rich.text.Text("starting the training processes …", style="dim")
+        return rich.text.Text.assemble(
+            ("▶ ", "cyan"),
+            (f"trial {running.position}  ", "bold"),
+            (running.config.name, "cyan"),
+            f"  {running.phase}  {duration_words(time.monotonic() - running.started)}",
+            (running.remaining(), "dim"),
+        )
+
+    def finish(self, summary: StudySummary, written: Sequence[Path], dashboard: str) -> None:
+        """The closing tables: the stages, the best configuration, and where everything is."""
+        if self._quiet:
+            return
+        self._output.print()
+        self._output.print(stage_table(summary))
+        best = summary.best
+        if best is not None:
+            self._output.print(best_table(summary))
+            self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
+            self._say_batch_difference(summary)
+        self.say(f"Tuning took {duration_words(summary.tuning_seconds)}; {len(summary.records)} experiments.")
+        if written:
+            self.say("Written:")
+            for path in written:
+                self.say(f"  {path}")
+        self.say(f"Browse the trials:  {dashboard}")
+
+    def _say_batch_difference(self, summary: StudySummary) -> None:
+        """Says so where the best is faster with a larger batch, which is not the same training."""
+        best, baseline = summary.best, summary.baseline
+        if best is None or baseline is None:
+            return
+        batches = [record.config.global_batch_size(record.machine.ranks) for record in (best, baseline)]
+        if batches[0] != batches[1]:
+            self.say(
+                f"Its global batch is {batches[0]} samples, the baseline's {batches[1]}; "
+                "--global-batch B searches at one batch size."
+            )
+
+
+class _RunningTrial:
+    """What the live line shows."""
+
+    def __init__(self, config: TrialConfig, summary: StudySummary) -> None:
+        self.config = config
+        self.phase = "start"
+        self.started = time.monotonic()
+        self.position = f"{summary.finished_trials + 1}/{summary.trials_total}"
+        self._left = summary.trials_total - summary.finished_trials
+        self._seconds = [record.outcome.wall_seconds for record in summary.records]
+
+    def remaining(self) -> str:
+        """An estimate from the trials so far; nothing before there are two."""
+        if len(self._seconds) < 2:
+            return ""
+        mean = sum(self._seconds) / len(self._seconds)
+        left = self._left * mean - (time.monotonic() - self.started)
+        return f"  about {duration_words(max(left, mean / 2))} left"
+
+
+def trial_line(record: TrialRecord, summary: StudySummary) -> rich.text.Text:
+    """Number, name, samples/s ± CI, peak GiB, state and reason, best so far."""
+    peak = record.outcome.peak_memory_bytes
+    memory = f"{peak / GIB:.2f} GiB" if peak is not None else "–"
+    line = rich.text.Text.assemble(
+        (f"#{record.number:<3}", "bold"),
+        (f"{record.config.name:<22}", "cyan"),
+    )
+    if isinstance(record.outcome, Measurement):
+        line.append(f"{rate_words(record):>16} samples/s")
+        line.append(f"{memory:>12}  ")
+        line.append(record.state.value, style=_STYLES[record.state])
+    else:
+        line.append(f"{record.state.value:>9}", style=_STYLES[record.state])
+        line.append(f"  {record.reason}")
+    best = summary.best
+    if best is not None:
+        mark = (
+            "  ★ best so far"
+            if best.number == record.number
+            else f"  best {best.samples_per_second:.2f} {best.config.name}"
+        )
+        line.append(mark, style="dim")
+    return line
+
+
+def stage_table(summary: StudySummary) -> rich.table.Table:
+    """DeepSpeed's table of tuning spaces."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Best by ZeRO stage", title_justify="left")
+    table.add_column("tuning space")
+    table.add_column("experiments", justify="right")
+    table.add_column("samples/s", justify="right")
+    table.add_column("peak GiB", justify="right")
+    table.add_column("configuration")
+    rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
+    for space, count, best in [*rows, ("global", len(summary.records), summary.best)]:
+        if best is None:
+            table.add_row(space, str(count), "–", "–", "none ran")
+        else:
+            peak = best.outcome.peak_memory_bytes or 0
+            style = "bold green" if space == "global" else None
+            table.add_row(space, str(count), rate_words(best), f"{peak / GIB:.2f}", best.config.name, style=style)
+    return table
+
+
+def best_table(summary: StudySummary) -> rich.table.Table:
+    """The best configuration beside the baseline, a column each."""
+    columns = [("best", summary.best), ("baseline", summary.baseline)]
+    shown = [(title, record) for title, record in columns if record is not None]
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Best configuration", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for title, _ in shown:
+        table.add_column(title, justify="right")
+    table.add_row("name", *(record.config.name for _, record in shown))
+    table.add_row("samples/s", *(rate_words(record) for _, record in shown))
+    for dimension in DIMENSIONS:
+        table.add_row(dimension.field, *(str(getattr(record.config, dimension.field)) for _, record in shown))
+    table.add_row("global batch", *(str(record.config.global_batch_size(record.machine.ranks)) for _, record in shown))
+    table.add_row("peak GiB a rank", *(f"{(record.outcome.peak_memory_bytes or 0) / GIB:.2f}" for _, record in shown))
+    return table

@@ -1,0 +1,27 @@
+"""Serves optuna-dashboard for a study."""
+
+import socket
+
+import optuna_dashboard
+
+from objectives.errors import UsageError
+from storage.study_store import open_storage
+
+HOST = "127.0.0.1"
+"""The dashboard has no authentication and can delete studies: it is for this machine's user only."""
+
+
+def serve(storage_url: str, port: int) -> None:
+    """Serves until interrupted.
+
+    Raises:
+        UsageError: the port is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UsageError(f"--port {port} cannot be used ({error.strerror}); name another one") from error
+    print(f"optuna-dashboard on http://{HOST}:{port}/dashboard/ (Ctrl-C ends it)", flush=True)
+    optuna_dashboard.run_server(open_storage(storage_url), host=HOST, port=port)

@@ -1,0 +1,82 @@
+"""StudySpec: what one run of the tuner was asked for, checked."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from objectives.errors import UsageError
+from objectives.machine import Machine
+from objectives.workload import Workload
+from storage.layout import ResultsFolder
+from tuner.space import Limits
+
+DEFAULT_STUDY = "ds-tune"
+DEFAULT_TRIALS = 9
+DEFAULT_TRIAL_SECONDS = 300.0
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB|G|M)?", re.IGNORECASE)
+_UNIT_BYTES = {"gib": 2**30, "g": 2**30, "gb": 10**9, "mib": 2**20, "m": 2**20, "mb": 10**6}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What differs between a run on GPUs and the same command on a CPU."""
+
+    model: str
+    dtype: str
+    seq_len: int
+    max_micro_batch: int
+    max_samples_per_rank: int
+    """Bounds the global batch, and with it the seconds of one step."""
+
+
+DEFAULTS = {
+    "cuda": Defaults(model="gpt2-xl", dtype="fp16", seq_len=1024, max_micro_batch=64, max_samples_per_rank=128),
+    "cpu": Defaults(model="gpt2-nano", dtype="fp32", seq_len=128, max_micro_batch=16, max_samples_per_rank=32),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StudySpec:
+    """Everything that decides what a run of the tuner does."""
+
+    study: str
+    storage_url: str
+    results: ResultsFolder
+    workload: Workload
+    machine: Machine
+    limits: Limits
+    trials: int
+    more: int | None
+    """Trials to add to a study that has reached its total; None for the plain command."""
+    seed: int
+    trial_seconds: float
+
+
+def parse_memory(text: str) -> int:
+    """Bytes from `24GiB`, `24GB`, `512MiB` or a bare number of GiB.
+
+    Raises:
+        UsageError: it is none of these, or zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"--memory-cap {text}: write a size such as 24GiB or 512MiB")
+    return int(float(match[1]) * _UNIT_BYTES[(match[2] or "GiB").lower()])
+
+
+def results_folder(path: Path) -> ResultsFolder:
+    """The folder for results, checked before anything runs.
+
+    Raises:
+        UsageError: it is a file or cannot be written to.
+    """
+    folder = ResultsFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--results {path} cannot be written to ({error.strerror}); name another folder") from error
+    return folder

@@ -1,0 +1,210 @@
+"""The loop of a study: ask -> run -> save -> tell, from wherever an earlier run left it."""
+
+import datetime
+import json
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import optuna
+
+from objectives.errors import EnvironmentFault, UsageError
+from objectives.files import write_atomically
+from objectives.machine import software_versions
+from objectives.objective import Objective
+from objectives.trial import Failure, FailureKind, TrialConfig
+from storage.export import write_trial_inputs
+from storage.lock import StudyLock
+from storage.markdown import summary_markdown
+from storage.records import Source, StudySummary, TrialRecord, TrialState
+from storage.study_store import SOURCE, Identity, StudyStore
+from tuner.sampler import DistinctTPESampler, unvisited
+from tuner.space import Space
+from tuner.spec import StudySpec
+from tuner.stopping import StopSignals
+
+MAX_FAILURES_IN_A_ROW = 3
+"""Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
+
+OBJECTIVE = "samples_per_second, end to end"
+
+
+class Observer(Protocol):
+    """Who is told how a study goes."""
+
+    def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
+        """The study is open; `again` names interrupted configurations that will run again."""
+
+    def trial_started(self, number: int, config: TrialConfig, summary: StudySummary) -> None: ...
+
+    def phase(self, phase: str) -> None: ...
+
+    def trial_finished(self, record: TrialRecord, summary: StudySummary) -> None: ...
+
+
+class Study:
+    """One run of the tuner on one study."""
+
+    def __init__(self, spec: StudySpec, objective: Objective, observer: Observer, stop: StopSignals) -> None:
+        self._spec = spec
+        self._objective = objective
+        self._observer = observer
+        self._stop = stop
+        self._space = Space(spec.limits)
+        self._versions = software_versions()
+
+    def run(self) -> StudySummary:
+        """Goes on until the study has its trials, is exhausted, or is told to stop.
+
+        Raises:
+            UsageError: the study, its storage or its workload cannot be used as asked.
+            EnvironmentFault: trials fail for reasons that no configuration can mend.
+            StopNow: told to stop at once; everything finished is stored.
+        """
+        spec = self._spec
+        claim_results(spec)
+        with StudyLock(spec.storage_url, spec.study):
+            store = StudyStore.create_or_resume(
+                spec.storage_url,
+                spec.study,
+                Identity(
+                    objective=OBJECTIVE,
+                    workload=spec.workload,
+                    machine=spec.machine,
+                    space=self._space.to_json(),
+                ),
+                self._versions,
+                DistinctTPESampler(self._space, spec.seed),
+            )
+            again = store.recover(self._space.config_of)
+            store.set_target(self._target(store.summary()))
+            self._observer.study_opened(store.summary(), again)
+            try:
+                self._run_trials(store)
+            finally:
+                self._objective.close()
+            store.note(summary_markdown(store.summary()))
+            return store.summary()
+
+    def _target(self, summary: StudySummary) -> int:
+        """The total of finished trials to reach.
+
+        `--more M` adds to a study that reached its total; on an unfinished one it only goes on, so that repeating
+        an interrupted `--more M` does not add twice.
+        """
+        if self._spec.more is None:
+            return max(self._spec.trials, summary.finished_trials)
+        if summary.finished_trials < summary.trials_total:
+            return summary.trials_total
+        return summary.finished_trials + self._spec.more
+
+    def _run_trials(self, store: StudyStore) -> None:
+        clock = time.monotonic()
+        failures_in_a_row = 0
+        prepared = False
+        while not self._stop.requested:
+            summary = store.summary()
+            if summary.finished_trials >= summary.trials_total or summary.ended is not None:
+                return
+            ended = self._queue_baseline(store, summary) or self._exhausted(store)
+            if ended is not None:
+                store.set_ended(ended)
+                return
+            if not prepared:
+                # As late as this, so that a finished study starts no process, and before the first trial is asked
+                # for, so that a machine that cannot run any leaves none behind.
+                self._objective.prepare()
+                prepared = True
+            record = self._run_trial(store, summary)
+            elapsed, clock = time.monotonic() - clock, time.monotonic()
+            store.add_seconds(elapsed)
+            self._observer.trial_finished(record, store.summary())
+            failures_in_a_row = failures_in_a_row + 1 if record.state is TrialState.FAILED else 0
+            check_failure(record, failures_in_a_row)
+
+    def _run_trial(self, store: StudyStore, summary: StudySummary) -> TrialRecord:
+        spec = self._spec
+        trial = store.study.ask(self._space.distributions)
+        config = TrialConfig(**trial.params)
+        started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        folder = spec.results.trial(config)
+        write_trial_inputs(folder, config, spec.workload, spec.machine)
+        self._observer.trial_started(trial.number, config, summary)
+        outcome = self._objective.run(config, folder, self._observer.phase)
+        record = TrialRecord(
+            number=trial.number,
+            config=config,
+            outcome=outcome,
+            source=Source(trial.user_attrs.get(SOURCE, Source.SEARCH.value)),
+            started_at=started_at,
+            machine=spec.machine,
+            versions=self._versions,
+        )
+        store.save(trial, record)
+        store.tell(trial, record)
+        return record
+
+    def _queue_baseline(self, store: StudyStore, summary: StudySummary) -> str | None:
+        """Has the untuned configuration, or the smallest one that fits, run before anything is searched.
+
+        Returns:
+            Why there is nothing to search, if not even the smallest configuration fits.
+        """
+        if summary.baseline is not None or store.has_waiting():
+            return None
+        tried = {record.config.name: record for record in summary.records}
+        for config in self._space.baselines():
+            record = tried.get(config.name)
+            if record is None:
+                store.enqueue(self._space.params(config), Source.BASELINE)
+                return None
+            if record.state is TrialState.COMPLETE:
+                return None
+        return "not even one sample a rank fits, in any ZeRO stage"
+
+    def _exhausted(self, store: StudyStore) -> str | None:
+        if store.has_waiting() or unvisited(self._space, store.study.get_trials(deepcopy=False)):
+            return None
+        return "every configuration of the space has been tried"
+
+
+def check_failure(record: TrialRecord, failures_in_a_row: int) -> None:
+    """Ends a study whose trials fail for reasons that searching on cannot mend.
+
+    Raises:
+        UsageError: DeepSpeed refused the configuration; as only the user's own file can be at fault, all would be.
+        EnvironmentFault: too many trials in a row crashed or hung.
+    """
+    if not isinstance(record.outcome, Failure):
+        return
+    if record.outcome.kind is FailureKind.INVALID_CONFIG:
+        raise UsageError(f"DeepSpeed refuses the configuration, correct --ds-config: {record.outcome.message}")
+    if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+        raise EnvironmentFault(
+            f"the last {failures_in_a_row} trials failed, the last one with {record.reason}; "
+            f"what it wrote last:\n{record.outcome.log_tail}"
+        )
+
+
+def claim_results(spec: StudySpec) -> None:
+    """Makes the results folder this study's, so that two studies never write over each other's files.
+
+    Raises:
+        UsageError: it holds another study's results.
+    """
+    owner = {"study": spec.study}
+    path = spec.results.owner
+    if path.exists():
+        holds = json.loads(path.read_text()).get("study")
+        if holds != spec.study:
+            raise UsageError(
+                f"--results {spec.results.root} holds the results of study {holds}; "
+                f"give this one a folder of its own, such as --results {spec.results.root}-{spec.study}"
+            )
+        return
+    write_atomically(path, json.dumps(owner) + "\n")
+
+
+def quiet_optuna() -> None:
+    """Leaves the terminal to ds-tune's own lines."""
+    optuna.logging.disable_default_handler()
