@@ -1,0 +1,19 @@
+"""What every test relies on: DeepSpeed on the CPU, no hub, and a skip for GPU tests where there is no GPU."""
+
+import os
+import shutil
+
+import pytest
+
+# Set before anything imports DeepSpeed, transformers or datasets, here or in a rank that a test starts.
+if shutil.which("nvidia-smi") is None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")

@@ -1,0 +1,164 @@
+"""Makes a rank of ds-tune fail where the environment variable FAULT says, such as `rank=1 phase=step kind=exit`.
+
+Python imports a module of this name when it starts, if its folder is on PYTHONPATH: the tests put it there for the
+ranks, so that the product knows nothing of it. `rank=*` means every rank; the fault strikes the first time that the
+rank enters the phase. `FAULT_FILE` is a path for the kinds that leave a note.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+WRAPPED = "objectives.rank.progress"
+
+
+def memory() -> None:
+    """From here on the kernel gives this process no more memory: its next real allocation fails."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            used = int(line.split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def raising() -> None:
+    raise RuntimeError("boom")
+
+
+def exit_status() -> None:
+    os._exit(3)
+
+
+def sigsegv() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def sigkill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bad_alloc() -> None:
+    """What a C++ library that runs out of memory in a thread of its own leaves behind."""
+    print("terminate called after throwing an instance of 'std::bad_alloc'", file=sys.stderr, flush=True)
+    os.abort()
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+def stubborn() -> None:
+    """Hangs deaf to SIGTERM, and in C without letting go of the GIL: no Python code runs in this rank any more."""
+    import ctypes
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note({"pid": os.getpid()})
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def child_and_hang() -> None:
+    """Hangs, and so does a process that this rank has started."""
+    child = subprocess.Popen(["sleep", "3600"])
+    note({"pid": child.pid})
+    time.sleep(3600)
+
+
+def fork_and_exit() -> None:
+    """Dies, but a process that it forked lives on, with copies of all its descriptors."""
+    if os.fork() == 0:
+        time.sleep(3600)
+    os._exit(3)
+
+
+def inspect() -> None:
+    """No fault: notes what the rank is about to train with, read from the live engine and batch."""
+    frame: Any = sys._getframe()
+    while "batch" not in frame.f_locals:
+        frame = frame.f_back
+    engine, batch = frame.f_locals["self"]._engine, frame.f_locals["batch"]
+    note(
+        {
+            "zero_stage": engine.zero_optimization_stage(),
+            "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+            "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+            "optimizer": type(engine.optimizer).__name__,
+            "model": type(engine.module).__name__,
+            "dtypes": sorted({str(parameter.dtype) for parameter in engine.module.parameters()}),
+            "input_ids": batch["input_ids"].tolist(),
+            "labels": batch["labels"].tolist(),
+        }
+    )
+
+
+def note(document: dict[str, Any]) -> None:
+    """Writes to FAULT_FILE, each rank to one of its own."""
+    path = Path(f"{os.environ['FAULT_FILE']}.{os.environ['RANK']}")
+    path.with_suffix(".part").write_text(json.dumps(document))
+    path.with_suffix(".part").rename(path)
+
+
+KINDS = {
+    "memory": memory,
+    "raise": raising,
+    "exit": exit_status,
+    "sigsegv": sigsegv,
+    "sigkill": sigkill,
+    "bad_alloc": bad_alloc,
+    "hang": hang,
+    "stubborn": stubborn,
+    "child_and_hang": child_and_hang,
+    "fork_and_exit": fork_and_exit,
+    "inspect": inspect,
+}
+
+
+def wrap(progress: ModuleType, fault: dict[str, str]) -> None:
+    """Lets `Progress.enter`, which every phase passes through, strike at the phase that the fault names."""
+    enter = progress.Progress.enter
+    left = [KINDS[fault["kind"]]]
+
+    def strike(self: Any, phase: str) -> None:
+        enter(self, phase)
+        if phase == fault["phase"] and left:
+            left.pop()()
+
+    progress.Progress.enter = strike
+
+
+class WrapOnImport(importlib.abc.MetaPathFinder):
+    """Stands first on sys.meta_path until the module is imported."""
+
+    def __init__(self, fault: dict[str, str]) -> None:
+        self._fault = fault
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != WRAPPED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            wrap(module, self._fault)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "FAULT" in os.environ and "RANK" in os.environ:
+    wanted = dict(word.split("=", 1) for word in os.environ["FAULT"].split())
+    if wanted["rank"] in ("*", os.environ["RANK"]):
+        if wanted["phase"] == "import":
+            KINDS[wanted["kind"]]()
+        sys.meta_path.insert(0, WrapOnImport(wanted))

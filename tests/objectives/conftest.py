@@ -1,0 +1,123 @@
+"""Real trials on two CPU ranks, faults inside them, and the proof that nothing of them is left."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from objectives.deepspeed_objective import DeepSpeedObjective
+from objectives.launcher import LocalLauncher
+from objectives.machine import GIB, Machine
+from objectives.timing import StepPlan
+from objectives.trial import Outcome, TrialConfig
+from objectives.workload import Workload
+
+FAULTS = Path(__file__).parents[1] / "faults"
+QUICK = StepPlan(warmup_steps=1, zero3_extra_warmup_steps=0, min_timed_steps=2, max_timed_steps=2)
+MARK = "DS_TUNE_TEST"
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
+
+
+@pytest.fixture
+def workload() -> Workload:
+    return Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
+
+
+@pytest.fixture
+def config() -> TrialConfig:
+    return TrialConfig(zero_stage=1, micro_batch_size=1, gradient_accumulation_steps=1)
+
+
+@pytest.fixture
+def started_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[psutil.Process]]:
+    """Lists the processes that this test has started and that still run, however they are related to it."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+
+    def running() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):  # gone in between, or another user's
+                continue
+        return found
+
+    return running
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(started_processes: Callable[[], list[psutil.Process]]) -> Iterator[None]:
+    """Fails a test that leaves a process behind, and ends that process."""
+    yield
+    deadline = time.monotonic() + 5
+    while (left := started_processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in left:
+        process.kill()
+    assert left == []
+
+
+@pytest.fixture
+def objective(
+    workload: Workload, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., DeepSpeedObjective]]:
+    """Makes objectives that train the nano model on two CPU ranks, unless told otherwise."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    made: list[DeepSpeedObjective] = []
+
+    def make(
+        *, workload: Workload = workload, machine: Machine = machine, plan: StepPlan = QUICK, trial_seconds: float = 120
+    ) -> DeepSpeedObjective:
+        made.append(
+            DeepSpeedObjective(
+                workload,
+                machine,
+                launcher=LocalLauncher(machine),
+                log_folder=tmp_path / "start",
+                trial_seconds=trial_seconds,
+                plan=plan,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def train(
+    objective: Callable[..., DeepSpeedObjective], config: TrialConfig, tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Runs one real trial in fresh ranks; takes what `objective` takes."""
+
+    def run(config: TrialConfig = config, **changes: Any) -> Outcome:
+        folder = tmp_path / "trial"
+        folder.mkdir(exist_ok=True)
+        return objective(**changes).run(config, folder, lambda phase: None)
+
+    return run
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Puts a fault into the ranks that are started from here on (see tests/faults); returns FAULT_FILE."""
+
+    def put(text: str) -> Path:
+        monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+        monkeypatch.setenv("FAULT", text)
+        monkeypatch.setenv("FAULT_FILE", str(tmp_path / "noted"))
+        return tmp_path / "noted"
+
+    return put
