@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from objectives.workload import Workload
 
 
 class DeepSpeedObjective:
-    """See `Objective`. Every trial gets fresh processes; `prepare` starts those of the first one."""
+    """See `Objective`. The ranks live on from trial to trial, unless one leaves them unfit or fresh ones are wanted."""
 
     def __init__(
         self,
@@ -30,11 +30,15 @@ class DeepSpeedObjective:
         log_folder: Path,
         trial_seconds: float,
         plan: StepPlan | None = None,
+        fresh_ranks: bool = False,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
             log_folder: where the ranks' output goes until a trial has its own folder.
             trial_seconds: a trial that has not ended by then is killed, its process start not counted.
+            fresh_ranks: give every trial processes of its own.
+            notice: told in one line when ranks have to be replaced, and why.
         """
         self._machine = machine
         self._launcher = launcher
@@ -45,6 +49,8 @@ class DeepSpeedObjective:
             "machine": machine.to_json(),
             "plan": dataclasses.asdict(plan or StepPlan()),
         }
+        self._fresh_ranks = fresh_ranks
+        self._notice = notice
         self._group: RankGroup | None = None
         self._start_seconds = 0.0
 
@@ -68,12 +74,19 @@ class DeepSpeedObjective:
         assert self._group is not None
         try:
             answer = self._group.run(config, folder, seconds=self._trial_seconds, on_phase=on_phase)
-        finally:
+            unfit = None if self._fresh_ranks else self._group.unfit()
+        except BaseException:
             self.close()
+            raise
+        if self._fresh_ranks or unfit is not None:
+            self.close()
+        if unfit is not None:
+            self._notice(f"New training processes after {config.name}: {unfit}.")
+        start_seconds, self._start_seconds = self._start_seconds, 0.0
         wall_seconds = time.monotonic() - started
         if isinstance(answer, Failure):
             return dataclasses.replace(answer, wall_seconds=wall_seconds)
-        return combine_ranks(answer, config=config, start_seconds=self._start_seconds, wall_seconds=wall_seconds)
+        return combine_ranks(answer, config=config, start_seconds=start_seconds, wall_seconds=wall_seconds)
 
     def close(self) -> None:
         if self._group is not None:

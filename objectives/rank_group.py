@@ -3,8 +3,9 @@
 The protocol, one JSON document a line. To each rank: first `{"command": "setup", …}`, then any number of
 `{"command": "run", "config": …, "folder": …}`. From each rank: `{"event": "ready", …}` once it could run a trial,
 or `{"event": "refused", …}` with a sentence for the user; during a trial `{"event": "phase", "phase": …}`; and at
-its end `{"event": "finished"}` or `{"event": "failed"}`, after it wrote its result file. Waiting costs no CPU:
-the parent sleeps in `select` until a pipe has something or closes.
+its end `{"event": "finished"}` or `{"event": "failed"}`, after it wrote its result file; then
+`{"event": "released", …}` once it gave back what the trial held. Waiting costs no CPU: the parent sleeps in `select`
+until a pipe has something or closes.
 """
 
 import contextlib
@@ -19,13 +20,20 @@ from objectives.errors import EnvironmentFault, UsageError
 from objectives.failures import failure_of_deadline, failure_of_exit, host_oom_kills, root_cause
 from objectives.files import result_file
 from objectives.launcher import Launcher, RankProcess
-from objectives.trial import Failure, TrialConfig
+from objectives.machine import GIB
+from objectives.trial import Failure, FailureKind, TrialConfig
 
 START_SECONDS = 180.0
 """A rank that has not said it is ready by then never will: imports take 4 to 13 s, rendezvous 2 s."""
 
 PEER_GRACE_SECONDS = 2.0
 """After one rank failed, its peers get this long to say that they failed too, before they are killed."""
+
+RELEASE_SECONDS = 60.0
+"""Destroying the largest engine and collecting its objects takes a second or two."""
+
+LEFT_LIMIT_BYTES = {"device": GIB // 4, "host": GIB}
+"""A group whose ranks hold more than this beyond what they held after their first trial is replaced."""
 
 LOG_TAIL_LINES = 25
 LOG_TAIL_CHARACTERS = 4000
@@ -46,6 +54,7 @@ class RankGroup:
         self._ended: dict[int, str] = {}  # what ended each rank's present task: an event's name, or "exit"
         self._documents: dict[int, dict[str, Any]] = {}
         self._oom_kills = host_oom_kills()
+        self._dead = False
 
     def setup(self, setup: Mapping[str, Any], *, seconds: float = START_SECONDS) -> dict[str, Any] | Failure:
         """Has every rank import, connect and check what it will need.
@@ -83,8 +92,27 @@ class RankGroup:
             return self._failure(seconds, timed_out=timed_out, folder=folder)
         return [json.loads(result_file(folder, rank.rank).read_text()) for rank in self._processes.ranks]
 
+    def unfit(self) -> str | None:
+        """Waits until the ranks gave back what the trial held; why they cannot run another one, or None if they can."""
+        failed = [rank for rank, how in self._ended.items() if how == "failed"]
+        if self._dead:
+            return "its processes were ended"
+        self._ended.clear()
+        timed_out = self._wait({"released"}, seconds=RELEASE_SECONDS, on_phase=lambda phase: None)
+        if timed_out or set(self._ended.values()) != {"released"}:
+            return "a rank did not give back what the trial held"
+        released = [self._documents[rank.rank] for rank in self._processes.ranks]
+        if failed and any(document["collectives"] != released[0]["collectives"] for document in released):
+            return "its ranks failed at different points"
+        left = {kind: max(document["left_bytes"][kind] for document in released) for kind in LEFT_LIMIT_BYTES}
+        for kind, limit in LEFT_LIMIT_BYTES.items():
+            if left[kind] > limit:
+                return f"the trial left {left[kind] / GIB:.2f} GiB of {kind} memory behind"
+        return None
+
     def kill(self) -> None:
         """Ends all ranks at once; none is left when this returns."""
+        self._dead = True
         self._processes.kill()
 
     def _send(self, command: Mapping[str, Any]) -> None:
@@ -138,31 +166,26 @@ class RankGroup:
         return True
 
     def _failure(self, seconds: float, *, timed_out: bool, folder: Path | None) -> Failure:
-        """Ends the group and finds the one failure that explains what happened."""
+        """The one failure that explains what happened. The group lives on only where every rank ran out of memory."""
         tail = self._log_tail()
         if timed_out:
             self.kill()
             return failure_of_deadline(seconds, phases=self._phases, log_tail=tail)
+        kills = host_oom_kills() - self._oom_kills
         failures = []
-        exits = host_oom_kills() - self._oom_kills
-        exited = [rank for rank in self._processes.ranks if self._ended.get(rank.rank) == "exit"]
-        returncodes = {rank.rank: rank.process.wait() for rank in exited}
-        self.kill()
         for rank in self._processes.ranks:
             how = self._ended.get(rank.rank)
             if how == "failed" and folder is not None:
-                failure = Failure.from_json(json.loads(result_file(folder, rank.rank).read_text()))
-                failures.append(failure)
+                failures.append(Failure.from_json(json.loads(result_file(folder, rank.rank).read_text())))
             elif how == "exit":
+                phase = self._phases[rank.rank]
+                returncode = rank.process.wait()
                 failures.append(
-                    failure_of_exit(
-                        returncodes[rank.rank],
-                        rank=rank.rank,
-                        phase=self._phases[rank.rank],
-                        log_tail=tail,
-                        host_oom_kills=exits,
-                    )
+                    failure_of_exit(returncode, rank=rank.rank, phase=phase, log_tail=tail, host_oom_kills=kills)
                 )
+        out_of_memory = [failure for failure in failures if failure.kind is FailureKind.OUT_OF_MEMORY]
+        if len(out_of_memory) < len(self._processes.ranks) or "exit" in self._ended.values():
+            self.kill()
         return root_cause(failures, log_tail=tail)
 
     def _log_tail(self) -> str:

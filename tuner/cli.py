@@ -145,6 +145,9 @@ def tune_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="kill a trial after S seconds (default %(default)s)",
     )
+    machine.add_argument(
+        "--fresh-ranks", action="store_true", help="start new processes for every trial instead of keeping them"
+    )
     _add_output_options(parser)
     return parser
 
@@ -206,6 +209,8 @@ def tune(arguments: argparse.Namespace) -> int:
         launcher=LocalLauncher(spec.machine),
         log_folder=spec.results.process_logs.resolve(),
         trial_seconds=spec.trial_seconds,
+        fresh_ranks=arguments.fresh_ranks,
+        notice=console.say,
     )
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))

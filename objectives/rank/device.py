@@ -81,8 +81,11 @@ def cap_memory(machine: Machine) -> None:
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(machine.memory_cap_bytes / total, 1.0))
         return
+    # The limit counts address space: pyarrow alone reserves a gigabyte that it never touches. So what is reserved
+    # now is not held against the cap, only what is occupied.
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (machine.capacity_bytes, hard))
+    room = max(machine.capacity_bytes - resident_bytes(), 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (_status_bytes("VmData") + room, hard))
 
 
 class Meter(Protocol):
@@ -105,6 +108,9 @@ class Meter(Protocol):
     def reserved_memory_bytes(self) -> int: ...
 
     def alloc_retries(self) -> int: ...
+
+    def held_bytes(self) -> int:
+        """What this process holds of the device's memory now."""
 
 
 class CudaMeter:
@@ -133,6 +139,9 @@ class CudaMeter:
     def alloc_retries(self) -> int:
         return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
+    def held_bytes(self) -> int:
+        return int(torch.cuda.memory_allocated())
+
 
 class CpuMeter:
     """The process's clock and its resident memory."""
@@ -150,16 +159,30 @@ class CpuMeter:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: see proc(5)
 
     def peak_memory_bytes(self) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return _status_bytes("VmHWM")
 
     def reserved_memory_bytes(self) -> int:
         return self.peak_memory_bytes()
 
     def alloc_retries(self) -> int:
         return 0
+
+    def held_bytes(self) -> int:
+        return resident_bytes()
+
+
+def _status_bytes(field: str) -> int:
+    """A figure of this process from proc(5)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise AssertionError(f"/proc/self/status has no {field}")
+
+
+def resident_bytes() -> int:
+    """Host memory that this process occupies."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def meter_for(device: torch.device) -> Meter:

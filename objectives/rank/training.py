@@ -40,8 +40,12 @@ def run_trial(
     device: torch.device,
     meter: Meter,
     progress: Progress,
+    engines: list[deepspeed.DeepSpeedEngine],
 ) -> dict[str, Any]:
     """Trains with one configuration and times it.
+
+    Args:
+        engines: the engine is put here as soon as it exists, for the caller to release however the trial ends.
 
     Returns:
         This rank's result document; `objectives.deepspeed_objective.combine_ranks` reads it.
@@ -56,6 +60,7 @@ def run_trial(
     parameters = count_parameters(model)
     progress.announce("engine")
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
+    engines.append(engine)
     progress.enter("data")
     micro_batches = batches(blocks, config.micro_batch_size, rank=rank, ranks=machine.ranks, pin=device.type == "cuda")
     steps = StepTimer(engine, micro_batches, config.gradient_accumulation_steps, device, meter, progress)

@@ -10,14 +10,16 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from objectives.errors import DsTuneError, UsageError
 from objectives.failures import first_sentence, kind_of_exception
 from objectives.files import result_file, write_atomically
 from objectives.machine import Machine
+from objectives.rank.cleanup import collectives_issued, release_trial
 from objectives.rank.data import load_blocks
-from objectives.rank.device import cap_memory, claim_device, local_rank, meter_for
+from objectives.rank.device import cap_memory, claim_device, local_rank, meter_for, resident_bytes
 from objectives.rank.distributed import connect_ranks
 from objectives.rank.model import load_config
 from objectives.rank.progress import Progress
@@ -46,12 +48,14 @@ class Worker:
         connect_ranks(self._device)
         self._rank = torch.distributed.get_rank()
         cap_memory(self._machine)
+        self._held_after_first: dict[str, int] | None = None
 
     def run(self, config: TrialConfig, folder: Path) -> None:
         """Runs one trial and leaves its result, or why there is none, in this rank's result file."""
         _log_to(folder)
         self._meter.reset_peaks()
         self._progress.phase = "start"
+        engines: list[deepspeed.DeepSpeedEngine] = []
         try:
             document = run_trial(
                 config,
@@ -63,12 +67,21 @@ class Worker:
                 device=self._device,
                 meter=self._meter,
                 progress=self._progress,
+                engines=engines,
             )
         except Exception as error:
             traceback.print_exc()
             self._report(folder, self._failure(error).to_json(), event="failed")
         else:
             self._report(folder, document, event="finished")
+        # Only here is the exception gone, and with it what its frames held of the model.
+        issued = collectives_issued()
+        release_trial(engines.pop() if engines else None)
+        held = {"device": self._meter.held_bytes(), "host": resident_bytes()}
+        if self._held_after_first is None:
+            self._held_after_first = held
+        left = {kind: held[kind] - self._held_after_first[kind] for kind in held}
+        self._progress.send("released", left_bytes=left, collectives=issued)
 
     def _failure(self, error: Exception) -> Failure:
         phase = self._progress.phase

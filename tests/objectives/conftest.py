@@ -97,9 +97,7 @@ def objective(
 
 
 @pytest.fixture
-def train(
-    objective: Callable[..., DeepSpeedObjective], config: TrialConfig, tmp_path: Path
-) -> Callable[..., Outcome]:
+def train(objective: Callable[..., DeepSpeedObjective], config: TrialConfig, tmp_path: Path) -> Callable[..., Outcome]:
     """Runs one real trial in fresh ranks; takes what `objective` takes."""
 
     def run(config: TrialConfig = config, **changes: Any) -> Outcome:
