@@ -53,6 +53,7 @@ class DeepSpeedObjective:
         self._notice = notice
         self._group: RankGroup | None = None
         self._start_seconds = 0.0
+        self._seconds_per_sample: float | None = None  # of a rank: the slowest so far
 
     def prepare(self) -> None:
         failure = self._start()
@@ -73,7 +74,12 @@ class DeepSpeedObjective:
                 return dataclasses.replace(failure, wall_seconds=time.monotonic() - started)
         assert self._group is not None
         try:
-            answer = self._group.run(config, folder, seconds=self._trial_seconds, on_phase=on_phase)
+            answer = self._group.run(
+                {"config": config.to_json(), "seconds_per_sample": self._seconds_per_sample},
+                folder,
+                seconds=self._trial_seconds,
+                on_phase=on_phase,
+            )
             unfit = None if self._fresh_ranks else self._group.unfit()
         except BaseException:
             self.close()
@@ -86,7 +92,10 @@ class DeepSpeedObjective:
         wall_seconds = time.monotonic() - started
         if isinstance(answer, Failure):
             return dataclasses.replace(answer, wall_seconds=wall_seconds)
-        return combine_ranks(answer, config=config, start_seconds=start_seconds, wall_seconds=wall_seconds)
+        measured = combine_ranks(answer, config=config, start_seconds=start_seconds, wall_seconds=wall_seconds)
+        seconds_per_sample = self._machine.ranks / measured.samples_per_second
+        self._seconds_per_sample = max(seconds_per_sample, self._seconds_per_sample or 0.0)
+        return measured
 
     def close(self) -> None:
         if self._group is not None:
@@ -99,7 +108,7 @@ class DeepSpeedObjective:
         stdout, stderr = self._log_folder / "start.stdout.log", self._log_folder / "start.stderr.log"
         for log in (stdout, stderr):
             log.write_bytes(b"")
-        self._group = RankGroup(self._launcher, stdout=stdout, stderr=stderr)
+        self._group = RankGroup(self._launcher, stdout=stdout, stderr=stderr, notice=self._notice)
         try:
             answer = self._group.setup(self._setup)
         except BaseException:

@@ -4,15 +4,17 @@ The protocol, one JSON document a line. To each rank: first `{"command": "setup"
 `{"command": "run", "config": …, "folder": …}`. From each rank: `{"event": "ready", …}` once it could run a trial,
 or `{"event": "refused", …}` with a sentence for the user; during a trial `{"event": "phase", "phase": …}`; and at
 its end `{"event": "finished"}` or `{"event": "failed"}`, after it wrote its result file; then
-`{"event": "released", …}` once it gave back what the trial held. Waiting costs no CPU: the parent sleeps in `select`
-until a pipe has something or closes.
+`{"event": "released", …}` once it gave back what the trial held. At any time `{"event": "notice", "text": …}`, a line
+for the user. Waiting costs no CPU: the parent sleeps in `select` until a pipe has something or closes.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import selectors
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,49 @@ LOG_TAIL_CHARACTERS = 4000
 OnPhase = Callable[[str], None]
 
 
+def ignore(text: str) -> None:
+    """For whoever wants to hear of no phase, or no notice."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Rank:
+    """What is known of one rank."""
+
+    started: RankProcess
+    unread: bytes = b""
+    """The beginning of a line whose end has not arrived."""
+    phase: str = "start"
+    phase_deadline: float = math.inf
+    said: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """The last event of each name since the last command."""
+    gone: bool = False
+
+    def has_ended(self, endings: Collection[str]) -> bool:
+        return self.gone or any(event in self.said for event in endings)
+
+    @property
+    def has_failed(self) -> bool:
+        return self.gone or "failed" in self.said or "refused" in self.said
+
+
 class RankGroup:
     """A started group of ranks. `kill()` it, whatever happens."""
 
-    def __init__(self, launcher: Launcher, *, stdout: Path, stderr: Path) -> None:
+    def __init__(
+        self, launcher: Launcher, *, stdout: Path, stderr: Path, notice: Callable[[str], None] = ignore
+    ) -> None:
+        """
+        Args:
+            notice: told what a rank has to say to the user, in one line.
+        """
+        self._notice = notice
         self._stderr = stderr
         self._stdout = stdout
         self._processes = launcher.launch(stdout=stdout, stderr=stderr)
-        count = len(self._processes.ranks)
-        self._phases = ["start"] * count
-        self._buffers = [b""] * count
-        self._ended: dict[int, str] = {}  # what ended each rank's present task: an event's name, or "exit"
-        self._documents: dict[int, dict[str, Any]] = {}
-        self._oom_kills = host_oom_kills()
+        self._ranks = [_Rank(started) for started in self._processes.ranks]
         self._dead = False
+        self._deadline = math.inf
+        self._oom_kills = host_oom_kills()
 
     def setup(self, setup: Mapping[str, Any], *, seconds: float = START_SECONDS) -> dict[str, Any] | Failure:
         """Has every rank import, connect and check what it will need.
@@ -67,47 +98,49 @@ class RankGroup:
             EnvironmentFault: a rank cannot run on this machine with this software.
         """
         self._send({"command": "setup", **setup})
-        timed_out = self._wait({"ready", "refused"}, seconds=seconds, on_phase=lambda phase: None)
-        for rank, how in sorted(self._ended.items()):
-            if how == "refused":
-                document = self._documents[rank]
-                raise (UsageError if document["usage"] else EnvironmentFault)(document["message"])
-        if timed_out or set(self._ended.values()) != {"ready"}:
+        timed_out = self._wait({"ready", "refused"}, seconds=seconds)
+        for rank in self._ranks:
+            if (refusal := rank.said.get("refused")) is not None:
+                raise (UsageError if refusal["usage"] else EnvironmentFault)(refusal["message"])
+        if timed_out or any(rank.gone for rank in self._ranks):
             return self._failure(seconds, timed_out=timed_out, folder=None)
-        return self._documents[0]
+        return self._ranks[0].said["ready"]
 
     def run(
-        self, config: TrialConfig, folder: Path, *, seconds: float, on_phase: OnPhase
+        self, command: Mapping[str, Any], folder: Path, *, seconds: float, on_phase: OnPhase
     ) -> list[dict[str, Any]] | Failure:
         """Runs one trial on all ranks.
+
+        Args:
+            command: what the ranks' `run` takes, less its folder.
+            seconds: the longest that the trial may take; its ranks bound each phase more closely.
 
         Returns:
             Each rank's result document, by rank; or the failure that explains why there are none.
         """
         self._stdout, self._stderr = folder / "stdout.log", folder / "stderr.log"
         self._oom_kills = host_oom_kills()
-        self._send({"command": "run", "config": config.to_json(), "folder": str(folder)})
+        self._send({"command": "run", **command, "folder": str(folder)})
+        started = time.monotonic()
         timed_out = self._wait({"finished", "failed"}, seconds=seconds, on_phase=on_phase)
-        if timed_out or set(self._ended.values()) != {"finished"}:
-            return self._failure(seconds, timed_out=timed_out, folder=folder)
-        return [json.loads(result_file(folder, rank.rank).read_text()) for rank in self._processes.ranks]
+        if timed_out or not all("finished" in rank.said for rank in self._ranks):
+            return self._failure(time.monotonic() - started, timed_out=timed_out, folder=folder)
+        return [json.loads(result_file(folder, rank.started.rank).read_text()) for rank in self._ranks]
 
     def unfit(self) -> str | None:
         """Waits until the ranks gave back what the trial held; why they cannot run another one, or None if they can."""
-        failed = [rank for rank, how in self._ended.items() if how == "failed"]
         if self._dead:
             return "its processes were ended"
-        self._ended.clear()
-        timed_out = self._wait({"released"}, seconds=RELEASE_SECONDS, on_phase=lambda phase: None)
-        if timed_out or set(self._ended.values()) != {"released"}:
+        timed_out = self._wait({"released"}, seconds=RELEASE_SECONDS)
+        if timed_out or any(rank.gone for rank in self._ranks):
             return "a rank did not give back what the trial held"
-        released = [self._documents[rank.rank] for rank in self._processes.ranks]
-        if failed and any(document["collectives"] != released[0]["collectives"] for document in released):
+        released = [rank.said["released"] for rank in self._ranks]
+        if any(document["collectives"] != released[0]["collectives"] for document in released):
             return "its ranks failed at different points"
-        left = {kind: max(document["left_bytes"][kind] for document in released) for kind in LEFT_LIMIT_BYTES}
         for kind, limit in LEFT_LIMIT_BYTES.items():
-            if left[kind] > limit:
-                return f"the trial left {left[kind] / GIB:.2f} GiB of {kind} memory behind"
+            left = max(document["left_bytes"][kind] for document in released)
+            if left > limit:
+                return f"the trial left {left / GIB:.2f} GiB of {kind} memory behind"
         return None
 
     def kill(self) -> None:
@@ -116,53 +149,53 @@ class RankGroup:
         self._processes.kill()
 
     def _send(self, command: Mapping[str, Any]) -> None:
-        self._ended.clear()
         line = json.dumps(command).encode() + b"\n"
-        for rank in self._processes.ranks:
+        for rank in self._ranks:
+            rank.said.clear()
+            rank.phase_deadline = math.inf
             # A rank that is already dead closed its end; its exit is seen and explained in _wait.
             with contextlib.suppress(BrokenPipeError):
-                rank.commands.write(line)
-                rank.commands.flush()
+                rank.started.commands.write(line)
+                rank.started.commands.flush()
 
-    def _wait(self, endings: set[str], *, seconds: float, on_phase: OnPhase) -> bool:
-        """Handles events until every rank's task has ended one way or another; True when time ran out."""
-        deadline = time.monotonic() + seconds
+    def _wait(self, endings: Collection[str], *, seconds: float, on_phase: OnPhase = ignore) -> bool:
+        """Handles events until every rank has said one of `endings` or is gone; True when time ran out."""
+        self._deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
-            for rank in self._processes.ranks:
-                selector.register(rank.events, selectors.EVENT_READ, rank)
-            while len(self._ended) < len(self._processes.ranks):
+            for rank in self._ranks:
+                selector.register(rank.started.events, selectors.EVENT_READ, rank)
+            while waiting := [rank for rank in self._ranks if not rank.has_ended(endings)]:
+                failed = any(rank.has_failed for rank in self._ranks)
+                deadline = self._deadline if failed else min(self._deadline, *(r.phase_deadline for r in waiting))
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    return not self._has_failed()
+                    return not failed
                 for key, _ in selector.select(left):
-                    rank = key.data
-                    if not self._read_events(rank, endings, on_phase):
-                        selector.unregister(rank.events)
-                if self._has_failed():
+                    if not self._read_events(key.data, on_phase):
+                        selector.unregister(key.fileobj)
+                if not failed and any(rank.has_failed for rank in self._ranks):
                     # What one rank ran into, its peers wait for inside a collective until somebody kills them.
-                    deadline = min(deadline, time.monotonic() + PEER_GRACE_SECONDS)
+                    self._deadline = time.monotonic() + PEER_GRACE_SECONDS
         return False
 
-    def _has_failed(self) -> bool:
-        return any(how in ("failed", "refused", "exit") for how in self._ended.values())
-
-    def _read_events(self, rank: RankProcess, endings: set[str], on_phase: OnPhase) -> bool:
+    def _read_events(self, rank: _Rank, on_phase: OnPhase) -> bool:
         """Handles what a rank has sent; False when it is gone."""
-        chunk = rank.events.read(65536)
+        chunk = rank.started.events.read(65536)
         if not chunk:
-            self._ended.setdefault(rank.rank, "exit")
+            rank.gone = True
             return False
-        *lines, self._buffers[rank.rank] = (self._buffers[rank.rank] + chunk).split(b"\n")
+        *lines, rank.unread = (rank.unread + chunk).split(b"\n")
         for line in lines:
             document = json.loads(line)
-            event = document["event"]
-            if event == "phase":
-                self._phases[rank.rank] = document["phase"]
-                if rank.rank == 0:
-                    on_phase(document["phase"])
-            elif event in endings:
-                self._ended[rank.rank] = event
-                self._documents[rank.rank] = document
+            rank.said[document["event"]] = document
+            if document["event"] == "phase":
+                rank.phase = document["phase"]
+                rank.phase_deadline = time.monotonic() + document.get("seconds", math.inf)
+                if rank is self._ranks[0]:
+                    on_phase(rank.phase)
+            elif document["event"] == "notice":
+                self._notice(document["text"])
+                self._deadline = max(self._deadline, time.monotonic() + document.get("seconds", 0))
         return True
 
     def _failure(self, seconds: float, *, timed_out: bool, folder: Path | None) -> Failure:
@@ -170,21 +203,20 @@ class RankGroup:
         tail = self._log_tail()
         if timed_out:
             self.kill()
-            return failure_of_deadline(seconds, phases=self._phases, log_tail=tail)
+            return failure_of_deadline(seconds, phases=[rank.phase for rank in self._ranks], log_tail=tail)
         kills = host_oom_kills() - self._oom_kills
         failures = []
-        for rank in self._processes.ranks:
-            how = self._ended.get(rank.rank)
-            if how == "failed" and folder is not None:
-                failures.append(Failure.from_json(json.loads(result_file(folder, rank.rank).read_text())))
-            elif how == "exit":
-                phase = self._phases[rank.rank]
-                returncode = rank.process.wait()
+        for rank in self._ranks:
+            number = rank.started.rank
+            if "failed" in rank.said and folder is not None:
+                failures.append(Failure.from_json(json.loads(result_file(folder, number).read_text())))
+            elif rank.gone:
+                returncode = rank.started.process.wait()
                 failures.append(
-                    failure_of_exit(returncode, rank=rank.rank, phase=phase, log_tail=tail, host_oom_kills=kills)
+                    failure_of_exit(returncode, rank=number, phase=rank.phase, log_tail=tail, host_oom_kills=kills)
                 )
-        out_of_memory = [failure for failure in failures if failure.kind is FailureKind.OUT_OF_MEMORY]
-        if len(out_of_memory) < len(self._processes.ranks) or "exit" in self._ended.values():
+        reported = [failure for failure in failures if failure.kind is FailureKind.OUT_OF_MEMORY]
+        if len(reported) < len(self._ranks) or any(rank.gone for rank in self._ranks):
             self.kill()
         return root_cause(failures, log_tail=tail)
 

@@ -16,10 +16,14 @@ class Progress:
         """Sends one event; a line under PIPE_BUF bytes arrives whole."""
         os.write(self._event_fd, json.dumps({"event": event, **fields}).encode() + b"\n")
 
-    def announce(self, phase: str) -> None:
-        """Enters a phase and tells the tuner, for the live line and the deadline's message."""
+    def announce(self, phase: str, *, seconds: float) -> None:
+        """Enters a phase and tells the tuner, for the live line; a phase that outlasts `seconds` is taken for hung."""
         self.enter(phase)
-        self.send("phase", phase=phase)
+        self.send("phase", phase=phase, seconds=seconds)
+
+    def notice(self, text: str, *, seconds: float) -> None:
+        """Tells the user a line, and the tuner that what follows may take this long."""
+        self.send("notice", text=text, seconds=seconds)
 
     def enter(self, phase: str) -> None:
         """Enters a phase that is too short to be worth an event: a part of one step."""

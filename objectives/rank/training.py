@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import transformers
 
+from objectives.deadlines import BUILD_SECONDS, predicted_step_seconds, timed_deadline, warmup_deadline
 from objectives.ds_config import deepspeed_config
 from objectives.machine import Machine
 from objectives.rank.data import batches
@@ -32,6 +33,7 @@ class OverflowedError(RuntimeError):
 def run_trial(
     config: TrialConfig,
     *,
+    seconds_per_sample: float | None,
     workload: Workload,
     machine: Machine,
     model_config: transformers.PretrainedConfig,
@@ -45,6 +47,7 @@ def run_trial(
     """Trains with one configuration and times it.
 
     Args:
+        seconds_per_sample: the slowest that a trial of this study took so far, to know what hangs; None before any.
         engines: the engine is put here as soon as it exists, for the caller to release however the trial ends.
 
     Returns:
@@ -52,13 +55,13 @@ def run_trial(
     """
     started = time.perf_counter()
     rank = torch.distributed.get_rank()
-    progress.announce("config")
+    progress.announce("config", seconds=BUILD_SECONDS["config"])
     ds_config = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
     deepspeed.DeepSpeedConfig(ds_config)  # a mistake is found here, before a model is built
-    progress.announce("model")
+    progress.announce("model", seconds=BUILD_SECONDS["model"])
     model = build_model(workload, model_config, ds_config, device)
     parameters = count_parameters(model)
-    progress.announce("engine")
+    progress.announce("engine", seconds=BUILD_SECONDS["engine"])
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
     engines.append(engine)
     progress.enter("data")
@@ -66,10 +69,19 @@ def run_trial(
     steps = StepTimer(engine, micro_batches, config.gradient_accumulation_steps, device, meter, progress)
     setup_seconds = time.perf_counter() - started
 
-    progress.announce("warm-up")
-    warmup = steps.run(plan.warmup(config.zero_stage))
-    timed_steps = plan.timed(slowest(warmup["step_seconds"][-1], device))
-    progress.announce("timed steps")
+    flops = flops_per_sample(model_config, parameters, workload.seq_len)
+    predicted = predicted_step_seconds(
+        samples=config.micro_batch_size * config.gradient_accumulation_steps,
+        seconds_per_sample=seconds_per_sample,
+        flops_per_sample=flops,
+        device=machine.device,
+    )
+    warmup_steps = plan.warmup(config.zero_stage)
+    progress.announce("warm-up", seconds=warmup_deadline(predicted, warmup_steps))
+    warmup = steps.run(warmup_steps)
+    step_seconds = slowest(warmup["step_seconds"][-1], device)
+    timed_steps = plan.timed(step_seconds)
+    progress.announce("timed steps", seconds=timed_deadline(step_seconds, timed_steps))
     timed = steps.run(timed_steps)
     return {
         **timed,
@@ -81,7 +93,7 @@ def run_trial(
         "alloc_retries": meter.alloc_retries(),
         "setup_seconds": setup_seconds,
         "model_parameters": parameters,
-        "flops_per_sample": flops_per_sample(model_config, parameters, workload.seq_len),
+        "flops_per_sample": flops,
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from objectives.ds_config import deepspeed_config
 from objectives.errors import DsTuneError, UsageError
 from objectives.failures import first_sentence, kind_of_exception
 from objectives.files import result_file, write_atomically
@@ -22,6 +23,7 @@ from objectives.rank.data import load_blocks
 from objectives.rank.device import cap_memory, claim_device, local_rank, meter_for, resident_bytes
 from objectives.rank.distributed import connect_ranks
 from objectives.rank.model import load_config
+from objectives.rank.ops import load_optimizer_op
 from objectives.rank.progress import Progress
 from objectives.rank.training import run_trial
 from objectives.timing import StepPlan
@@ -47,10 +49,16 @@ class Worker:
         self._blocks = load_blocks(self._workload, self._model_config.get_text_config().vocab_size)
         connect_ranks(self._device)
         self._rank = torch.distributed.get_rank()
+        load_optimizer_op(self._any_ds_config(), progress.notice)
         cap_memory(self._machine)
         self._held_after_first: dict[str, int] | None = None
 
-    def run(self, config: TrialConfig, folder: Path) -> None:
+    def _any_ds_config(self) -> dict[str, Any]:
+        """A configuration as every trial will have it, as far as the optimizer is concerned."""
+        config = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
+        return deepspeed_config(config, self._workload, ranks=self._machine.ranks, device=self._machine.device)
+
+    def run(self, config: TrialConfig, folder: Path, seconds_per_sample: float | None) -> None:
         """Runs one trial and leaves its result, or why there is none, in this rank's result file."""
         _log_to(folder)
         self._meter.reset_peaks()
@@ -59,6 +67,7 @@ class Worker:
         try:
             document = run_trial(
                 config,
+                seconds_per_sample=seconds_per_sample,
                 workload=self._workload,
                 machine=self._machine,
                 model_config=self._model_config,
@@ -120,7 +129,7 @@ def main() -> None:
     progress.send("ready")
     for line in commands:
         command = json.loads(line)
-        worker.run(TrialConfig.from_json(command["config"]), Path(command["folder"]))
+        worker.run(TrialConfig.from_json(command["config"]), Path(command["folder"]), command["seconds_per_sample"])
 
 
 if __name__ == "__main__":

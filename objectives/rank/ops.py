@@ -1,0 +1,87 @@
+"""Compiles what DeepSpeed would compile in the middle of the first trial: its optimizer, once on a machine."""
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import get_default_build_root
+
+from objectives.errors import EnvironmentFault
+
+COMPILE_SECONDS = 900.0
+"""Seen: 33 s beside an H200, two and a half minutes on two busy cores."""
+
+SLOW_LOAD_SECONDS = 3.0
+"""An op that is already compiled loads in less."""
+
+
+def optimizer_op(ds_config: Mapping[str, Any]) -> str | None:
+    """The builder of the op that DeepSpeed will use for a configuration's optimizer; None where it compiles none."""
+    optimizer = ds_config.get("optimizer", {})
+    if optimizer.get("type", "").lower() not in ("adam", "adamw") or optimizer.get("params", {}).get("torch_adam"):
+        return None
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return "CPUAdamBuilder" if offload.get("device", "none") != "none" else "FusedAdamBuilder"
+
+
+def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None]) -> None:
+    """Compiles and loads the optimizer's op; rank 0 compiles while the others wait.
+
+    Args:
+        notice: `Progress.notice`, called when it is going to take long.
+
+    Raises:
+        EnvironmentFault: it cannot be compiled here.
+    """
+    name = optimizer_op(ds_config)
+    if name is None:
+        return
+    builder = get_accelerator().create_op_builder(name)
+    if torch.distributed.get_rank() == 0:
+        slow = threading.Timer(
+            SLOW_LOAD_SECONDS,
+            lambda: notice(
+                f"Compiling DeepSpeed's {builder.name}, once on this machine; it takes about a minute.",
+                seconds=COMPILE_SECONDS,
+            ),
+        )
+        slow.start()
+        try:
+            with sole_builder(builder.name):
+                builder.load(verbose=False)
+        except (RuntimeError, OSError, ImportError) as error:
+            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise EnvironmentFault(
+                f"DeepSpeed's {builder.name} cannot be compiled ({said}): it needs a C++ compiler, and for GPUs the "
+                'CUDA toolkit; or let --ds-config set "torch_adam": true in the optimizer\'s params'
+            ) from error
+        finally:
+            slow.cancel()
+    torch.distributed.barrier()
+    builder.load(verbose=False)
+
+
+@contextlib.contextmanager
+def sole_builder(name: str) -> Iterator[None]:
+    """Compiles an op alone, and after a compilation that was killed clears away what it left.
+
+    torch marks a compilation with a file `lock` and waits for ever for one that nobody will remove. Whoever holds
+    our lock and finds our mark knows that the ds-tune which made both is gone, and that the file is nobody's.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    mark = root / f".ds-tune-builds-{name}"
+    with (root / f".ds-tune-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if mark.exists():
+            for left in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:
+                left.unlink(missing_ok=True)
+        mark.touch()
+        yield
+        mark.unlink()
