@@ -60,7 +60,14 @@ class DeepSpeedObjective:
         if failure is not None:
             raise EnvironmentFault(f"the training processes do not start: {failure.message}\n{failure.log_tail}")
 
-    def run(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> Outcome:
+    def run(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        on_phase: OnPhase,
+        *,
+        best_samples_per_second: float | None = None,
+    ) -> Outcome:
         started = time.monotonic()
         folder = folder.resolve()
         shutil.rmtree(result_file(folder, 0).parent, ignore_errors=True)
@@ -75,7 +82,11 @@ class DeepSpeedObjective:
         assert self._group is not None
         try:
             answer = self._group.run(
-                {"config": config.to_json(), "seconds_per_sample": self._seconds_per_sample},
+                {
+                    "config": config.to_json(),
+                    "seconds_per_sample": self._seconds_per_sample,
+                    "best_samples_per_second": best_samples_per_second,
+                },
                 folder,
                 seconds=self._trial_seconds,
                 on_phase=on_phase,
@@ -142,6 +153,8 @@ def combine_ranks(
         deepspeed_samples_per_second=ranks[0]["deepspeed_samples_per_second"],
         warmup_step_seconds=tuple(slowest["warmup_step_seconds"]),
         skipped_steps=slowest["skipped_steps"],
+        stopped_early=slowest["stopped_early"],
+        drifting=slowest["drifting"],
         peak_memory_bytes=max(document["peak_memory_bytes"] for document in ranks),
         reserved_memory_bytes=max(document["reserved_memory_bytes"] for document in ranks),
         alloc_retries=max(document["alloc_retries"] for document in ranks),

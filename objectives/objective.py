@@ -17,8 +17,20 @@ class Objective(Protocol):
             UsageError, EnvironmentFault: no trial could ever run; said before one is begun.
         """
 
-    def run(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> Outcome:
-        """Answers one configuration; whatever files it makes are in `folder`, which exists."""
+    def run(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        on_phase: OnPhase,
+        *,
+        best_samples_per_second: float | None = None,
+    ) -> Outcome:
+        """Answers one configuration.
+
+        Args:
+            folder: exists; whatever files the trial makes are there.
+            best_samples_per_second: a trial that is clearly slower may be stopped; None to measure it in any case.
+        """
 
     def close(self) -> None:
         """Gives everything back; nothing that was started is left."""

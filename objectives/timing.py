@@ -4,48 +4,159 @@ A throughput is always samples of one whole optimizer step over its mean seconds
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 
-# Two-sided 95% quantiles of Student's t for 1..30 degrees of freedom (any statistics table); beyond, the normal's.
+WARMUP_EXCESS = 0.02
+"""First steps that are within this of the rest are not called warm-up."""
+
+HOPELESS_MARGIN = 0.02
+"""Two runs of one configuration differ by 1 to 2%."""
+
+FALLING = 0.9
+"""A last step below this fraction of the mean says that steps still get faster."""
+
+# Quantiles of Student's t for 1..30 degrees of freedom (any statistics table): two-sided 95%, and 98% for p = 0.01 on
+# one side. Beyond 30 the last is used, which is at most 4% too wide.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
+_T98 = (
+    31.821, 6.965, 4.541, 3.747, 3.365, 3.143, 2.998, 2.896, 2.821, 2.764,
+    2.718, 2.681, 2.650, 2.624, 2.602, 2.583, 2.567, 2.552, 2.539, 2.528,
+    2.518, 2.508, 2.500, 2.492, 2.485, 2.479, 2.473, 2.467, 2.462, 2.457,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """How long a trial warms up and how much it times."""
+    """How long a trial is timed."""
 
-    warmup_steps: int = 2
-    zero3_extra_warmup_steps: int = 3
+    warmup_steps: int = 1
+    """Steps that are left out in any case; `warmup_length` finds how many more were not yet steady."""
+    zero3_extra_warmup_steps: int = 2
     """Stage 3 records which parameters to prefetch during its first steps, and those are slow."""
-    min_timed_steps: int = 5
-    max_timed_steps: int = 20
-    timed_seconds: float = 8.0
-    """Aim for this much timed work, within the two bounds above."""
+    min_timed_steps: int = 4
+    max_timed_steps: int = 40
+    timed_seconds: float = 6.0
+    """No further step is begun after so many seconds, once there are `min_timed_steps`."""
+    precision: float = 0.01
+    """Enough is when the 95% interval of the mean is within this fraction of it, to either side."""
+    steps_at_once: int = 8
+    """Ranks agree on how to go on after at most so many steps; agreeing costs a synchronization."""
 
     def warmup(self, zero_stage: int) -> int:
         return self.warmup_steps + (self.zero3_extra_warmup_steps if zero_stage == 3 else 0)
 
-    def timed(self, last_warmup_seconds: float) -> int:
-        """Steps to time, given how long the last warm-up step took on the slowest rank."""
-        wanted = math.ceil(self.timed_seconds / max(last_warmup_seconds, 1e-9))
-        return min(max(wanted, self.min_timed_steps), self.max_timed_steps)
+    def next_steps(self, step_seconds: Sequence[float], best_step_seconds: float | None) -> int:
+        """How many more steps to run; 0 for enough.
+
+        Args:
+            step_seconds: all steps after the warm-up, as the slowest rank had them.
+            best_step_seconds: what a step of this batch takes at the study's best throughput, if there is one.
+        """
+        count = len(step_seconds)
+        if count < self.min_timed_steps - 1:
+            return self.min_timed_steps - 1 - count
+        if best_step_seconds is not None and is_hopeless(step_seconds, best_step_seconds):
+            return 0
+        steady = step_seconds[warmup_length(step_seconds) :]
+        spent, mean = math.fsum(step_seconds), statistics.fmean(steady)
+        missing = self.min_timed_steps - len(steady)
+        if count >= self.max_timed_steps:
+            return 0
+        if missing <= 0 and (spent >= self.timed_seconds or self._is_precise(steady)):
+            return 0
+        affordable = math.floor((self.timed_seconds - spent) / mean)
+        return min(max(missing, 1, min(affordable, count)), self.steps_at_once, self.max_timed_steps - count)
+
+    def _is_precise(self, steady: Sequence[float]) -> bool:
+        low, high = mean_ci95(steady)
+        return (high - low) / 2 <= self.precision * statistics.fmean(steady) and not is_drifting(steady)
+
+
+def warmup_length(step_seconds: Sequence[float]) -> int:
+    """How many of the first steps are not yet steady: at most half of them.
+
+    The truncation point of MSER (White 1997): the one that leaves the mean of the rest with the smallest standard
+    error. As that may also cut off good steps by chance, it counts only where those it cuts off were slower.
+    """
+    count = len(step_seconds)
+
+    def squared_error(cut: int) -> float:
+        rest = step_seconds[cut:]
+        mean = statistics.fmean(rest)
+        return math.fsum((value - mean) ** 2 for value in rest) / len(rest) ** 2
+
+    cut = min(range(count // 2 + 1), key=squared_error, default=0)
+    if cut and statistics.fmean(step_seconds[:cut]) > (1 + WARMUP_EXCESS) * statistics.fmean(step_seconds[cut:]):
+        return cut
+    return 0
+
+
+def is_drifting(values: Sequence[float]) -> bool:
+    """Whether the values go up or down over time, by the Mann-Kendall test at p ≤ 0.05 (normal approximation)."""
+    count = len(values)
+    score = sum(
+        (later > earlier) - (later < earlier) for index, earlier in enumerate(values) for later in values[index + 1 :]
+    )
+    spread = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
+    return spread > 0 and (abs(score) - 1) / spread > statistics.NormalDist().inv_cdf(0.975)
+
+
+def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool:
+    """Whether steps are slower than the best's beyond reasonable doubt, so that timing on is a waste.
+
+    One-sided t-test of the mean at p ≤ 0.01 against the best and `HOPELESS_MARGIN`, which stands for what two runs of
+    one configuration differ by. A warm-up that goes on must not look like a slow configuration: even the fastest
+    step must be slower, and steps that still get faster prove nothing.
+    """
+    limit = best_step_seconds * (1 + HOPELESS_MARGIN)
+    steady = step_seconds[warmup_length(step_seconds) :]
+    if len(steady) < 3 or min(step_seconds) <= limit or step_seconds[-1] < FALLING * statistics.fmean(step_seconds):
+        return False
+    size = effective_size(steady)
+    error = statistics.stdev(steady) / math.sqrt(size)
+    return statistics.fmean(steady) - limit > _quantile(_T98, size) * error
+
+
+def effective_size(values: Sequence[float]) -> float:
+    """How many independent values tell as much about the mean: n·(1 - r)/(1 + r), between 2 and n.
+
+    r is the lag-1 autocorrelation with the bias of short series taken out (Kendall 1954), where it is positive.
+    """
+    count = len(values)
+    mean = statistics.fmean(values)
+    variance = math.fsum((value - mean) ** 2 for value in values)
+    if count < 5 or variance == 0:
+        return float(count)
+    lagged = math.fsum((one - mean) * (next_one - mean) for one, next_one in itertools.pairwise(values))
+    correlation = (lagged / variance + 1 / count) / (1 - 3 / count)
+    correlation = min(max(correlation, 0.0), 0.95)
+    return max(count * (1 - correlation) / (1 + correlation), 2.0)
 
 
 def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% confidence interval of the mean by Student's t; a single value has an unbounded one."""
+    """The 95% confidence interval of the mean by Student's t; a single value has an unbounded one.
+
+    Steps that follow each other resemble each other: the interval counts `effective_size` of them.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return (-math.inf, math.inf)
-    freedom = len(values) - 1
-    quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.960
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    size = effective_size(values)
+    half = _quantile(_T95, size) * statistics.stdev(values) / math.sqrt(size)
     return (mean - half, mean + half)
+
+
+def _quantile(table: Sequence[float], size: float) -> float:
+    """Student's quantile for `size - 1` degrees of freedom, rounded down to be on the safe side."""
+    freedom = max(math.floor(size) - 1, 1)
+    return table[freedom - 1] if freedom <= len(table) else table[-1]
 
 
 def throughput(step_seconds: Sequence[float], samples_per_step: int) -> tuple[float, tuple[float, float]]:

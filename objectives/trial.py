@@ -54,6 +54,10 @@ class Measurement:
     warmup_step_seconds: tuple[float, ...]
     skipped_steps: int
     """Steps that fp16 overflow skipped; they are never among `step_seconds`."""
+    stopped_early: bool = False
+    """Timing was given up because the configuration is clearly slower than the study's best."""
+    drifting: bool = False
+    """The steps were still getting faster or slower when their budget ended: take the figure with care."""
     peak_memory_bytes: int
     reserved_memory_bytes: int
     alloc_retries: int

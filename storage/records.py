@@ -48,6 +48,8 @@ class TrialRecord:
     def state(self) -> TrialState:
         """Out of memory says something about the configuration and prunes it; a crash or a timeout does not."""
         match self.outcome:
+            case Measurement(stopped_early=True):
+                return TrialState.PRUNED
             case Measurement():
                 return TrialState.COMPLETE
             case Failure(kind=FailureKind.OUT_OF_MEMORY):
@@ -66,9 +68,10 @@ class TrialRecord:
 
     @property
     def reason(self) -> str | None:
-        """Why there is no throughput, in one line; None for a trial that has one."""
+        """Why a trial is not complete, in one line; None for one that is."""
         if isinstance(self.outcome, Measurement):
-            return None
+            steps = len(self.outcome.step_seconds)
+            return f"clearly slower than the best, stopped after {steps} steps" if self.outcome.stopped_early else None
         reason = f"{self.outcome.kind.value.replace('_', ' ')}: {self.outcome.message}"
         if self.outcome.kind is FailureKind.OUT_OF_MEMORY and self.outcome.peak_memory_bytes is not None:
             peak, capacity = self.outcome.peak_memory_bytes / GIB, self.machine.capacity_bytes / GIB

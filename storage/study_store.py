@@ -241,8 +241,9 @@ class StudyStore:
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
         if record.counts and "constraints" not in told.system_attrs:
-            self._constrain(trial, min(violation, 0.0) if record.state is TrialState.COMPLETE else violation)
-        value = record.samples_per_second
+            fits = isinstance(record.outcome, Measurement)
+            self._constrain(trial, min(violation, 0.0) if fits else violation)
+        value = record.samples_per_second if record.state is TrialState.COMPLETE else None
         self.study.tell(trial.number, value, state=_OPTUNA_STATES[record.state], skip_if_finished=True)
 
     def _constrain(self, trial: optuna.Trial, violation: float) -> None:

@@ -160,6 +160,7 @@ def trial_line(record: TrialRecord, summary: StudySummary) -> rich.text.Text:
         line.append(record.state.value, style=_STYLES[record.state])
     else:
         line.append(f"{record.state.value:>9}", style=_STYLES[record.state])
+    if record.reason is not None:
         line.append(f"  {record.reason}")
     best = summary.best
     if best is not None:

@@ -130,12 +130,19 @@ class Study:
         folder = spec.results.trial(config)
         write_trial_inputs(folder, config, spec.workload, spec.machine)
         self._observer.trial_started(trial.number, config, summary)
-        outcome = self._objective.run(config, folder, self._observer.phase)
+        source = Source(trial.user_attrs.get(SOURCE, Source.SEARCH.value))
+        best = summary.best
+        outcome = self._objective.run(
+            config,
+            folder,
+            self._observer.phase,
+            best_samples_per_second=best.samples_per_second if best and source is not Source.BASELINE else None,
+        )
         record = TrialRecord(
             number=trial.number,
             config=config,
             outcome=outcome,
-            source=Source(trial.user_attrs.get(SOURCE, Source.SEARCH.value)),
+            source=source,
             started_at=started_at,
             machine=spec.machine,
             versions=self._versions,

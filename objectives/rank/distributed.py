@@ -1,6 +1,7 @@
 """Connects the ranks of a group, for torch and for DeepSpeed."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import deepspeed
@@ -45,8 +46,8 @@ def connect_ranks(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
-def slowest(seconds: float, device: torch.device) -> float:
-    """The largest of all ranks' values, the same on every rank."""
-    value = torch.tensor([seconds], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return float(value.item())
+def slowest(seconds: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of all ranks' values, one by one; the same on every rank."""
+    values = torch.tensor(seconds, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return [float(value) for value in values.tolist()]

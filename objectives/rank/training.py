@@ -1,6 +1,7 @@
 """One trial on this rank: configuration, model, engine, warm-up, timed steps."""
 
-import itertools
+import dataclasses
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from objectives.rank.device import Meter
 from objectives.rank.distributed import slowest
 from objectives.rank.model import build_model, count_parameters, flops_per_sample
 from objectives.rank.progress import Progress
-from objectives.timing import StepPlan
+from objectives.timing import StepPlan, is_drifting, is_hopeless, warmup_length
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 
@@ -34,6 +35,7 @@ def run_trial(
     config: TrialConfig,
     *,
     seconds_per_sample: float | None,
+    best_samples_per_second: float | None,
     workload: Workload,
     machine: Machine,
     model_config: transformers.PretrainedConfig,
@@ -48,6 +50,7 @@ def run_trial(
 
     Args:
         seconds_per_sample: the slowest that a trial of this study took so far, to know what hangs; None before any.
+        best_samples_per_second: the study's best, to stop what is clearly slower; None to time to the end.
         engines: the engine is put here as soon as it exists, for the caller to release however the trial ends.
 
     Returns:
@@ -66,7 +69,7 @@ def run_trial(
     engines.append(engine)
     progress.enter("data")
     micro_batches = batches(blocks, config.micro_batch_size, rank=rank, ranks=machine.ranks, pin=device.type == "cuda")
-    steps = StepTimer(engine, micro_batches, config.gradient_accumulation_steps, device, meter, progress)
+    timer = StepTimer(engine, micro_batches, config.gradient_accumulation_steps, device, meter, progress)
     setup_seconds = time.perf_counter() - started
 
     flops = flops_per_sample(model_config, parameters, workload.seq_len)
@@ -78,15 +81,30 @@ def run_trial(
     )
     warmup_steps = plan.warmup(config.zero_stage)
     progress.announce("warm-up", seconds=warmup_deadline(predicted, warmup_steps))
-    warmup = steps.run(warmup_steps)
-    step_seconds = slowest(warmup["step_seconds"][-1], device)
-    timed_steps = plan.timed(step_seconds)
-    progress.announce("timed steps", seconds=timed_deadline(step_seconds, timed_steps))
-    timed = steps.run(timed_steps)
+    warmup = timer.run(warmup_steps)
+    agreed = slowest([step.seconds for step in warmup], device)
+    best_step_seconds = (
+        config.global_batch_size(machine.ranks) / best_samples_per_second if best_samples_per_second else None
+    )
+    timed: list[Step] = []
+    timed_seconds: list[float] = []  # the same on every rank, so that all decide alike
+    while count := plan.next_steps(timed_seconds, best_step_seconds):
+        progress.announce("timed steps", seconds=timed_deadline(agreed[-1], count))
+        steps = timer.run(count)
+        agreed = slowest([step.seconds for step in steps], device)
+        timed += steps
+        timed_seconds += agreed
+    cut = warmup_length(timed_seconds)
+    warmup, timed = warmup + timed[:cut], timed[cut:]
     return {
-        **timed,
-        "warmup_step_seconds": warmup["step_seconds"],
-        "skipped_steps": warmup["skipped_steps"] + timed["skipped_steps"],
+        "step_seconds": [step.seconds for step in timed],
+        "forward_seconds": statistics.fmean(step.forward_seconds for step in timed),
+        "backward_seconds": statistics.fmean(step.backward_seconds for step in timed),
+        "optimizer_seconds": statistics.fmean(step.optimizer_seconds for step in timed),
+        "warmup_step_seconds": [step.seconds for step in warmup],
+        "stopped_early": best_step_seconds is not None and is_hopeless(timed_seconds, best_step_seconds),
+        "drifting": is_drifting(timed_seconds[cut:]),
+        "skipped_steps": timer.skipped_steps,
         "deepspeed_samples_per_second": _deepspeed_rate(engine),
         "peak_memory_bytes": meter.peak_memory_bytes(),
         "reserved_memory_bytes": meter.reserved_memory_bytes(),
@@ -95,6 +113,16 @@ def run_trial(
         "model_parameters": parameters,
         "flops_per_sample": flops,
     }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one whole optimizer step took on this rank: all of it, and the sums over its micro-steps."""
+
+    seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
 
 
 class StepTimer:
@@ -115,11 +143,12 @@ class StepTimer:
         self._device = device
         self._meter = meter
         self._progress = progress
+        self.skipped_steps = 0
 
-    def run(self, steps: int) -> dict[str, Any]:
+    def run(self, steps: int) -> list[Step]:
         """Runs until `steps` optimizer steps were not skipped, and returns their times.
 
-        A step that fp16 overflow skipped has no optimizer in it; it is run, counted and left out.
+        A step that fp16 overflow skipped has no optimizer in it; it is run, counted in `skipped_steps` and left out.
 
         Raises:
             OverflowedError: the loss scale never settled.
@@ -128,29 +157,31 @@ class StepTimer:
         meter.synchronize()
         torch.distributed.barrier()
         boundaries = [meter.mark()]
-        parts: list[list[tuple[Any, Any, Any, Any]]] = []
+        marks: list[list[tuple[Any, Any, Any, Any]]] = []
         whole: list[bool] = []
         while whole.count(True) < steps:
             skipped_before = self._engine.skipped_steps
-            parts.append([self._micro_step() for _ in range(self._gradient_accumulation_steps)])
+            marks.append([self._micro_step() for _ in range(self._gradient_accumulation_steps)])
             boundaries.append(meter.mark())
             whole.append(self._engine.skipped_steps == skipped_before)
-            if whole.count(False) > MAX_SKIPPED_STEPS:
+            self.skipped_steps += not whole[-1]
+            if self.skipped_steps > MAX_SKIPPED_STEPS:
                 raise OverflowedError(f"{MAX_SKIPPED_STEPS} steps overflowed in fp16; try bf16 or a lower loss scale")
         meter.synchronize()
-        seconds = [meter.seconds(start, end) for start, end in itertools.pairwise(boundaries)]
-        spans = [
-            [sum(meter.seconds(marks[part], marks[part + 1]) for marks in step) for part in range(3)] for step in parts
+
+        def part_seconds(step: int, part: int) -> float:
+            return sum(meter.seconds(micro_step[part], micro_step[part + 1]) for micro_step in marks[step])
+
+        return [
+            Step(
+                seconds=meter.seconds(boundaries[step], boundaries[step + 1]),
+                forward_seconds=part_seconds(step, 0),
+                backward_seconds=part_seconds(step, 1),
+                optimizer_seconds=part_seconds(step, 2),
+            )
+            for step, is_whole in enumerate(whole)
+            if is_whole
         ]
-        kept = [index for index, is_whole in enumerate(whole) if is_whole]
-        forward, backward, optimizer = (sum(spans[index][part] for index in kept) / len(kept) for part in range(3))
-        return {
-            "step_seconds": [seconds[index] for index in kept],
-            "forward_seconds": forward,
-            "backward_seconds": backward,
-            "optimizer_seconds": optimizer,
-            "skipped_steps": whole.count(False),
-        }
 
     def _micro_step(self) -> tuple[Any, Any, Any, Any]:
         """One forward, backward and engine step; the marks around them."""

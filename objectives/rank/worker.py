@@ -58,7 +58,14 @@ class Worker:
         config = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
         return deepspeed_config(config, self._workload, ranks=self._machine.ranks, device=self._machine.device)
 
-    def run(self, config: TrialConfig, folder: Path, seconds_per_sample: float | None) -> None:
+    def run(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        *,
+        seconds_per_sample: float | None,
+        best_samples_per_second: float | None,
+    ) -> None:
         """Runs one trial and leaves its result, or why there is none, in this rank's result file."""
         _log_to(folder)
         self._meter.reset_peaks()
@@ -68,6 +75,7 @@ class Worker:
             document = run_trial(
                 config,
                 seconds_per_sample=seconds_per_sample,
+                best_samples_per_second=best_samples_per_second,
                 workload=self._workload,
                 machine=self._machine,
                 model_config=self._model_config,
@@ -129,7 +137,12 @@ def main() -> None:
     progress.send("ready")
     for line in commands:
         command = json.loads(line)
-        worker.run(TrialConfig.from_json(command["config"]), Path(command["folder"]), command["seconds_per_sample"])
+        worker.run(
+            TrialConfig.from_json(command["config"]),
+            Path(command["folder"]),
+            seconds_per_sample=command["seconds_per_sample"],
+            best_samples_per_second=command["best_samples_per_second"],
+        )
 
 
 if __name__ == "__main__":
