@@ -30,6 +30,10 @@ PEER_GRACE_SECONDS = 2.0
 LOG_TAIL_LINES = 25
 LOG_TAIL_CHARACTERS = 4000
 
+EVIDENCE_LINES = 400
+EVIDENCE_CHARACTERS = 40_000
+"""How far back the last words of a rank are looked for, behind which its peers wrote their tracebacks."""
+
 OnPhase = Callable[[str], None]
 
 
@@ -77,6 +81,7 @@ class RankGroup:
         """
         self._stdout, self._stderr = folder / "stdout.log", folder / "stderr.log"
         self._oom_kills = host_oom_kills()
+        self._phases = ["start"] * len(self._phases)
         self._send({"command": "run", "config": config.to_json(), "folder": str(folder)})
         timed_out = self._wait({"finished", "failed"}, seconds=seconds, on_phase=on_phase)
         if timed_out or set(self._ended.values()) != {"finished"}:
@@ -139,10 +144,11 @@ class RankGroup:
 
     def _failure(self, seconds: float, *, timed_out: bool, folder: Path | None) -> Failure:
         """Ends the group and finds the one failure that explains what happened."""
-        tail = self._log_tail()
+        tail = self._log_end(LOG_TAIL_LINES, LOG_TAIL_CHARACTERS)
         if timed_out:
             self.kill()
             return failure_of_deadline(seconds, phases=self._phases, log_tail=tail)
+        evidence = self._log_end(EVIDENCE_LINES, EVIDENCE_CHARACTERS)
         failures = []
         exits = host_oom_kills() - self._oom_kills
         exited = [rank for rank in self._processes.ranks if self._ended.get(rank.rank) == "exit"]
@@ -159,17 +165,17 @@ class RankGroup:
                         returncodes[rank.rank],
                         rank=rank.rank,
                         phase=self._phases[rank.rank],
-                        log_tail=tail,
+                        log_tail=evidence,
                         host_oom_kills=exits,
                     )
                 )
         return root_cause(failures, log_tail=tail)
 
-    def _log_tail(self) -> str:
+    def _log_end(self, lines: int, characters: int) -> str:
         """The last lines that the ranks wrote: standard error, or standard output where that is empty."""
         for path in (self._stderr, self._stdout):
             with contextlib.suppress(OSError):
                 text = path.read_text(errors="replace").strip()
                 if text:
-                    return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])[-LOG_TAIL_CHARACTERS:]
+                    return "\n".join(text.splitlines()[-lines:])[-characters:]
         return ""

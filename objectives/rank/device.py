@@ -81,8 +81,12 @@ def cap_memory(machine: Machine) -> None:
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(machine.memory_cap_bytes / total, 1.0))
         return
+    # The kernel counts what is mapped; libraries have mapped a GiB or so by now that they never touch.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    untouched = max(int(status["VmData"].split()[0]) - int(status["VmRSS"].split()[0]), 0) * 1024
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (machine.capacity_bytes, hard))
+    limit = machine.capacity_bytes + untouched
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 class Meter(Protocol):
