@@ -21,8 +21,16 @@ _OUT_OF_MEMORY_TEXT = re.compile(
     r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
     r"|failed to allocate"
     r"|unable to mmap .* bytes"
-    r"|can't start new thread|Thread creation failed",  # a resource limit leaves no room for a stack
-    re.IGNORECASE,
+    # A resource limit leaves no room for a thread's stack: Python's, OpenMP's and C++'s words.
+    r"|can't start new thread|Thread creation failed"
+    r"|(?:^|what\(\): +|RuntimeError: )Resource temporarily unavailable$"
+    r"|^MemoryError\b",  # the traceback of a rank that died before it could report
+    re.IGNORECASE | re.MULTILINE,
+)
+
+# What a rank reads when the peer it talks to is gone: a consequence, never the cause.
+_PEER_GONE_TEXT = re.compile(
+    r"Connection (?:reset|closed) by (?:remote )?peer|Broken pipe|remote process exit|ncclRemoteError", re.IGNORECASE
 )
 
 # What DeepSpeed and pydantic raise for a configuration that no machine could run.
@@ -76,7 +84,8 @@ def failure_of_exit(returncode: int, *, rank: int, phase: str, log_tail: str, ho
     """
     how = f"exited with status {returncode}"
     if returncode < 0:
-        how = f"was killed by {signal.Signals(-returncode).name}"
+        names = {known.value: known.name for known in signal.Signals}
+        how = f"was killed by {names.get(-returncode, f'signal {-returncode}')}"
     kind = FailureKind.CRASH
     if returncode == -signal.SIGKILL and host_oom_kills > 0:
         kind, how = FailureKind.OUT_OF_MEMORY, "was killed by the kernel because the host ran out of memory"
@@ -95,11 +104,13 @@ def failure_of_deadline(seconds: float, *, phases: Sequence[str], log_tail: str)
 def root_cause(failures: Iterable[Failure], *, log_tail: str) -> Failure:
     """The one failure of several ranks that explains the others, with the log beside it.
 
-    When one rank runs out of memory, its peers see a broken connection: memory comes first, then what DeepSpeed
-    refused; among equals the lowest rank.
+    When one rank runs out of memory or dies, its peers see a broken connection: memory comes first, then what
+    DeepSpeed refused; among equals one that saw no broken connection, then the lowest rank.
     """
     order = [FailureKind.OUT_OF_MEMORY, FailureKind.INVALID_CONFIG, FailureKind.CRASH, FailureKind.TIMEOUT]
-    cause = min(failures, key=lambda failure: order.index(failure.kind))
+    cause = min(
+        failures, key=lambda failure: (order.index(failure.kind), bool(_PEER_GONE_TEXT.search(failure.message)))
+    )
     return dataclasses.replace(cause, log_tail=log_tail)
 
 

@@ -109,6 +109,8 @@ def visible_gpus() -> list[Gpu]:
     rows = [[field.strip() for field in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
     found = {}
     for name, memory_mib, capability, index, uuid in rows:
+        if not memory_mib.isdigit():  # [N/A]: the GPU shares the host's memory
+            raise EnvironmentFault(f"nvidia-smi tells no memory of its own for {name}; --gpus 0 runs on the CPU")
         gpu = Gpu(name=name, memory_bytes=int(memory_mib) * 2**20, compute_capability=capability)
         found[index] = found[uuid] = gpu
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")

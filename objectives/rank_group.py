@@ -23,7 +23,7 @@ from objectives.failures import failure_of_deadline, failure_of_exit, host_oom_k
 from objectives.files import result_file
 from objectives.launcher import Launcher, RankProcess
 from objectives.machine import GIB
-from objectives.trial import Failure, FailureKind, TrialConfig
+from objectives.trial import Failure, FailureKind
 
 START_SECONDS = 180.0
 """A rank that has not said it is ready by then never will: imports take 4 to 13 s, rendezvous 2 s."""
@@ -39,6 +39,10 @@ LEFT_LIMIT_BYTES = {"device": GIB // 4, "host": GIB}
 
 LOG_TAIL_LINES = 25
 LOG_TAIL_CHARACTERS = 4000
+
+EVIDENCE_LINES = 400
+EVIDENCE_CHARACTERS = 40_000
+"""How far back the last words of a rank are looked for, behind which its peers wrote their tracebacks."""
 
 OnPhase = Callable[[str], None]
 
@@ -152,6 +156,7 @@ class RankGroup:
         line = json.dumps(command).encode() + b"\n"
         for rank in self._ranks:
             rank.said.clear()
+            rank.phase = "start"
             rank.phase_deadline = math.inf
             # A rank that is already dead closed its end; its exit is seen and explained in _wait.
             with contextlib.suppress(BrokenPipeError):
@@ -200,10 +205,11 @@ class RankGroup:
 
     def _failure(self, seconds: float, *, timed_out: bool, folder: Path | None) -> Failure:
         """The one failure that explains what happened. The group lives on only where every rank ran out of memory."""
-        tail = self._log_tail()
+        tail = self._log_end(LOG_TAIL_LINES, LOG_TAIL_CHARACTERS)
         if timed_out:
             self.kill()
             return failure_of_deadline(seconds, phases=[rank.phase for rank in self._ranks], log_tail=tail)
+        evidence = self._log_end(EVIDENCE_LINES, EVIDENCE_CHARACTERS)
         kills = host_oom_kills() - self._oom_kills
         failures = []
         for rank in self._ranks:
@@ -213,18 +219,18 @@ class RankGroup:
             elif rank.gone:
                 returncode = rank.started.process.wait()
                 failures.append(
-                    failure_of_exit(returncode, rank=number, phase=rank.phase, log_tail=tail, host_oom_kills=kills)
+                    failure_of_exit(returncode, rank=number, phase=rank.phase, log_tail=evidence, host_oom_kills=kills)
                 )
         reported = [failure for failure in failures if failure.kind is FailureKind.OUT_OF_MEMORY]
         if len(reported) < len(self._ranks) or any(rank.gone for rank in self._ranks):
             self.kill()
         return root_cause(failures, log_tail=tail)
 
-    def _log_tail(self) -> str:
+    def _log_end(self, lines: int, characters: int) -> str:
         """The last lines that the ranks wrote: standard error, or standard output where that is empty."""
         for path in (self._stderr, self._stdout):
             with contextlib.suppress(OSError):
                 text = path.read_text(errors="replace").strip()
                 if text:
-                    return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])[-LOG_TAIL_CHARACTERS:]
+                    return "\n".join(text.splitlines()[-lines:])[-characters:]
         return ""

@@ -53,12 +53,18 @@ class Identity:
     space: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "objective": self.objective,
-            "workload": self.workload.to_json(),
-            "hardware": self.machine.to_json(),
-            "space": dict(self.space),
-        }
+        """As it will come back from the storage, lists for tuples, so that the two can be compared."""
+        document: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "objective": self.objective,
+                    "workload": self.workload.to_json(),
+                    "hardware": self.machine.to_json(),
+                    "space": dict(self.space),
+                }
+            )
+        )
+        return document
 
 
 def differences(stored: Any, present: Any, path: str = "") -> list[str]:

@@ -48,7 +48,9 @@ def _open(name: str) -> datasets.Dataset:
             return datasets.load_dataset(name, split="train")
         return datasets.load_dataset(builder, data_files=files, split="train")
     except Exception as error:  # the loaders of many formats raise errors of many libraries
-        raise UsageError(f"--dataset {name} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = error.__cause__ or error  # `datasets` wraps the reader's own words
+        said = str(reason).strip().splitlines() or [f"{type(reason).__name__} in its reader; is it empty?"]
+        raise UsageError(f"--dataset {name} cannot be read: {said[0]}") from error
 
 
 def _token_stream(rows: datasets.Dataset, workload: Workload, vocab_size: int) -> Iterator[int]:
@@ -56,7 +58,7 @@ def _token_stream(rows: datasets.Dataset, workload: Workload, vocab_size: int) -
     columns = rows.column_names
     if "input_ids" in columns:
         for row in rows:
-            yield from (token % vocab_size for token in row["input_ids"])
+            yield from (token % vocab_size for token in row["input_ids"] or ())
         return
     text_column = (
         "text" if "text" in columns else next((c for c in columns if rows.features[c].dtype == "string"), None)
@@ -66,7 +68,7 @@ def _token_stream(rows: datasets.Dataset, workload: Workload, vocab_size: int) -
         raise UsageError(f"--dataset {workload.dataset} has neither a text nor an input_ids column (it has {found})")
     encode = _encoder(workload)
     for row in rows:
-        yield from (token % vocab_size for token in encode(row[text_column]))
+        yield from (token % vocab_size for token in encode(row[text_column] or ""))  # None where a cell is empty
 
 
 def _encoder(workload: Workload) -> Any:

@@ -81,11 +81,12 @@ def cap_memory(machine: Machine) -> None:
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(machine.memory_cap_bytes / total, 1.0))
         return
-    # The limit counts address space: pyarrow alone reserves a gigabyte that it never touches. So what is reserved
+    # The limit counts address space, of which libraries reserve a gigabyte that they never touch: what is reserved
     # now is not held against the cap, only what is occupied.
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    room = max(machine.capacity_bytes - resident_bytes(), 0)
-    resource.setrlimit(resource.RLIMIT_DATA, (_status_bytes("VmData") + room, hard))
+    untouched = max(_status_bytes("VmData") - resident_bytes(), 0)
+    limit = machine.capacity_bytes + untouched
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 class Meter(Protocol):

@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from objectives.errors import UsageError
 from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
@@ -27,8 +28,9 @@ def load_config(workload: Workload) -> transformers.PretrainedConfig:
         else:
             path = model_config_path(workload.model)
             config = transformers.AutoConfig.from_pretrained(str(path) if path else workload.model)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {workload.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        said = " ".join(str(error).splitlines()[:2])
+        raise UsageError(f"--model {workload.model} cannot be loaded: {said}") from error
     model_class(config)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and workload.seq_len > limit:
@@ -62,13 +64,14 @@ def build_model(
 ) -> torch.nn.Module:
     """The model in the workload's precision, on the device from its first byte.
 
-    Under ZeRO-3 each layer is partitioned as soon as it is made, so that no rank ever holds the whole model.
+    Under ZeRO-3 each layer is partitioned as soon as it is made, so that no rank ever holds the whole model; but
+    pretrained weights are loaded whole, and `deepspeed.initialize` partitions them.
     """
     torch.manual_seed(0)
     dtype = TORCH_DTYPES[workload.dtype]
     auto_class = model_class(config)
     partition = contextlib.nullcontext()
-    if ds_config["zero_optimization"]["stage"] == 3:
+    if ds_config["zero_optimization"]["stage"] == 3 and not workload.pretrained:
         partition = deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype)
     with partition, device:
         model: torch.nn.Module

@@ -10,6 +10,9 @@ class Progress:
 
     def __init__(self, event_fd: int) -> None:
         self._event_fd = event_fd
+        # The tuner sees this rank's death by the pipe's end, so no child may hold a copy, forked or executed.
+        os.set_inheritable(event_fd, False)
+        os.register_at_fork(after_in_child=lambda: os.close(event_fd))
         self.phase = "start"
 
     def send(self, event: str, **fields: Any) -> None:

@@ -1,8 +1,8 @@
 """Makes a rank of ds-tune fail where the environment variable FAULT says, such as `rank=1 phase=step kind=exit`.
 
 Python imports a module of this name when it starts, if its folder is on PYTHONPATH: the tests put it there for the
-ranks, so that the product knows nothing of it. `rank=*` means every rank; the fault strikes the first time that the
-rank enters the phase. `FAULT_FILE` is a path for the kinds that leave a note.
+ranks, so that the product knows nothing of it. `rank=*` means every rank; the fault strikes once, when the rank
+first enters the phase. `FAULT_MIB` is what memory is left with; `FAULT_FILE` is a path for the kinds that leave a note.
 """
 
 import importlib.abc
@@ -23,11 +23,11 @@ WRAPPED = "objectives.rank.progress"
 
 
 def memory() -> None:
-    """From here on the kernel gives this process no more memory: its next real allocation fails."""
+    """From here on the kernel gives this process 1 MiB more, or FAULT_MIB: a real allocation fails soon."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
-            used = int(line.split()[1]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (used, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+            limit = int(line.split()[1]) * 1024 + int(os.environ.get("FAULT_MIB", "1")) * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def raising() -> None:
@@ -42,18 +42,10 @@ def sigsegv() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def sigkill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def bad_alloc() -> None:
     """What a C++ library that runs out of memory in a thread of its own leaves behind."""
     print("terminate called after throwing an instance of 'std::bad_alloc'", file=sys.stderr, flush=True)
     os.abort()
-
-
-def hang() -> None:
-    time.sleep(3600)
 
 
 def stubborn() -> None:
@@ -61,6 +53,7 @@ def stubborn() -> None:
     import ctypes
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("deaf from here on", file=sys.stderr, flush=True)
     note({"pid": os.getpid()})
     ctypes.PyDLL(None).sleep(3600)
 
@@ -70,13 +63,6 @@ def child_and_hang() -> None:
     child = subprocess.Popen(["sleep", "3600"])
     note({"pid": child.pid})
     time.sleep(3600)
-
-
-def fork_and_exit() -> None:
-    """Dies, but a process that it forked lives on, with copies of all its descriptors."""
-    if os.fork() == 0:
-        time.sleep(3600)
-    os._exit(3)
 
 
 def inspect() -> None:
@@ -111,27 +97,35 @@ KINDS = {
     "raise": raising,
     "exit": exit_status,
     "sigsegv": sigsegv,
-    "sigkill": sigkill,
     "bad_alloc": bad_alloc,
-    "hang": hang,
     "stubborn": stubborn,
     "child_and_hang": child_and_hang,
-    "fork_and_exit": fork_and_exit,
     "inspect": inspect,
 }
 
 
 def wrap(progress: ModuleType, fault: dict[str, str]) -> None:
-    """Lets `Progress.enter`, which every phase passes through, strike at the phase that the fault names."""
-    enter = progress.Progress.enter
+    """Strikes once a rank has entered the phase that the fault names, and told the tuner where it does tell."""
+    enter, send = progress.Progress.enter, progress.Progress.send
     left = [KINDS[fault["kind"]]]
+    announced = {"config", "model", "engine", "warm-up", "timed steps"}
 
-    def strike(self: Any, phase: str) -> None:
-        enter(self, phase)
+    def strike(phase: str | None) -> None:
         if phase == fault["phase"] and left:
             left.pop()()
 
-    progress.Progress.enter = strike
+    def enter_and_strike(self: Any, phase: str) -> None:
+        enter(self, phase)
+        if phase not in announced:
+            strike(phase)
+
+    def send_and_strike(self: Any, event: str, **fields: Any) -> None:
+        send(self, event, **fields)
+        if event == "phase":
+            strike(fields["phase"])
+
+    progress.Progress.enter = enter_and_strike
+    progress.Progress.send = send_and_strike
 
 
 class WrapOnImport(importlib.abc.MetaPathFinder):

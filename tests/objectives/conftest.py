@@ -1,6 +1,7 @@
 """Real trials on two CPU ranks, faults inside them, and the proof that nothing of them is left."""
 
 import os
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from objectives import launcher
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine
@@ -56,6 +58,12 @@ def started_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[psut
     return running
 
 
+@pytest.fixture
+def open_files() -> Callable[[], int]:
+    """Counts the file descriptors of this process."""
+    return lambda: len(os.listdir("/proc/self/fd"))
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(started_processes: Callable[[], list[psutil.Process]]) -> Iterator[None]:
     """Fails a test that leaves a process behind, and ends that process."""
@@ -70,11 +78,11 @@ def nothing_is_left(started_processes: Callable[[], list[psutil.Process]]) -> It
 
 @pytest.fixture
 def objective(
-    workload: Workload, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workload: Workload, machine: Machine, tmp_path: Path, open_files: Callable[[], int]
 ) -> Iterator[Callable[..., DeepSpeedObjective]]:
-    """Makes objectives that train the nano model on two CPU ranks, unless told otherwise."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    """Makes objectives that train the nano model on two CPU ranks, unless told otherwise; no file may stay open."""
     made: list[DeepSpeedObjective] = []
+    open_before = open_files()
 
     def make(
         *, workload: Workload = workload, machine: Machine = machine, plan: StepPlan = QUICK, trial_seconds: float = 120
@@ -94,6 +102,7 @@ def objective(
     yield make
     for each in made:
         each.close()
+    assert open_files() == open_before
 
 
 @pytest.fixture
@@ -115,7 +124,22 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Pa
     def put(text: str) -> Path:
         monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
         monkeypatch.setenv("FAULT", text)
+        # Large blocks come from the kernel, not from what malloc keeps: without memory they fail at once.
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
         monkeypatch.setenv("FAULT_FILE", str(tmp_path / "noted"))
         return tmp_path / "noted"
 
     return put
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[[str], launcher.LocalLauncher]:
+    """The real launcher, but its ranks run a script (see tests/faults/scripted_rank.py) in place of a trial."""
+
+    def make(script: str) -> launcher.LocalLauncher:
+        monkeypatch.setattr(launcher, "WORKER_MODULE", "scripted_rank")
+        monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+        monkeypatch.setenv("RANK_SCRIPT", textwrap.dedent(script))
+        return launcher.LocalLauncher(machine)
+
+    return make

@@ -1,0 +1,93 @@
+"""How whole optimizer steps are timed; real trials are in test_deepspeed_objective.py."""
+
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from objectives.rank.device import CpuMeter
+from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, StepTimer
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class OverflowingEngine:
+    """Counts as DeepSpeed's engine does in fp16, which needs a GPU: the steps named are skipped."""
+
+    def __init__(self, skipping: set[int], gradient_accumulation_steps: int) -> None:
+        self.skipped_steps = 0
+        self.micro_steps = 0
+        self._skipping = skipping
+        self._gradient_accumulation_steps = gradient_accumulation_steps
+
+    def __call__(self, input_ids: torch.Tensor) -> Any:
+        return SimpleNamespace(loss=input_ids.sum())
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self) -> None:
+        self.micro_steps += 1
+        step, part = divmod(self.micro_steps, self._gradient_accumulation_steps)
+        self.skipped_steps += part == 0 and step in self._skipping
+
+
+class CountingMeter(CpuMeter):
+    """A clock that goes on by one second at each mark."""
+
+    def __init__(self) -> None:
+        self._marks = itertools.count()
+
+    def mark(self) -> float:
+        return float(next(self._marks))
+
+
+def timer(engine: OverflowingEngine, steps: int, phases: list[str]) -> StepTimer:
+    batch = {"input_ids": torch.ones(1, 4)}
+    return StepTimer(
+        engine,
+        itertools.repeat(batch),
+        steps,
+        torch.device("cpu"),
+        CountingMeter(),
+        SimpleNamespace(enter=phases.append),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_step_is_timed_from_its_data_to_its_end_with_all_its_micro_steps() -> None:
+    phases: list[str] = []
+    engine = OverflowingEngine(set(), 2)
+    result = timer(engine, 2, phases).run(3)
+    assert engine.micro_steps == 6
+    assert phases == ["data", "forward", "backward", "step"] * 6
+    # Four marks a micro-step and one behind the step.
+    assert result["step_seconds"] == [9.0, 9.0, 9.0]
+    assert (result["forward_seconds"], result["backward_seconds"], result["optimizer_seconds"]) == (2.0, 2.0, 2.0)
+    assert result["skipped_steps"] == 0
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_step_that_overflow_skipped_is_run_again_and_never_timed() -> None:
+    engine = OverflowingEngine({1, 3}, 1)
+    result = timer(engine, 1, []).run(2)
+    assert engine.micro_steps == 4
+    assert len(result["step_seconds"]) == 2
+    assert result["skipped_steps"] == 2
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_loss_scale_that_never_settles_is_an_error_that_says_what_to_try() -> None:
+    engine = OverflowingEngine(set(range(1000)), 1)
+    with pytest.raises(OverflowedError, match="try bf16"):
+        timer(engine, 1, []).run(1)
+    assert engine.micro_steps == MAX_SKIPPED_STEPS + 1

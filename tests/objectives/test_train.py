@@ -1,0 +1,48 @@
+"""The plain training script, under DeepSpeed's own launcher, with a configuration that ds-tune wrote."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from objectives.ds_config import deepspeed_config
+from objectives.trial import TrialConfig
+from objectives.workload import Workload
+
+
+def test_deepspeed_s_launcher_runs_it_with_a_configuration_of_a_trial(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrialConfig(zero_stage=1, micro_batch_size=2, gradient_accumulation_steps=2)
+    (tmp_path / "ds.json").write_text(json.dumps(deepspeed_config(config, workload, ranks=2, device="cpu")))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    script = [
+        "--module",
+        "objectives.train",
+        "--model",
+        "gpt2-nano",
+        "--seq-len",
+        "32",
+        "--json",
+        tmp_path / "out.json",
+    ]
+    steps = ["--warmup-steps", "1", "--steps", "2"]
+    deepspeed = ["--deepspeed", "--deepspeed_config", tmp_path / "ds.json"]
+    result = subprocess.run(
+        [*launcher, *script, *steps, *deepspeed], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["steps"] == 2
+    assert document["samples_per_second"] == pytest.approx(2 * 8 / document["seconds"])
+    printed = re.findall(r"^([\d.]+) samples/s over 2 steps of 8 samples$", result.stdout, re.MULTILINE)
+    assert [float(figure) for figure in printed] == [pytest.approx(document["samples_per_second"], abs=0.001)]

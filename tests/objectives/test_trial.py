@@ -1,0 +1,62 @@
+"""What a trial is asked and what it answers, and their JSON."""
+
+import json
+
+import pytest
+
+from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig, outcome_from_json
+
+MEASUREMENT = Measurement(
+    step_seconds=(0.5, 0.25),
+    samples_per_second=16.0,
+    samples_per_second_ci95=(8.0, 32.0),
+    forward_seconds=0.1,
+    backward_seconds=0.2,
+    optimizer_seconds=0.05,
+    deepspeed_samples_per_second=None,
+    warmup_step_seconds=(1.0,),
+    skipped_steps=0,
+    peak_memory_bytes=3 * 2**30,
+    reserved_memory_bytes=4 * 2**30,
+    alloc_retries=0,
+    setup_seconds=5.0,
+    wall_seconds=9.0,
+    model_parameters=1_350_400,
+    flops_per_sample=1e9,
+)
+FAILURE = Failure(
+    kind=FailureKind.OUT_OF_MEMORY,
+    message="rank 1 in backward: no memory",
+    phase="backward",
+    rank=1,
+    peak_memory_bytes=2**30,
+    log_tail="the last lines",
+    wall_seconds=2.0,
+)
+
+
+def test_a_configuration_has_the_name_that_deepspeed_gives_it() -> None:
+    config = TrialConfig(zero_stage=1, micro_batch_size=4, gradient_accumulation_steps=2)
+    assert config.name == "z1_gas2_tmbspg4"
+
+
+def test_the_global_batch_is_what_all_ranks_take_in_one_optimizer_step() -> None:
+    config = TrialConfig(zero_stage=0, micro_batch_size=4, gradient_accumulation_steps=2)
+    assert config.global_batch_size(ranks=16) == 128
+
+
+def test_a_configuration_survives_json() -> None:
+    config = TrialConfig(zero_stage=3, micro_batch_size=4, gradient_accumulation_steps=2)
+    assert TrialConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("outcome", [MEASUREMENT, FAILURE], ids=["measurement", "failure"])
+def test_an_outcome_survives_json_and_says_its_type_there(outcome: Outcome) -> None:
+    document = json.loads(json.dumps(outcome.to_json()))
+    assert document["type"] == type(outcome).__name__.lower()
+    assert outcome_from_json(document) == outcome
+
+
+def test_an_outcome_of_no_known_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="not 'guess'"):
+        outcome_from_json({"type": "guess"})
