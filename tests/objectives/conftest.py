@@ -85,7 +85,13 @@ def objective(
     open_before = open_files()
 
     def make(
-        *, workload: Workload = workload, machine: Machine = machine, plan: StepPlan = QUICK, trial_seconds: float = 120
+        *,
+        workload: Workload = workload,
+        machine: Machine = machine,
+        plan: StepPlan = QUICK,
+        trial_seconds: float = 120,
+        fresh_ranks: bool = False,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> DeepSpeedObjective:
         made.append(
             DeepSpeedObjective(
@@ -95,6 +101,8 @@ def objective(
                 log_folder=tmp_path / "start",
                 trial_seconds=trial_seconds,
                 plan=plan,
+                fresh_ranks=fresh_ranks,
+                notice=notice,
             )
         )
         return made[-1]

@@ -123,10 +123,11 @@ def test_prepare_starts_the_ranks_that_the_first_trial_uses(
     measurement = measured(ready.run(config, tmp_path, phases.append))
     assert phases == ["config", "model", "engine", "warm-up", "timed steps"]
     assert measurement.setup_seconds > measurement.wall_seconds  # the start was before the trial
-    assert started_processes() == []
+    assert {process.pid for process in started_processes()} == {process.pid for process in processes}
     assert (tmp_path / "stderr.log").exists()
     assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank_0.json", "rank_1.json"]
     ready.close()
+    assert started_processes() == []
 
 
 RANK = {

@@ -17,6 +17,7 @@ from objectives.trial import Failure, FailureKind, TrialConfig
 
 READY = 'receive(); send("ready"); folder = receive()["folder"];'
 CONFIG = TrialConfig(zero_stage=1, micro_batch_size=1, gradient_accumulation_steps=1)
+COMMAND = {"config": CONFIG.to_json()}
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def outcome(group: Callable[[str], RankGroup], tmp_path: Path) -> Callable[..., 
         started = group(f"{READY}\n{script}")
         assert not isinstance(started.setup({}), Failure)
         on_phase = (lambda phase: None) if phases is None else phases.append
-        return started.run(CONFIG, tmp_path, seconds=seconds, on_phase=on_phase)
+        return started.run(COMMAND, tmp_path, seconds=seconds, on_phase=on_phase)
 
     return run
 
@@ -72,8 +73,82 @@ while True:
     started.setup({})
     for size in (1, 2, 4):
         config = TrialConfig(zero_stage=0, micro_batch_size=size, gradient_accumulation_steps=1)
-        answer = started.run(config, tmp_path, seconds=30, on_phase=lambda phase: None)
+        answer = started.run({"config": config.to_json()}, tmp_path, seconds=30, on_phase=lambda phase: None)
         assert answer == [config.to_json()] * 2
+
+
+RELEASED = 'send("released", left_bytes={"device": 0, "host": 0}, collectives=[7])'
+
+
+@pytest.fixture
+def aftermath(group: Callable[[str], RankGroup], tmp_path: Path) -> Callable[[str], str | None]:
+    """Why ranks that do this once they are asked to run a trial cannot run another one."""
+
+    def unfit(script: str) -> str | None:
+        started = group(f"{READY}\n{script}")
+        started.setup({})
+        started.run(COMMAND, tmp_path, seconds=30, on_phase=lambda phase: None)
+        return started.unfit()
+
+    return unfit
+
+
+FINISHED = 'result(folder, {}); send("finished")'
+OUT_OF_MEMORY = """
+failure = {"type": "failure", "kind": "out_of_memory", "message": "gone", "phase": "forward", "rank": rank}
+result(folder, failure); send("failed")
+"""
+
+
+@pytest.mark.parametrize("ending", [FINISHED, OUT_OF_MEMORY], ids=["finished", "all out of memory"])
+def test_ranks_that_gave_back_what_they_held_run_on(aftermath: Callable[[str], str | None], ending: str) -> None:
+    assert aftermath(f"{ending}\n{RELEASED}\nreceive()") is None
+
+
+def test_a_rank_that_gives_back_before_its_peer_has_finished_is_not_missed(
+    aftermath: Callable[[str], str | None],
+) -> None:
+    assert aftermath(f"import time; time.sleep(0.5 * rank)\n{FINISHED}\n{RELEASED}\nreceive()") is None
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (f"{FINISHED}\n{RELEASED.replace('0}', '2 ** 31}')}\nreceive()", "left 2.00 GiB of host memory"),
+        (f"{OUT_OF_MEMORY}\n{RELEASED.replace('[7]', '[7 + rank]')}\nreceive()", "failed at different points"),
+        (FINISHED, "did not give back"),
+        ("os._exit(3)", "its processes were ended"),
+        (f"{OUT_OF_MEMORY.replace('out_of_memory', 'crash')}\n{RELEASED}", "its processes were ended"),
+    ],
+    ids=["memory left", "out of step", "exit afterwards", "exit", "crash"],
+)
+def test_ranks_that_cannot_go_on_are_told_with_the_reason(
+    aftermath: Callable[[str], str | None], script: str, reason: str
+) -> None:
+    assert reason in (aftermath(script) or "")
+
+
+def test_a_phase_that_outlasts_its_own_deadline_is_a_timeout_long_before_the_trial_s(outcome: Outcome) -> None:
+    failure = outcome('send("phase", phase="engine", seconds=0.3); receive()', seconds=3600)
+    assert failure.kind is FailureKind.TIMEOUT
+    assert "rank 0 in engine" in failure.message
+
+
+def test_a_notice_is_passed_on_and_gives_the_ranks_more_time(
+    scripted: Callable[[str], LocalLauncher], tmp_path: Path
+) -> None:
+    notices: list[str] = []
+    script = (
+        'receive(); send("notice", text="compiling", seconds=60); import time; time.sleep(1); send("ready"); receive()'
+    )
+    group = RankGroup(
+        scripted(script), stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log", notice=notices.append
+    )
+    try:
+        assert not isinstance(group.setup({}, seconds=0.5), Failure)
+    finally:
+        group.kill()
+    assert set(notices) == {"compiling"}
 
 
 def test_events_that_arrive_in_pieces_or_together_are_understood(outcome: Outcome) -> None:
@@ -216,7 +291,7 @@ receive()
 os._exit(3)
 """)
     started.setup({})
-    assert started.run(CONFIG, tmp_path, seconds=30, on_phase=lambda phase: None) == [{}, {}]
-    failure = started.run(CONFIG, tmp_path, seconds=30, on_phase=lambda phase: None)
+    assert started.run(COMMAND, tmp_path, seconds=30, on_phase=lambda phase: None) == [{}, {}]
+    failure = started.run(COMMAND, tmp_path, seconds=30, on_phase=lambda phase: None)
     assert isinstance(failure, Failure)
     assert failure.phase == "start"

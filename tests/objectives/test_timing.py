@@ -1,35 +1,108 @@
 """How many steps a trial runs, and what its step times say."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from objectives.timing import StepPlan, mean_ci95, speedup_ci95, throughput
-
-
-@pytest.mark.parametrize(
-    ("last_warmup_seconds", "steps"),
-    [(100.0, 5), (1.0, 8), (0.79, 11), (0.001, 20), (0.0, 20)],
-    ids=["slow: the fewest", "8 s of work", "rounded up", "quick: the most", "too quick for the clock"],
+from objectives.timing import (
+    StepPlan,
+    effective_size,
+    is_drifting,
+    is_hopeless,
+    mean_ci95,
+    speedup_ci95,
+    throughput,
+    warmup_length,
 )
-def test_a_trial_times_eight_seconds_of_work_within_bounds(last_warmup_seconds: float, steps: int) -> None:
-    assert StepPlan().timed(last_warmup_seconds) == steps
+
+
+def timed(trace: Sequence[float], best_step_seconds: float | None = None, plan: StepPlan | None = None) -> list[float]:
+    """The steps of a trace that a trial would time."""
+    plan = plan or StepPlan()
+    steps: list[float] = []
+    while count := plan.next_steps(steps, best_step_seconds):
+        assert len(steps) + count <= len(trace), "the plan wants more steps than it may"
+        steps += trace[len(steps) : len(steps) + count]
+    return steps
+
+
+def noisy(mean: float, noise: float, count: int = 60, seed: int = 1) -> list[float]:
+    random = np.random.default_rng(seed)
+    return [float(value) for value in mean * (1 + noise * random.standard_normal(count))]
+
+
+def test_steps_that_hardly_differ_are_timed_a_few_times() -> None:
+    assert len(timed(noisy(0.1, 0.001))) <= 6
+
+
+def test_noisy_steps_are_timed_until_the_mean_is_known_to_one_percent() -> None:
+    steps = timed(noisy(0.1, 0.02))
+    low, high = mean_ci95(steps)
+    assert 10 < len(steps) < 40
+    assert (high - low) / 2 <= 0.01 * 0.1 * 1.05
+
+
+def test_timing_ends_with_its_budget_of_seconds_and_of_steps() -> None:
+    assert len(timed(noisy(2.0, 0.1))) == 4, "four steps of two seconds are beyond six seconds"
+    assert len(timed(noisy(0.001, 0.5))) == StepPlan().max_timed_steps
 
 
 def test_stage_3_warms_up_longer() -> None:
-    assert [StepPlan().warmup(stage) for stage in range(4)] == [2, 2, 2, 5]
+    assert [StepPlan().warmup(stage) for stage in range(4)] == [1, 1, 1, 3]
+
+
+def test_first_steps_that_are_slower_are_warm_up_and_others_are_not() -> None:
+    assert warmup_length([2.0, 1.5, 1.0, 1.0, 1.01, 1.0, 0.99, 1.0]) == 2
+    assert warmup_length(noisy(1.0, 0.01, 20)) == 0
+    assert warmup_length([0.5, 1.0, 1.0, 1.0, 1.0, 1.0]) == 0, "a quick first step is no warm-up"
+
+
+def test_more_steps_are_timed_while_the_first_ones_were_warm_up() -> None:
+    trace = [3.0, 2.0, *noisy(1.0, 0.001)]
+    steps = timed(trace, plan=StepPlan(timed_seconds=60))
+    assert len(steps) - warmup_length(steps) >= StepPlan().min_timed_steps
+
+
+def test_steps_that_go_up_or_down_are_drifting() -> None:
+    assert is_drifting([1.0 + 0.01 * step for step in range(8)])
+    assert is_drifting([1.0 - 0.01 * step for step in range(8)])
+    assert not is_drifting(noisy(1.0, 0.01, 20))
+
+
+def test_a_clearly_slower_configuration_is_stopped_after_three_steps() -> None:
+    assert len(timed(noisy(1.3, 0.005), best_step_seconds=1.0)) == 3
+
+
+def test_one_that_is_as_fast_as_the_best_is_timed_to_the_end() -> None:
+    for seed in range(100):
+        steps = timed(noisy(1.0, 0.01, seed=seed), best_step_seconds=1.0)
+        assert not is_hopeless(steps, 1.0)
+
+
+def test_a_warm_up_that_goes_on_is_not_taken_for_a_slow_configuration() -> None:
+    assert not is_hopeless([2.0, 1.7, 1.4], 1.0)
+    assert not is_hopeless([2.0, 2.0, 2.0, 1.0], 1.0)
+
+
+def test_steps_that_resemble_their_predecessors_count_for_fewer() -> None:
+    assert effective_size(noisy(1.0, 0.01, 40)) > 25
+    wave = [1.0 + 0.01 * math.sin(step / 3) for step in range(40)]
+    assert effective_size(wave) < 8
+    assert effective_size([1.0, 1.0, 1.0]) == 3
 
 
 def test_the_interval_of_a_mean_is_student_s() -> None:
     # Mean 3, standard deviation sqrt(2.5), t(4) = 2.776: 3 ± 2.776 x sqrt(2.5 / 5).
-    assert mean_ci95([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.96293, 3 + 1.96293), abs=1e-4)
+    assert mean_ci95([1, 4, 2, 5, 3]) == pytest.approx((3 - 1.96293, 3 + 1.96293), abs=1e-4)
     # t(1) = 12.706: two values say little.
     assert mean_ci95([1, 3]) == pytest.approx((2 - 12.706, 2 + 12.706))
 
 
-def test_many_values_use_the_normal_quantile() -> None:
+def test_many_values_use_the_last_quantile_of_the_table() -> None:
     values = [1.0, 3.0] * 50
-    half = 1.960 * math.sqrt(100 / 99) / 10
+    half = 2.042 * math.sqrt(100 / 99) / 10
     assert mean_ci95(values) == pytest.approx((2 - half, 2 + half))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 from objectives.rank.progress import Progress
 
@@ -12,14 +13,17 @@ def test_an_announced_phase_is_told_and_one_that_is_only_entered_is_remembered()
     read_end, write_end = os.pipe()
     progress = Progress(write_end)
     assert progress.phase == "start"
-    progress.announce("engine")
+    progress.announce("engine", seconds=60)
     assert progress.phase == "engine"
     progress.enter("forward")
     assert progress.phase == "forward"
     progress.send("finished")
     os.close(write_end)
     with os.fdopen(read_end) as events:
-        assert [json.loads(line) for line in events] == [{"event": "phase", "phase": "engine"}, {"event": "finished"}]
+        assert [json.loads(line) for line in events] == [
+            {"event": "phase", "phase": "engine", "seconds": 60},
+            {"event": "finished"},
+        ]
 
 
 def test_the_pipe_ends_with_the_rank_although_processes_that_it_forked_or_started_live_on() -> None:
@@ -41,6 +45,9 @@ os.kill(os.getpid(), 9)
         rank.wait()
         with os.fdopen(read_end, "rb") as events:
             assert events.read() == b'{"event": "ready"}\n'
-            assert events.read() == b"", "somebody still holds the pipe"
+            deadline = time.monotonic() + 10  # the forked process closes its copy when it first runs
+            while (end := events.read()) is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert end == b"", "somebody still holds the pipe"
     finally:
         os.killpg(rank.pid, 9)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from objectives.rank.device import CpuMeter
-from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, StepTimer
+from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer
 
 
 @pytest.fixture
@@ -67,22 +67,21 @@ def timer(engine: OverflowingEngine, steps: int, phases: list[str]) -> StepTimer
 def test_a_step_is_timed_from_its_data_to_its_end_with_all_its_micro_steps() -> None:
     phases: list[str] = []
     engine = OverflowingEngine(set(), 2)
-    result = timer(engine, 2, phases).run(3)
+    steps = timer(engine, 2, phases).run(3)
     assert engine.micro_steps == 6
     assert phases == ["data", "forward", "backward", "step"] * 6
     # Four marks a micro-step and one behind the step.
-    assert result["step_seconds"] == [9.0, 9.0, 9.0]
-    assert (result["forward_seconds"], result["backward_seconds"], result["optimizer_seconds"]) == (2.0, 2.0, 2.0)
-    assert result["skipped_steps"] == 0
+    assert steps == [Step(seconds=9.0, forward_seconds=2.0, backward_seconds=2.0, optimizer_seconds=2.0)] * 3
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_step_that_overflow_skipped_is_run_again_and_never_timed() -> None:
     engine = OverflowingEngine({1, 3}, 1)
-    result = timer(engine, 1, []).run(2)
+    overflowing = timer(engine, 1, [])
+    steps = overflowing.run(2)
     assert engine.micro_steps == 4
-    assert len(result["step_seconds"]) == 2
-    assert result["skipped_steps"] == 2
+    assert len(steps) == 2
+    assert overflowing.skipped_steps == 2
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -1,0 +1,134 @@
+"""How often the timing rules are wrong, on synthetic step times and on recorded ones.
+
+    python benchmarks/timing_rules.py [--traces 2000] [--recorded FILE ...]
+
+Prints a row a kind of trace. `bias` is the reported mean over the true one; `covered` how often the 95% interval holds
+the true mean; `steps` the median number timed. `hopeless if equal` is the rate of wrong stops against a best that is as
+fast; `if 10% slower` and `30%` the rate of right ones. Recorded traces are files of JSON lines with `step_seconds`
+(warm-up included); each is cut into a reference, its second half, and resampled in blocks.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tabulate
+
+from objectives.timing import StepPlan, is_hopeless, mean_ci95, warmup_length
+
+Trace = Callable[[np.random.Generator, int], Sequence[float]]
+
+
+def independent(noise: float) -> Trace:
+    return lambda random, count: list(1 + noise * random.standard_normal(count))
+
+
+def correlated(noise: float, rho: float) -> Trace:
+    def trace(random: np.random.Generator, count: int) -> Sequence[float]:
+        values = [random.standard_normal()]
+        for _ in range(count - 1):
+            values.append(rho * values[-1] + math.sqrt(1 - rho**2) * random.standard_normal())
+        return [1 + noise * value for value in values]
+
+    return trace
+
+
+def warming(factors: Sequence[float]) -> Trace:
+    def trace(random: np.random.Generator, count: int) -> Sequence[float]:
+        steady = independent(0.01)(random, count)
+        return [value * factor for value, factor in zip(steady, [*factors, *[1.0] * count], strict=False)]
+
+    return trace
+
+
+def outliers(rate: float, factor: float) -> Trace:
+    """Most steps alike, some much longer: their mean is what training gets."""
+
+    def trace(random: np.random.Generator, count: int) -> Sequence[float]:
+        slow = random.random(count) < rate
+        scale = 1 + rate * (factor - 1)
+        return list((1 + 0.005 * random.standard_normal(count)) * np.where(slow, factor, 1.0) / scale)
+
+    return trace
+
+
+def recorded(path: Path) -> Trace:
+    """Traces like a recorded one: its warm-up as it was, its steady steps resampled in blocks of five."""
+    runs = [json.loads(line)["step_seconds"] for line in path.read_text().splitlines() if line.strip()]
+
+    def trace(random: np.random.Generator, count: int) -> Sequence[float]:
+        run = runs[int(random.integers(len(runs)))]
+        steady = run[len(run) // 2 :]
+        mean = statistics.fmean(steady)
+        values = list(run[: len(run) // 4])
+        while len(values) < count:
+            start = int(random.integers(max(len(steady) - 5, 1)))
+            values += steady[start : start + 5]
+        return [value / mean for value in values]
+
+    return trace
+
+
+SYNTHETIC: dict[str, Trace] = {
+    "independent, 0.5%": independent(0.005),
+    "independent, 2%": independent(0.02),
+    "correlated 0.6, 1%": correlated(0.01, 0.6),
+    "correlated 0.8, 2%": correlated(0.02, 0.8),
+    "warming 3 steps": warming([2.0, 1.5, 1.2]),
+    "warming 6 steps": warming([1.6, 1.5, 1.4, 1.3, 1.2, 1.1]),
+    "one step in 10 twice as long": outliers(0.1, 2.0),
+}
+
+
+def time_trial(trace: Sequence[float], plan: StepPlan, best: float | None) -> tuple[list[float], bool]:
+    """The steps that a trial would time of a trace, behind its unconditional warm-up, and whether it was stopped."""
+    steps: list[float] = []
+    rest = trace[plan.warmup(0) :]
+    while count := plan.next_steps(steps, best):
+        steps += rest[len(steps) : len(steps) + count]
+    stopped = best is not None and is_hopeless(steps, best)
+    return steps[warmup_length(steps) :], stopped
+
+
+def row(name: str, trace: Trace, traces: int, step_seconds: float) -> list[str]:
+    # Seconds of a step decide how many the budget allows.
+    plan = StepPlan()
+    means, covered, counts = [], 0, []
+    stops = {1.0: 0, 1.1: 0, 1.3: 0}
+    for seed in range(traces):
+        values = [float(value) * step_seconds for value in trace(np.random.default_rng(seed), 60)]
+        steps, _ = time_trial(values, plan, None)
+        low, high = mean_ci95(steps)
+        means.append(statistics.fmean(steps) / step_seconds)
+        covered += low <= step_seconds <= high
+        counts.append(len(steps))
+        for slower in stops:
+            stops[slower] += time_trial(values, plan, step_seconds / slower)[1]
+    return [
+        name,
+        f"{step_seconds:g}",
+        f"{statistics.fmean(means) - 1:+.2%}",
+        f"{np.percentile(np.abs(np.array(means) - 1), 95):.2%}",
+        f"{covered / traces:.1%}",
+        f"{statistics.median(counts):g}",
+        *(f"{count / traces:.1%}" for count in stops.values()),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--traces", type=int, default=2000)
+    parser.add_argument("--recorded", type=Path, nargs="*", default=[])
+    arguments = parser.parse_args()
+    kinds = SYNTHETIC | {path.name: recorded(path) for path in arguments.recorded}
+    rows = [row(name, trace, arguments.traces, seconds) for name, trace in kinds.items() for seconds in (0.2, 2.0)]
+    headers = ["trace", "step s", "bias", "95% of errors", "covered", "steps", "hopeless if equal", "10% slower", "30%"]
+    print(tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
