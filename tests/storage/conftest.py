@@ -145,8 +145,7 @@ def finished(make_record: Callable[..., TrialRecord], make_summary: Callable[...
 @pytest.fixture
 def nothing_fits(make_record: Callable[..., TrialRecord], make_summary: Callable[..., StudySummary]) -> StudySummary:
     records = [
-        make_record(f"z{stage}_gas1_tmbspg1", number=stage, source=Source.BASELINE, peak_gib=24.0)
-        for stage in range(4)
+        make_record(f"z{stage}_gas1_tmbspg1", number=stage, source=Source.BASELINE, peak_gib=24.0) for stage in range(4)
     ]
     return make_summary(records, total=9, ended="not even one sample a rank fits, in any ZeRO stage")
 

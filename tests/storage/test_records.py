@@ -94,7 +94,5 @@ def test_where_a_study_stands(
 
 
 def test_each_stage_has_its_trials_and_its_best(finished: StudySummary) -> None:
-    stages = {
-        stage: (count, best and best.config.name) for stage, (count, best) in finished.best_of_stage().items()
-    }
+    stages = {stage: (count, best and best.config.name) for stage, (count, best) in finished.best_of_stage().items()}
     assert stages == {0: (1, "z0_gas1_tmbspg1"), 1: (2, "z1_gas2_tmbspg8"), 2: (1, None), 3: (1, None)}
