@@ -168,6 +168,8 @@ def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
     written = [folder.summary_markdown, folder.summary_text, folder.trials_csv, folder.study_json]
     best = summary.best
     if best is None:
+        for path in (folder.optimal_config, folder.optimal_command):
+            path.unlink(missing_ok=True)
         return written
     optimal = deepspeed_config(best.config, summary.workload, ranks=best.machine.ranks, device=best.machine.device)
     write_json(folder.optimal_config, optimal)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -29,12 +30,16 @@ IDENTITY = "ds_tune:identity"
 TARGET = "ds_tune:trials_total"
 SECONDS = "ds_tune:tuning_seconds"
 ENDED = "ds_tune:ended"
+MORE = "ds_tune:more"
 VERSIONS = "ds_tune:versions"
 RECORD = "record"
 SOURCE = "source"
 
 # How far an out-of-memory trial is counted as over the limit: nobody knows what it would have needed.
 OUT_OF_MEMORY_VIOLATION = 0.1
+
+_DRIVER_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""What pip calls a driver, where it is not the name of its module."""
 
 _OPTUNA_STATES = {
     TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
@@ -93,10 +98,10 @@ def open_storage(storage_url: str) -> optuna.storages.RDBStorage:
             storage_url, engine_kwargs={"connect_args": {"timeout": 60}} if is_sqlite else None
         )
     except ImportError as error:
-        driver = error.name or "its driver"
-        raise UsageError(
-            f"--storage {masked(storage_url)} needs the Python package {driver}: pip install it"
-        ) from error
+        # Optuna raises one of its own; the one that names the module is its cause.
+        module = error.name or getattr(error.__cause__, "name", None) or "the database's driver"
+        package = _DRIVER_PACKAGES.get(module, module)
+        raise UsageError(f"--storage {masked(storage_url)} needs a driver: pip install {package}") from error
     except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
         said = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise UsageError(f"--storage {masked(storage_url)} cannot be opened: {said}") from error
@@ -127,7 +132,8 @@ class StudyStore:
         if name in optuna.get_all_study_names(storage):
             store = cls(optuna.load_study(study_name=name, storage=storage, sampler=sampler), storage)
             stored = store.study.user_attrs.get(IDENTITY)
-            if stored is None:
+            if stored is None and store.study.get_trials(deepcopy=False):
+                # Without trials it may be one that a tuner was killed in the making of.
                 raise UsageError(
                     f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
                 )
@@ -157,6 +163,11 @@ class StudyStore:
         Raises:
             UsageError: there is no such study, or several and no name.
         """
+        check_storage_url(storage_url)
+        database = sqlalchemy.engine.make_url(storage_url)
+        if database.get_backend_name() == "sqlite" and not Path(database.database or "").exists():
+            # To open it would make it.
+            raise UsageError(f"--storage {masked(storage_url)}: there is no such file")
         storage = open_storage(storage_url)
         names = optuna.get_all_study_names(storage)
         if name is None and len(names) == 1:
@@ -197,6 +208,15 @@ class StudyStore:
         if self.study.user_attrs.get(TARGET) != trials:
             self.study.set_user_attr(TARGET, trials)
             self.study.set_user_attr(ENDED, None)
+
+    @property
+    def more_pending(self) -> bool:
+        """Whether a `--more M` was begun and its end not yet seen by the person who asked for it."""
+        return bool(self.study.user_attrs.get(MORE))
+
+    def set_more_pending(self, pending: bool) -> None:
+        if pending != self.more_pending:
+            self.study.set_user_attr(MORE, pending)
 
     def set_ended(self, reason: str) -> None:
         self.study.set_user_attr(ENDED, reason)
@@ -280,7 +300,9 @@ class StudyStore:
             config = config_of(frozen)
             if config is not None:
                 source = Source(frozen.user_attrs.get(SOURCE, Source.RETRY.value))
-                self.enqueue(frozen.params, Source.BASELINE if source is Source.BASELINE else Source.RETRY)
+                # One that was queued may have been stopped before it had taken over all of its parameters.
+                params = frozen.system_attrs.get("fixed_params", frozen.params)
+                self.enqueue(params, Source.BASELINE if source is Source.BASELINE else Source.RETRY)
                 again.append(config.name)
             self.interrupt(trial)
         return again

@@ -15,10 +15,10 @@ def masked(storage_url: str) -> str:
     """The URL as it may be shown: with `***` for its password, wherever it stands."""
     try:
         url = sqlalchemy.engine.make_url(storage_url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         return "(unreadable URL)"
     secret = {key: "***" for key in url.query if key.lower() in _SECRET_PARAMETERS}
-    return url.update_query_dict(secret).render_as_string(hide_password=True)
+    return url.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
 def check_storage_url(storage_url: str) -> None:
@@ -28,7 +28,7 @@ def check_storage_url(storage_url: str) -> None:
     """
     try:
         url = sqlalchemy.engine.make_url(storage_url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):
         raise UsageError(
             "--storage is not a database URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
         ) from None

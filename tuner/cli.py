@@ -25,7 +25,7 @@ from storage.export import export
 from storage.layout import DEFAULT_RESULTS, ResultsFolder
 from storage.records import StudyState, StudySummary
 from storage.study_store import StudyStore, storage_fault
-from storage.urls import masked
+from storage.urls import check_storage_url, masked
 from tuner import dashboard
 from tuner.console import Console
 from tuner.space import Limits
@@ -62,6 +62,13 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """An argparse type: a whole number from 0 on."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
+    return int(text)
+
+
 def tune_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tune",
@@ -91,7 +98,7 @@ def tune_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for the results (default %(default)s)",
     )
-    study.add_argument("--seed", type=int, default=0, help="of the search (default %(default)s)")
+    study.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of the search (default %(default)s)")
     work = parser.add_argument_group("what is trained")
     work.add_argument(
         "--model",
@@ -222,13 +229,16 @@ def tune(arguments: argparse.Namespace) -> int:
         interrupted = True
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
         raise storage_fault(error, spec.storage_url) from error
-    summary = StudyStore.load(spec.storage_url, spec.study).summary()
+    store = StudyStore.load(spec.storage_url, spec.study)
+    summary = store.summary()
     written = export(summary, spec.results)
     console.finish(summary, written, _dashboard_command(arguments))
+    if summary.state is not StudyState.UNFINISHED:
+        store.set_more_pending(False)
+    _print_document(arguments, summary)
     if interrupted and summary.state is StudyState.UNFINISHED:
         console.say("Interrupted; the same command goes on from here.")
         return EXIT_INTERRUPTED
-    _print_document(arguments, summary)
     return _exit_status(summary, console)
 
 
@@ -268,6 +278,8 @@ def make_spec(arguments: argparse.Namespace) -> StudySpec:
         global_batch=arguments.global_batch,
     )
     limits.check()
+    if arguments.storage is not None:
+        check_storage_url(arguments.storage)
     results = results_folder(arguments.results)
     return StudySpec(
         study=arguments.study,

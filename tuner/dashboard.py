@@ -21,7 +21,8 @@ def serve(storage_url: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
-        except OSError as error:
-            raise UsageError(f"--port {port} cannot be used ({error.strerror}); name another one") from error
+        except (OSError, OverflowError) as error:  # OverflowError: 65536 or more
+            why = getattr(error, "strerror", None) or "ports end at 65535"
+            raise UsageError(f"--port {port} cannot be used ({why}); name another one") from error
     print(f"optuna-dashboard on http://{HOST}:{port}/dashboard/ (Ctrl-C ends it)", flush=True)
     optuna_dashboard.run_server(open_storage(storage_url), host=HOST, port=port)

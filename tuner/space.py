@@ -143,9 +143,10 @@ class Space:
 
     def config_of(self, trial: optuna.trial.FrozenTrial) -> TrialConfig | None:
         """The configuration of a stored trial; None for one that was stopped before it had all parameters."""
-        if set(trial.params) != set(self.distributions):
+        params = trial.system_attrs.get("fixed_params", trial.params)
+        if set(params) != set(self.distributions):
             return None
-        return TrialConfig(**trial.params)
+        return TrialConfig(**params)
 
     def nearest(self, params: Mapping[str, Any], candidates: Sequence[TrialConfig]) -> TrialConfig:
         """The candidate closest to a proposal: of its ZeRO stage if there is one, else in log2 of the sizes."""

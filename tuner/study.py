@@ -77,7 +77,9 @@ class Study:
                 DistinctTPESampler(self._space, spec.seed),
             )
             again = store.recover(self._space.config_of)
-            store.set_target(self._target(store.summary()))
+            store.set_target(self._target(store.summary(), more_pending=store.more_pending))
+            if spec.more is not None:
+                store.set_more_pending(True)
             self._observer.study_opened(store.summary(), again)
             try:
                 self._run_trials(store)
@@ -86,7 +88,7 @@ class Study:
             store.note(summary_markdown(store.summary()))
             return store.summary()
 
-    def _target(self, summary: StudySummary) -> int:
+    def _target(self, summary: StudySummary, *, more_pending: bool) -> int:
         """The total of finished trials to reach.
 
         `--more M` adds to a study that reached its total; on an unfinished one it only goes on, so that repeating
@@ -94,7 +96,7 @@ class Study:
         """
         if self._spec.more is None:
             return max(self._spec.trials, summary.finished_trials)
-        if summary.finished_trials < summary.trials_total:
+        if summary.finished_trials < summary.trials_total or more_pending:
             return summary.trials_total
         return summary.finished_trials + self._spec.more
 
@@ -167,6 +169,8 @@ class Study:
                 return None
             if record.state is TrialState.COMPLETE:
                 return None
+        if any(tried[config.name].state is TrialState.FAILED for config in self._space.baselines()):
+            return None  # a crash says nothing about memory
         return "not even one sample a rank fits, in any ZeRO stage"
 
     def _exhausted(self, store: StudyStore) -> str | None:

@@ -59,7 +59,7 @@ def test_studies_of_one_database_do_not_wait_for_each_other(url: str) -> None:
 def test_every_path_to_a_database_leads_to_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
-    paths = [f"{tmp_path}/study.db", "study.db", "link/study.db", f"{tmp_path}/link/../study.db"]
+    paths = [f"{tmp_path}/study.db", "study.db", "link/study.db", f"{tmp_path}/link/../{tmp_path.name}/study.db"]
     assert len({lock_file(f"sqlite:///{path}", "study") for path in paths}) == 1
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,7 @@ def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
 @pytest.mark.parametrize("parameter", ["password", "PASSWORD", "passwd", "sslpassword", "token"])
 def test_a_password_among_the_parameters_is_not_shown_either(parameter: str) -> None:
     shown = masked(f"postgresql://me@host/db?{parameter}=hunter2&sslmode=require")
-    assert "hunter2" not in shown
-    assert "sslmode=require" in shown
+    assert set(shown.removeprefix("postgresql://me@host/db?").split("&")) == {f"{parameter}=***", "sslmode=require"}
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,19 @@ def test_other_databases_are_refused() -> None:
     assert "oracle://me:***@host/db" in str(caught.value)
 
 
-def driver_of(url: str) -> str:
-    return {"postgresql": "psycopg2", "mysql": "MySQLdb"}[url.partition(":")[0]]
-
-
-@pytest.mark.parametrize("url", ["postgresql://me:hunter2@host/db", "mysql://me:hunter2@host/db?passwd=swordfish"])
-def test_a_missing_driver_is_named(url: str) -> None:
-    driver = driver_of(url)
-    if importlib.util.find_spec(driver) is not None:
-        pytest.skip(f"{driver} is installed here")
-    with pytest.raises(UsageError, match=f"needs the Python package {driver}: pip install") as caught:
+@pytest.mark.parametrize(
+    ("url", "module", "package"),
+    [
+        ("postgresql+psycopg://me:hunter2@host/db", "psycopg", "psycopg[binary]"),
+        ("postgresql+psycopg2://me:hunter2@host/db", "psycopg2", "psycopg2-binary"),
+        ("mysql://me:hunter2@host/db?passwd=swordfish", "MySQLdb", "mysqlclient"),
+        ("mysql+pymysql://me:hunter2@host/db?passwd=swordfish", "pymysql", "pymysql"),
+    ],
+)
+def test_a_missing_driver_is_named_as_pip_knows_it(url: str, module: str, package: str) -> None:
+    if importlib.util.find_spec(module) is not None:
+        pytest.skip(f"{module} is installed here")
+    with pytest.raises(UsageError, match=f"needs a driver: pip install {re.escape(package)}$") as caught:
         open_storage(url)
     assert not any(secret in str(caught.value) for secret in SECRETS)
 

@@ -1,0 +1,95 @@
+"""What the README and docs/ say of the commands is what the commands do."""
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from objectives.errors import UsageError
+from tuner.cli import COMMANDS
+
+CHECKOUT = Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(CHECKOUT) for path in [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")])
+TEXT = "\n".join((CHECKOUT / page).read_text() for page in PAGES)
+
+PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:\.?/?\S*bin/tune|ds-tune|tune)(?= )")
+SHELLS = {"sh", "bash", "shell", "console"}
+
+
+def options() -> Iterator[tuple[str, str]]:
+    for command, (make_parser, _) in COMMANDS.items():
+        for action in make_parser()._actions:
+            yield from ((command, option) for option in action.option_strings if option.startswith("--"))
+
+
+def documented_commands() -> Iterator[tuple[Path, str]]:
+    """Every command line of ours in a page's shell blocks, and between backticks in its sentences."""
+    for page in PAGES:
+        text = (CHECKOUT / page).read_text()
+        for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+            if language in SHELLS:
+                lines = re.sub(r"\\\n\s*", "", block).splitlines()
+                yield from ((page, line.strip().removeprefix("$ ")) for line in lines)
+        prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+        yield from ((page, " ".join(code.split())) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
+
+
+def arguments_of(line: str) -> list[str] | None:
+    """The words after the program's name; None for another program, a synopsis, or a command that is only named."""
+    match = PROGRAM.match(line)
+    if match is None or re.search(r"…|\.\.\.|\[", line) or line[match.end() :].strip() in COMMANDS:
+        return None
+    words: list[str] = []
+    for word in shlex.split(line[match.end() :], comments=True):
+        if word in ("|", ">", "&&", "2>", ";"):
+            break
+        words.append(word)
+    return words
+
+
+COMMAND_LINES = sorted({(str(page), line) for page, line in documented_commands() if arguments_of(line)})
+
+
+def with_values(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words, with a value for each placeholder such as the N of `--trials N`."""
+    placeholders = {option: action.metavar for action in parser._actions for option in action.option_strings}
+    before = ["", *words]
+    return ["2" if word == placeholders.get(last, "") else word for last, word in zip(before, words, strict=False)]
+
+
+@pytest.mark.parametrize(("command", "option"), sorted(options()))
+def test_every_option_is_documented(command: str, option: str) -> None:
+    assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", TEXT), f"{option} of {command} is on no page"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented(command: str) -> None:
+    wanted = r"(?:bin/tune|ds-tune) --" if command == "tune" else rf"(?:bin/tune|ds-tune|tune) {command}\b"
+    assert re.search(wanted, TEXT)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMAND_LINES)
+def test_every_documented_command_is_one(page: str, line: str) -> None:
+    words = arguments_of(line)
+    assert words
+    command = words.pop(0) if words[0] in COMMANDS else "tune"
+    parser = COMMANDS[command][0]()
+    try:
+        parser.parse_args(with_values(words, parser))
+    except UsageError as error:
+        pytest.fail(f"{page}: {line}: {error}")
+    except SystemExit as done:
+        assert done.code == 0  # --help
+
+
+def test_there_are_commands_to_check() -> None:
+    assert any(page == "README.md" for page, _ in COMMAND_LINES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (CHECKOUT / page).read_text()):
+        assert (CHECKOUT / page.parent / target).exists(), target

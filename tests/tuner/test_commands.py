@@ -1,0 +1,126 @@
+"""What the commands answer to options that cannot be: one sentence, exit status 2, nothing written."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tuner.cli import COMMANDS, main
+
+CPU = ["--gpus", "0"]
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no trials": (["--trials", "0"], "argument --trials: 0 is not a whole number from 1 on"),
+    "half a trial": (["--trials", "1.5"], "argument --trials: 1.5 is not a whole number from 1 on"),
+    "trials and more": (["--trials", "3", "--more", "2"], "--more: not allowed with argument --trials"),
+    "no more": (["--more", "0"], "argument --more: 0 is not"),
+    "negative seed": (["--seed", "-1"], "argument --seed: -1 is not a whole number from 0 on"),
+    "unknown option": (["--zero", "3"], "unrecognized arguments: --zero 3"),
+    "unknown command": (["tuen"], "unrecognized arguments: tuen"),
+    "missing value": (["--model"], "argument --model: expected one argument"),
+    "unknown model": (["--model", "gpt5"], "--model gpt5 is neither a file, a folder nor a hub id"),
+    "model folder": (["--model", "empty"], "empty has no config.json; name a folder"),
+    "unknown precision": (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
+    "fp16 on a CPU": (["--dtype", "fp16"], "--dtype fp16 needs a GPU"),
+    "long samples": (["--seq-len", "4096"], "gpt2-nano takes at most 256 positions; --seq-len 4096 is too long"),
+    "short samples": (["--seq-len", "1"], "--seq-len must be at least 2 (got 1)"),
+    "missing data": (["--dataset", "nothing/*.txt/x"], "--dataset nothing/*.txt/x: no such file"),
+    "missing ds-config": (["--ds-config", "no.json"], "--ds-config no.json cannot be read (No such file or directory)"),
+    "broken ds-config": (["--ds-config", "broken.json"], "--ds-config broken.json is not JSON"),
+    "ds-config list": (["--ds-config", "list.json"], "--ds-config list.json must hold a JSON object"),
+    "micro-batch": (["--max-micro-batch", "0"], "argument --max-micro-batch: 0 is not"),
+    "both batches": (["--global-batch", "4", "--max-global-batch", "4"], "not allowed with argument"),
+    "odd batch": (["--global-batch", "7"], "--global-batch 7 must be a multiple of the 2 ranks"),
+    "small batch": (["--max-global-batch", "1"], "--max-global-batch 1 is less than one sample on each of 2 ranks"),
+    "negative GPUs": (["--gpus", "-1"], "--gpus -1: a number of GPUs, or 0 for the CPU"),
+    "too many GPUs": (["--gpus", "99"], "--gpus 99: "),
+    "no ranks": (["--ranks", "0"], "argument --ranks: 0 is not"),
+    "memory": (["--memory-cap", "lots"], "--memory-cap lots: write a size such as 24GiB or 512MiB"),
+    "too much memory": (["--memory-cap", "9999GiB"], "is more than a rank has here"),
+    "timeout": (["--trial-timeout", "0"], "argument --trial-timeout: 0 is not"),
+    "results file": (["--results", "list.json"], "--results list.json cannot be written to (File exists)"),
+    "no URL": (["--storage", "study"], "--storage is not a database URL; write sqlite:///FILE"),
+    "database folder": (["--storage", "sqlite:///none/s.db"], "--storage sqlite:///none/s.db: there is no folder"),
+    "database in memory": (["--storage", "sqlite:///:memory:"], "--storage must name a file"),
+    "port of a URL": (["--storage", "postgresql://u:secret@h:x/d"], "--storage is not a database URL"),
+    "other database": (["--storage", "oracle://u:secret@h/d"], "must be one of sqlite, postgresql, mysql"),
+    "report of nothing": (["report"], "there is no study in autotuning_results; name its folder with --results"),
+    "report of another": (["report", "--storage", "sqlite:///none.db"], "sqlite:///none.db"),
+    "export of nothing": (["export", "--out", "out"], "there is no study in autotuning_results"),
+    "export to nowhere": (["export"], "the following arguments are required: --out"),
+    "dashboard of nothing": (["dashboard"], "there is no study in autotuning_results"),
+    "dashboard port": (["dashboard", "--port", "0"], "argument --port: 0 is not a whole number from 1 on"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_said_in_one_sentence_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    arguments, sentence = WRONG[case]
+    before = sorted(folder.rglob("*"))
+    on_the_cpu = [] if arguments[0] in COMMANDS or "--gpus" in arguments else CPU
+    assert main([*on_the_cpu, *arguments]) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.startswith("ds-tune: ")
+    assert sentence in error
+    assert error.count("\n") == 1 and error.endswith("\n")
+    assert "secret" not in error
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_command_may_be_named_or_not(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = []
+    for words in (["--help"], ["tune", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            main(words)
+        assert done.value.code == 0
+        helps.append(capsys.readouterr().out)
+    assert helps[0] == helps[1]
+    assert all(f"tune {name}" in helps[0] for name in COMMANDS if name != "tune")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_answers_at_once_and_loads_nothing_heavy(name: str) -> None:
+    script = (
+        "import resource, sys, tuner.cli\n"
+        "try: tuner.cli.main(sys.argv[1:])\n"
+        "finally:\n"
+        "    print(*{'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules), file=sys.stderr)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script, name, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: tune")
+    loaded, processor_seconds = done.stderr.splitlines()
+    assert loaded == ""
+    # Processor time: a busy machine takes longer by the clock. It is about 0.6 s; torch alone would be 3 s more.
+    assert float(processor_seconds) < 2
+
+
+def test_every_option_says_what_it_does() -> None:
+    for make_parser, _ in COMMANDS.values():
+        for action in make_parser()._actions:
+            assert action.help, action.option_strings
+
+
+def test_the_same_folder_names_do_not_shadow_the_program(
+    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """A person's own tuner.py or storage/ lies in the folder where the command is typed."""
+    (tmp_path / "tuner.py").write_text("raise SystemExit('wrong tuner')\n")
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "storage" / "__init__.py").write_text("raise SystemExit('wrong storage')\n")
+    assert command("--help").returncode == 0
