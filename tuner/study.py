@@ -206,7 +206,12 @@ def claim_results(spec: StudySpec) -> None:
     owner = {"study": spec.study}
     path = spec.results.owner
     if path.exists():
-        holds = json.loads(path.read_text()).get("study")
+        try:
+            holds = json.loads(path.read_text())["study"]
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"--results {spec.results.root} has a study.json that is not ds-tune's; name another folder"
+            ) from None
         if holds != spec.study:
             raise UsageError(
                 f"--results {spec.results.root} holds the results of study {holds}; "
