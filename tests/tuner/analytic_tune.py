@@ -62,7 +62,14 @@ class AnalyticObjective:
             with self._prepared.open("a") as file:
                 file.write("prepared\n")
 
-    def run(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> Outcome:
+    def run(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        on_phase: OnPhase,
+        *,
+        best_samples_per_second: float | None = None,
+    ) -> Outcome:
         self._runs += 1
         on_phase("timed steps")
         if self._answer == "hang":
