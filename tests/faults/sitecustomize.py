@@ -88,8 +88,9 @@ def inspect() -> None:
 def note(document: dict[str, Any]) -> None:
     """Writes to FAULT_FILE, each rank to one of its own."""
     path = Path(f"{os.environ['FAULT_FILE']}.{os.environ['RANK']}")
-    path.with_suffix(".part").write_text(json.dumps(document))
-    path.with_suffix(".part").rename(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(document))
+    part.rename(path)
 
 
 KINDS = {
