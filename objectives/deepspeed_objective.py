@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,11 @@ class DeepSpeedObjective:
         seconds_per_sample = self._machine.ranks / measured.samples_per_second
         self._seconds_per_sample = max(seconds_per_sample, self._seconds_per_sample or 0.0)
         return measured
+
+    @property
+    def left_bytes(self) -> Mapping[str, int] | None:
+        """What the last trial left on any rank (see `RankGroup.left_bytes`); None while no ranks are alive."""
+        return self._group.left_bytes if self._group is not None else None
 
     def close(self) -> None:
         if self._group is not None:

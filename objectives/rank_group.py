@@ -88,6 +88,8 @@ class RankGroup:
         self._processes = launcher.launch(stdout=stdout, stderr=stderr)
         self._ranks = [_Rank(started) for started in self._processes.ranks]
         self._dead = False
+        self.left_bytes: Mapping[str, int] = dict.fromkeys(LEFT_LIMIT_BYTES, 0)
+        """What the rank that holds most holds beyond what it held after its first trial, on device and host."""
         self._deadline = math.inf
         self._oom_kills = host_oom_kills()
 
@@ -141,10 +143,12 @@ class RankGroup:
         released = [rank.said["released"] for rank in self._ranks]
         if any(document["collectives"] != released[0]["collectives"] for document in released):
             return "its ranks failed at different points"
+        self.left_bytes = {
+            kind: max(document["left_bytes"][kind] for document in released) for kind in LEFT_LIMIT_BYTES
+        }
         for kind, limit in LEFT_LIMIT_BYTES.items():
-            left = max(document["left_bytes"][kind] for document in released)
-            if left > limit:
-                return f"the trial left {left / GIB:.2f} GiB of {kind} memory behind"
+            if self.left_bytes[kind] > limit:
+                return f"the trial left {self.left_bytes[kind] / GIB:.2f} GiB of {kind} memory behind"
         return None
 
     def kill(self) -> None:

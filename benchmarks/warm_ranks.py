@@ -1,0 +1,188 @@
+"""What warm ranks cost, leave behind and get wrong, on the machine it runs on.
+
+    python benchmarks/warm_ranks.py --out warm.jsonl [--gpus N] [--part overhead|fresh|memory ...]
+
+Parts: `overhead`, a warm trial's wall time less its steps; `fresh`, the figures of warm ranks against fresh processes,
+in both orders; `memory`, what is left on any rank after 30 mixed trials. Each trial is a JSON line in the file, written
+at once; what is there already is not run again, so that a run can be cut off and go on. The table is printed last.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tabulate
+
+from objectives.deepspeed_objective import DeepSpeedObjective
+from objectives.launcher import LocalLauncher
+from objectives.machine import GIB, Machine, detect_machine
+from objectives.trial import Failure, Measurement, TrialConfig
+from objectives.workload import Workload
+from tuner.spec import DEFAULTS
+
+PARTS = ("overhead", "fresh", "memory")
+
+# (stage, mbs, gas) by device: small and large, every stage.
+CONFIGS = {
+    "cuda": [(0, 4, 1), (1, 8, 1), (2, 8, 2), (3, 8, 1), (1, 16, 2), (0, 1, 1)],
+    "cpu": [(0, 2, 1), (1, 4, 1), (2, 2, 2), (3, 2, 1), (1, 8, 2), (0, 1, 1)],
+}
+
+
+class Recorder:
+    """The file of results: appends each at once, and knows those of an earlier run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def has(self, **key: Any) -> bool:
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({key: value for key, value in row.items() if key != "step_seconds"}), flush=True)
+
+
+class Bench:
+    """Runs trials of one workload and records them."""
+
+    def __init__(self, machine: Machine, recorder: Recorder) -> None:
+        defaults = DEFAULTS[machine.device]
+        self._workload = Workload(model=defaults.model, seq_len=defaults.seq_len, dtype=defaults.dtype)
+        self._machine = machine
+        self._folder = Path(tempfile.mkdtemp(prefix="warm-ranks-"))
+        self.recorder = recorder
+        self.configs = [
+            TrialConfig(zero_stage=stage, micro_batch_size=size, gradient_accumulation_steps=accumulation)
+            for stage, size, accumulation in CONFIGS[machine.device]
+        ]
+
+    def objective(self, *, fresh: bool) -> DeepSpeedObjective:
+        return DeepSpeedObjective(
+            self._workload,
+            self._machine,
+            launcher=LocalLauncher(self._machine),
+            log_folder=self._folder / "start",
+            trial_seconds=300,
+            fresh_ranks=fresh,
+            notice=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+
+    def trial(self, objective: DeepSpeedObjective, config: TrialConfig, **key: Any) -> None:
+        folder = self._folder / config.name
+        folder.mkdir(exist_ok=True)
+        started, cpu = time.monotonic(), _cpu_seconds()
+        outcome = objective.run(config, folder, lambda phase: None)
+        wall = time.monotonic() - started
+        row: dict[str, Any] = {**key, "name": config.name, "stage": config.zero_stage, "wall_s": round(wall, 3)}
+        row["parent_cpu"] = round((_cpu_seconds() - cpu) / wall, 5)
+        match outcome:
+            case Measurement():
+                steps = sum(outcome.step_seconds) + sum(outcome.warmup_step_seconds)
+                row |= {"samples_per_s": outcome.samples_per_second, "overhead_s": round(wall - steps, 3)}
+                row["step_seconds"] = [*outcome.warmup_step_seconds, *outcome.step_seconds]
+                row["warmup_steps"] = len(outcome.warmup_step_seconds)
+            case Failure():
+                row |= {"failure": outcome.kind.value, "message": outcome.message}
+        if objective.left_bytes is not None:
+            row["left_gib"] = {kind: round(left / GIB, 4) for kind, left in objective.left_bytes.items()}
+        self.recorder.add(**row)
+
+    def overhead(self) -> None:
+        """Three warm trials of each configuration, behind one that is not counted."""
+        self._warm("overhead", [config for _ in range(3) for config in self.configs])
+
+    def memory(self) -> None:
+        """Thirty mixed trials in one group."""
+        self._warm("memory", list(itertools.islice(itertools.cycle(self.configs), 30)))
+
+    def _warm(self, part: str, configs: list[TrialConfig]) -> None:
+        if self.recorder.has(part=part, number=len(configs) - 1):
+            return
+        objective = self.objective(fresh=False)
+        try:
+            objective.prepare()
+            for number, config in enumerate([configs[0], *configs], start=-1):
+                self.trial(objective, config, part=part, number=number)
+        finally:
+            objective.close()
+
+    def fresh(self) -> None:
+        """Each configuration warm and in fresh processes, in both orders."""
+        for turn, order in enumerate((("warm", "fresh"), ("fresh", "warm"))):
+            for mode in order:
+                objective = self.objective(fresh=mode == "fresh")
+                try:
+                    for config in self._missing(turn, mode):
+                        self.trial(objective, config, part="fresh", turn=turn, mode=mode)
+                finally:
+                    objective.close()
+
+    def _missing(self, turn: int, mode: str) -> Iterator[TrialConfig]:
+        for config in self.configs:
+            if not self.recorder.has(part="fresh", turn=turn, mode=mode, name=config.name):
+                yield config
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The targets' table, as far as there are figures."""
+    lines: list[list[str]] = []
+    counted = [row for row in rows if row["part"] == "overhead" and row["number"] >= 0 and "overhead_s" in row]
+    for title, stages in (("stages 0-2", (0, 1, 2)), ("stage 3", (3,))):
+        seconds = [row["overhead_s"] for row in counted if row["stage"] in stages]
+        if seconds:
+            lines.append([f"overhead of a warm trial, {title}, median", f"{statistics.median(seconds):.2f} s"])
+    rates = {
+        (row["turn"], row["mode"], row["name"]): row.get("samples_per_s") for row in rows if row["part"] == "fresh"
+    }
+    ratios = [
+        rates[turn, "warm", name] / rate
+        for (turn, mode, name), rate in rates.items()
+        if mode == "fresh" and rate and rates.get((turn, "warm", name))
+    ]
+    if ratios:
+        lines.append(["warm over fresh, mean of the ratios", f"{statistics.fmean(ratios):.4f} ({len(ratios)} pairs)"])
+        lines.append(["warm over fresh, farthest from 1", f"{max(ratios, key=lambda ratio: abs(ratio - 1)):.4f}"])
+    mixed = [row for row in rows if row["part"] == "memory" and "left_gib" in row]
+    if mixed:
+        for kind, left in mixed[-1]["left_gib"].items():
+            lines.append([f"left after {len(mixed) - 1} more trials than the first, {kind}", f"{left:.3f} GiB"])
+    shares = [row["parent_cpu"] for row in rows if row["part"] != "fresh" and row.get("number", -1) >= 0]
+    if shares:
+        lines.append(["the tuner's own CPU, of a core", f"{statistics.fmean(shares):.2%}"])
+    return tabulate.tabulate(lines, headers=["what", "figure"], tablefmt="pipe", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    arguments = parser.parse_args()
+    machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=None)
+    bench = Bench(machine, Recorder(arguments.out))
+    print(machine.description, flush=True)
+    for part in arguments.part:
+        getattr(bench, part)()
+    print(table(bench.recorder.rows))
+
+
+if __name__ == "__main__":
+    main()
