@@ -198,10 +198,10 @@ class RankGroup:
             document = json.loads(line)
             rank.said[document["event"]] = document
             if document["event"] == "phase":
+                if rank is self._ranks[0] and rank.phase != document["phase"]:
+                    on_phase(document["phase"])
                 rank.phase = document["phase"]
                 rank.phase_deadline = time.monotonic() + document.get("seconds", math.inf)
-                if rank is self._ranks[0]:
-                    on_phase(rank.phase)
             elif document["event"] == "notice":
                 self._notice(document["text"])
                 self._deadline = max(self._deadline, time.monotonic() + document.get("seconds", 0))

@@ -9,6 +9,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
+FEWEST_FOR_WARMUP = 3
+"""Of two steps nobody can tell which is the odd one."""
+
 WARMUP_EXCESS = 0.02
 """First steps that are within this of the rest are not called warm-up."""
 
@@ -86,6 +89,8 @@ def warmup_length(step_seconds: Sequence[float]) -> int:
     error. As that may also cut off good steps by chance, it counts only where those it cuts off were slower.
     """
     count = len(step_seconds)
+    if count < FEWEST_FOR_WARMUP:
+        return 0
 
     def squared_error(cut: int) -> float:
         rest = step_seconds[cut:]
@@ -181,11 +186,12 @@ def speedup_ci95(
 ) -> tuple[float, tuple[float, float]]:
     """How many times faster `rate` is than `base`, with a 95% interval.
 
-    The two half-widths are combined as independent relative errors (first-order propagation for a ratio).
+    The two relative half-widths are combined as independent errors of the logarithms, so that the interval of a ratio
+    is one of ratios: it never reaches zero.
     """
     ratio = rate / base
     relative = math.hypot(
         (rate_ci95[1] - rate_ci95[0]) / 2 / rate,
         (base_ci95[1] - base_ci95[0]) / 2 / base,
     )
-    return ratio, (ratio * (1 - relative), ratio * (1 + relative))
+    return ratio, (ratio * math.exp(-relative), ratio * math.exp(relative))

@@ -18,15 +18,17 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "versions": dict(summary.versions),
         "seconds": summary.tuning_seconds,
         "trials_total": summary.trials_total,
-        "trials": [_trial(record) for record in summary.records],
-        "best": _trial(best) if best else None,
-        "baseline": _trial(baseline) if baseline else None,
+        "trials": [_trial(record, summary) for record in summary.records],
+        "best": _trial(best, summary) if best else None,
+        "baseline": _trial(baseline, summary) if baseline else None,
+        "tied": list(summary.tied),
         "speedup": {"factor": speedup.factor, "ci95": list(speedup.ci95)} if speedup else None,
     }
 
 
-def _trial(record: TrialRecord) -> dict[str, Any]:
+def _trial(record: TrialRecord, summary: StudySummary) -> dict[str, Any]:
     measured = record.outcome if isinstance(record.outcome, Measurement) else None
+    verified = summary.verified(record)
     return {
         "number": record.number,
         "name": record.config.name,
@@ -35,6 +37,9 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "global_batch_size": record.config.global_batch_size(record.machine.ranks),
         "samples_per_second": measured.samples_per_second if measured else None,
         "samples_per_second_ci95": list(measured.samples_per_second_ci95) if measured else None,
+        "verified_samples_per_second": verified.samples_per_second if verified else None,
+        "verified_samples_per_second_ci95": list(verified.samples_per_second_ci95) if verified else None,
+        "verification_runs": verified.runs if verified else 0,
         "deepspeed_samples_per_second": measured.deepspeed_samples_per_second if measured else None,
         "peak_memory_bytes": record.outcome.peak_memory_bytes,
         "seconds": record.outcome.wall_seconds,

@@ -36,6 +36,10 @@ class ResultsFolder:
     def trial(self, config: TrialConfig) -> Path:
         return self.root / config.name
 
+    def verification(self, config: TrialConfig) -> Path:
+        """For the last of a finalist's runs in fresh processes."""
+        return self.trial(config) / "verification"
+
     @property
     def summary_text(self) -> Path:
         return self.root / "summary.txt"

@@ -46,6 +46,16 @@ def rate_words(record: TrialRecord) -> str:
     return f"{record.outcome.samples_per_second:.2f} ± {(high - low) / 2:.2f}"
 
 
+def verified_words(record: TrialRecord, summary: StudySummary) -> str:
+    """The same of its runs in fresh processes, with their number."""
+    verified = summary.verified(record)
+    if verified is None:
+        return "–"
+    low, high = verified.samples_per_second_ci95
+    runs = "1 run" if verified.runs == 1 else f"{verified.runs} runs"
+    return f"{verified.samples_per_second:.2f} ± {(high - low) / 2:.2f} ({runs})"
+
+
 def improvement_words(summary: StudySummary) -> str:
     """The best trial's speed-up over the baseline with its interval, in one phrase."""
     speedup = summary.speedup
@@ -64,20 +74,21 @@ def throughput_table(summary: StudySummary) -> str:
     rows = []
     for title, record in (("baseline", summary.baseline), ("ds-tune", summary.best)):
         if record is None:
-            rows.append([title, "not runnable", "", "", ""])
+            rows.append([title, "not runnable", "", "", "", ""])
             continue
         rows.append(
             [
                 title,
                 record.config.name,
                 rate_words(record),
+                verified_words(record, summary),
                 str(record.config.global_batch_size(record.machine.ranks)),
                 _gib(record),
             ]
         )
     return tabulate.tabulate(
         rows,
-        headers=["", "configuration", "samples/s", "global batch", "peak GiB a rank"],
+        headers=["", "configuration", "samples/s in the search", "verified", "global batch", "peak GiB a rank"],
         tablefmt="pipe",
         disable_numparse=True,
     )
@@ -143,6 +154,10 @@ def _bullets(summary: StudySummary) -> str:
         f"- Number of experiments: {len(summary.records)}",
         f"- Throughput improvement over baseline: {improvement_words(summary)}",
     ]
+    if summary.verification:
+        lines.append(f"- Verification, in fresh processes: {duration_words(summary.verification_seconds)}")
+    if summary.tied:
+        lines.append(f"- Level with the best, which leaves the most memory free: {', '.join(summary.tied)}")
     if summary.state.value == "unfinished":
         lines.append(f"- Not finished: {summary.finished_trials} of {summary.trials_total} trials")
     elif summary.ended:
@@ -155,7 +170,9 @@ def _method(summary: StudySummary) -> str:
         "Throughput is end to end: ranks × mbs × gas over the mean seconds of one whole optimizer step on the slowest "
         "rank, data loading included, after warm-up steps. The ± is half the 95% confidence interval of that mean "
         "(Student's t over the steps of one run; differences between runs come on top). Steps that fp16 overflow "
-        "skipped are left out. Memory is the most that any rank had allocated."
+        "skipped are left out. Memory is the most that any rank had allocated. Verified figures are means over runs "
+        "in fresh processes, interleaved with the other finalists'; their interval also allows for what two runs "
+        "of one configuration differ by."
     )
     best = summary.best
     if best is not None and isinstance(best.outcome, Measurement):

@@ -10,6 +10,7 @@ from objectives.machine import GIB, Machine
 from objectives.timing import speedup_ci95
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
+from storage.verification import VerifiedRate, verified_rate
 
 RECORD_VERSION = 1
 
@@ -141,6 +142,12 @@ class StudySummary:
     ended: str | None
     """Why the search stopped before `trials_total`, when it did and will not go on."""
     records: Sequence[TrialRecord]
+    verification: Mapping[str, Sequence[Measurement]] = dataclasses.field(default_factory=dict)
+    """Repeated runs in fresh processes, by the configuration's name."""
+    winner: str | None = None
+    """The configuration that the verification found to be the best."""
+    tied: Sequence[str] = ()
+    """Those that the winner is not settled to be faster than."""
 
     @property
     def finished_trials(self) -> int:
@@ -155,7 +162,25 @@ class StudySummary:
 
     @property
     def best(self) -> TrialRecord | None:
-        """The fastest trial."""
+        """The winner of the verification; before there is one, the fastest trial."""
+        for record in self.records:
+            if record.config.name == self.winner and record.state is TrialState.COMPLETE:
+                return record
+        return self.fastest
+
+    def verified(self, record: TrialRecord) -> VerifiedRate | None:
+        """What the verification runs of a trial say; None without any."""
+        runs = self.verification.get(record.config.name)
+        return verified_rate(runs) if runs else None
+
+    @property
+    def verification_seconds(self) -> float:
+        """What the verification took, which is no part of `tuning_seconds`."""
+        return math.fsum(run.wall_seconds for runs in self.verification.values() for run in runs)
+
+    @property
+    def fastest(self) -> TrialRecord | None:
+        """The trial with the highest throughput in the search."""
         complete = [record for record in self.records if record.state is TrialState.COMPLETE]
         return max(complete, key=lambda record: record.samples_per_second or -math.inf, default=None)
 
@@ -176,6 +201,15 @@ class StudySummary:
         assert isinstance(best.outcome, Measurement) and isinstance(baseline.outcome, Measurement)
         if best is baseline:
             return Speedup(factor=1.0, ci95=(1.0, 1.0))
+        fast, slow = self.verified(best), self.verified(baseline)
+        if fast is not None and slow is not None:
+            factor, interval = speedup_ci95(
+                fast.samples_per_second,
+                fast.samples_per_second_ci95,
+                slow.samples_per_second,
+                slow.samples_per_second_ci95,
+            )
+            return Speedup(factor=factor, ci95=interval)
         factor, interval = speedup_ci95(
             best.outcome.samples_per_second,
             best.outcome.samples_per_second_ci95,
@@ -185,9 +219,12 @@ class StudySummary:
         return Speedup(factor=factor, ci95=interval)
 
     def best_of_stage(self) -> dict[int, tuple[int, TrialRecord | None]]:
-        """For each ZeRO stage tried, in order: how many trials, and the fastest of them."""
+        """For each ZeRO stage tried, in order: how many trials, and the fastest of them, if need be a stopped one."""
         stages: dict[int, tuple[int, TrialRecord | None]] = {}
         for stage in sorted({record.config.zero_stage for record in self.records}):
             records = [record for record in self.records if record.config.zero_stage == stage]
-            stages[stage] = (len(records), dataclasses.replace(self, records=records).best)
+            measured = [record for record in records if isinstance(record.outcome, Measurement)]
+            complete = [record for record in measured if record.state is TrialState.COMPLETE]
+            best = max(complete or measured, key=lambda record: record.samples_per_second or 0.0, default=None)
+            stages[stage] = (len(records), best)
         return stages

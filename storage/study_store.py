@@ -32,6 +32,8 @@ SECONDS = "ds_tune:tuning_seconds"
 ENDED = "ds_tune:ended"
 MORE = "ds_tune:more"
 VERSIONS = "ds_tune:versions"
+WINNER = "ds_tune:winner"
+VERIFICATION = "ds_tune:verification:"
 RECORD = "record"
 SOURCE = "source"
 
@@ -201,6 +203,13 @@ class StudyStore:
             tuning_seconds=attributes.get(SECONDS, 0.0),
             ended=attributes.get(ENDED),
             records=self.records(),
+            verification={
+                key.removeprefix(VERIFICATION): [Measurement.from_json(run) for run in json.loads(value)]
+                for key, value in attributes.items()
+                if key.startswith(VERIFICATION)
+            },
+            winner=(attributes.get(WINNER) or {}).get("name"),
+            tied=(attributes.get(WINNER) or {}).get("tied", ()),
         )
 
     def set_target(self, trials: int) -> None:
@@ -208,6 +217,7 @@ class StudyStore:
         if self.study.user_attrs.get(TARGET) != trials:
             self.study.set_user_attr(TARGET, trials)
             self.study.set_user_attr(ENDED, None)
+            self.study.set_user_attr(WINNER, None)
 
     @property
     def more_pending(self) -> bool:
@@ -217,6 +227,15 @@ class StudyStore:
     def set_more_pending(self, pending: bool) -> None:
         if pending != self.more_pending:
             self.study.set_user_attr(MORE, pending)
+
+    def add_verification(self, name: str, run: Measurement) -> None:
+        """Stores one more run of a finalist. A finished trial's attributes are closed, so the study's hold it."""
+        key = f"{VERIFICATION}{name}"
+        runs = json.loads(self.study.user_attrs.get(key, "[]"))
+        self.study.set_user_attr(key, json.dumps([*runs, run.to_json()]))
+
+    def set_winner(self, name: str, tied: Sequence[str]) -> None:
+        self.study.set_user_attr(WINNER, {"name": name, "tied": list(tied)})
 
     def set_ended(self, reason: str) -> None:
         self.study.set_user_attr(ENDED, reason)

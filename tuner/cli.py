@@ -155,6 +155,9 @@ def tune_parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--fresh-ranks", action="store_true", help="start new processes for every trial instead of keeping them"
     )
+    machine.add_argument(
+        "--no-verify", action="store_true", help="don't run the fastest trials and the baseline again to be sure"
+    )
     _add_output_options(parser)
     return parser
 
@@ -210,20 +213,25 @@ def tune(arguments: argparse.Namespace) -> int:
             f"No GPU in use: real DeepSpeed on {spec.machine.ranks} CPU ranks with {spec.workload.model}; "
             "what is fastest here need not be on a GPU."
         )
-    objective = DeepSpeedObjective(
-        spec.workload,
-        spec.machine,
-        launcher=LocalLauncher(spec.machine),
-        log_folder=spec.results.process_logs.resolve(),
-        trial_seconds=spec.trial_seconds,
-        fresh_ranks=arguments.fresh_ranks,
-        notice=console.say,
-    )
+
+    def make_objective(*, fresh_ranks: bool) -> DeepSpeedObjective:
+        return DeepSpeedObjective(
+            spec.workload,
+            spec.machine,
+            launcher=LocalLauncher(spec.machine),
+            log_folder=spec.results.process_logs.resolve(),
+            trial_seconds=spec.trial_seconds,
+            fresh_ranks=fresh_ranks,
+            notice=console.say,
+        )
+
+    objective = make_objective(fresh_ranks=arguments.fresh_ranks)
+    verifier = make_objective(fresh_ranks=True)
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))
     try:
         with stop, console:
-            Study(spec, objective, console, stop).run()
+            Study(spec, objective, verifier, console, stop).run()
         interrupted = stop.requested
     except StopNow:
         interrupted = True
@@ -236,7 +244,7 @@ def tune(arguments: argparse.Namespace) -> int:
     if summary.state is not StudyState.UNFINISHED:
         store.set_more_pending(False)
     _print_document(arguments, summary)
-    if interrupted and summary.state is StudyState.UNFINISHED:
+    if interrupted and (summary.state is StudyState.UNFINISHED or (spec.verify and summary.winner is None)):
         console.say("Interrupted; the same command goes on from here.")
         return EXIT_INTERRUPTED
     return _exit_status(summary, console)
@@ -292,6 +300,7 @@ def make_spec(arguments: argparse.Namespace) -> StudySpec:
         more=arguments.more,
         seed=arguments.seed,
         trial_seconds=float(arguments.trial_timeout),
+        verify=not arguments.no_verify,
     )
 
 

@@ -12,8 +12,8 @@ import rich.table
 import rich.text
 
 from objectives.machine import GIB
-from objectives.trial import Measurement, TrialConfig
-from storage.markdown import duration_words, improvement_words, rate_words
+from objectives.trial import Measurement, Outcome, TrialConfig
+from storage.markdown import duration_words, improvement_words, rate_words, verified_words
 from storage.records import StudySummary, TrialRecord, TrialState
 from tuner.space import DIMENSIONS
 
@@ -71,7 +71,7 @@ class Console:
     def trial_started(self, number: int, config: TrialConfig, summary: StudySummary) -> None:
         self._running = _RunningTrial(config, summary)
         if self._live is None:
-            self.say(f"trial {self._running.position}: {config.name} …")
+            self.say(f"{self._running.title}: {config.name} …")
 
     def phase(self, phase: str) -> None:
         if self._running is not None:
@@ -83,13 +83,25 @@ class Console:
             return
         self._output.print(trial_line(record, summary), soft_wrap=True)
 
+    def verification_started(self, record: TrialRecord, summary: StudySummary) -> None:
+        self._running = _RunningTrial(record.config, summary)
+        runs = len(summary.verification.get(record.config.name, ()))
+        self._running.title = f"verification, run {runs + 1} of"
+
+    def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None:
+        self._running = None
+        if isinstance(outcome, Measurement):
+            self.say(f"     {record.config.name} again, in fresh processes: {outcome.samples_per_second:.2f} samples/s")
+        else:
+            self.say(f"     {record.config.name} again, in fresh processes: {outcome.kind.value.replace('_', ' ')}")
+
     def _live_line(self) -> rich.text.Text:
         running = self._running
         if running is None:
             return rich.text.Text("starting the training processes …", style="dim")
         return rich.text.Text.assemble(
             ("▶ ", "cyan"),
-            (f"trial {running.position}  ", "bold"),
+            (f"{running.title}  ", "bold"),
             (running.config.name, "cyan"),
             f"  {running.phase}  {duration_words(time.monotonic() - running.started)}",
             (running.remaining(), "dim"),
@@ -105,8 +117,11 @@ class Console:
         if best is not None:
             self._output.print(best_table(summary))
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
+            if summary.tied:
+                self.say(f"Level with {', '.join(summary.tied)}; of these it leaves the most memory free.")
             self._say_batch_difference(summary)
-        self.say(f"Tuning took {duration_words(summary.tuning_seconds)}; {len(summary.records)} experiments.")
+        verified = f"; verification {duration_words(seconds)}" if (seconds := summary.verification_seconds) else ""
+        self.say(f"Tuning took {duration_words(summary.tuning_seconds)}, {len(summary.records)} experiments{verified}.")
         if written:
             self.say("Written:")
             for path in written:
@@ -133,13 +148,13 @@ class _RunningTrial:
         self.config = config
         self.phase = "start"
         self.started = time.monotonic()
-        self.position = f"{summary.finished_trials + 1}/{summary.trials_total}"
+        self.title = f"trial {summary.finished_trials + 1}/{summary.trials_total}"
         self._left = summary.trials_total - summary.finished_trials
         self._seconds = [record.outcome.wall_seconds for record in summary.records]
 
     def remaining(self) -> str:
         """An estimate from the trials so far; nothing before there are two."""
-        if len(self._seconds) < 2:
+        if len(self._seconds) < 2 or self._left < 1:
             return ""
         mean = sum(self._seconds) / len(self._seconds)
         left = self._left * mean - (time.monotonic() - self.started)
@@ -201,7 +216,9 @@ def best_table(summary: StudySummary) -> rich.table.Table:
     for title, _ in shown:
         table.add_column(title, justify="right")
     table.add_row("name", *(record.config.name for _, record in shown))
-    table.add_row("samples/s", *(rate_words(record) for _, record in shown))
+    table.add_row("samples/s in the search", *(rate_words(record) for _, record in shown))
+    if any(summary.verified(record) for _, record in shown):
+        table.add_row("samples/s verified", *(verified_words(record, summary) for _, record in shown))
     for dimension in DIMENSIONS:
         table.add_row(dimension.field, *(str(getattr(record.config, dimension.field)) for _, record in shown))
     table.add_row("global batch", *(str(record.config.global_batch_size(record.machine.ranks)) for _, record in shown))

@@ -51,6 +51,8 @@ class StudySpec:
     """Trials to add to a study that has reached its total; None for the plain command."""
     seed: int
     trial_seconds: float
+    verify: bool = True
+    """Run the finalists again in fresh processes."""
 
 
 def parse_memory(text: str) -> int:

@@ -12,16 +12,18 @@ from objectives.errors import EnvironmentFault, UsageError
 from objectives.files import write_atomically
 from objectives.machine import software_versions
 from objectives.objective import Objective
-from objectives.trial import Failure, FailureKind, TrialConfig
+from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from storage.export import write_trial_inputs
 from storage.lock import StudyLock
 from storage.markdown import summary_markdown
-from storage.records import Source, StudySummary, TrialRecord, TrialState
+from storage.records import Source, StudyState, StudySummary, TrialRecord, TrialState
 from storage.study_store import SOURCE, Identity, StudyStore
+from storage.verification import verified_rate
 from tuner.sampler import DistinctTPESampler, unvisited
 from tuner.space import Space
 from tuner.spec import StudySpec
 from tuner.stopping import StopSignals
+from tuner.verification import candidates, judge, next_runs
 
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
@@ -41,13 +43,24 @@ class Observer(Protocol):
 
     def trial_finished(self, record: TrialRecord, summary: StudySummary) -> None: ...
 
+    def verification_started(self, record: TrialRecord, summary: StudySummary) -> None: ...
+
+    def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None: ...
+
 
 class Study:
     """One run of the tuner on one study."""
 
-    def __init__(self, spec: StudySpec, objective: Objective, observer: Observer, stop: StopSignals) -> None:
+    def __init__(
+        self, spec: StudySpec, objective: Objective, verifier: Objective, observer: Observer, stop: StopSignals
+    ) -> None:
+        """
+        Args:
+            verifier: answers as `objective` does, with nothing that an earlier trial could have left.
+        """
         self._spec = spec
         self._objective = objective
+        self._verifier = verifier
         self._observer = observer
         self._stop = stop
         self._space = Space(spec.limits)
@@ -85,6 +98,11 @@ class Study:
                 self._run_trials(store)
             finally:
                 self._objective.close()
+            if spec.verify:
+                try:
+                    self._verify(store)
+                finally:
+                    self._verifier.close()
             store.note(summary_markdown(store.summary()))
             return store.summary()
 
@@ -152,6 +170,38 @@ class Study:
         store.save(trial, record)
         store.tell(trial, record)
         return record
+
+    def _verify(self, store: StudyStore) -> None:
+        """Runs the finalists again, interleaved, until their order is settled; where it stopped, it goes on."""
+        failed: set[str] = set()
+        while not self._stop.requested:
+            summary = store.summary()
+            if summary.state is StudyState.UNFINISHED or summary.winner is not None:
+                return
+            turn = next_runs(summary, summary.verification, frozenset(failed))
+            for record in turn:
+                if self._stop.requested:
+                    return
+                self._observer.verification_started(record, summary)
+                folder = self._spec.results.verification(record.config)
+                folder.mkdir(parents=True, exist_ok=True)
+                outcome = self._verifier.run(record.config, folder, self._observer.phase)
+                if isinstance(outcome, Measurement):
+                    store.add_verification(record.config.name, outcome)
+                else:
+                    failed.add(record.config.name)
+                self._observer.verification_finished(record, outcome)
+            if not turn:
+                names = {record.config.name for record in candidates(summary)} if summary.fastest else set()
+                rates = {
+                    name: verified_rate(runs)
+                    for name, runs in summary.verification.items()
+                    if name in names and name not in failed
+                }
+                if rates:
+                    verdict = judge(rates)
+                    store.set_winner(verdict.leader, verdict.tied)
+                return
 
     def _queue_baseline(self, store: StudyStore, summary: StudySummary) -> str | None:
         """Has the untuned configuration, or the smallest one that fits, run before anything is searched.

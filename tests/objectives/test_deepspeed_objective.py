@@ -132,6 +132,8 @@ def test_prepare_starts_the_ranks_that_the_first_trial_uses(
 
 RANK = {
     "step_seconds": [1.0, 1.0],
+    "stopped_early": False,
+    "drifting": False,
     "forward_seconds": 0.25,
     "backward_seconds": 0.5,
     "optimizer_seconds": 0.125,

@@ -135,4 +135,4 @@ def test_no_step_has_no_throughput() -> None:
 def test_a_speedup_carries_the_doubt_of_both_figures() -> None:
     ratio, (low, high) = speedup_ci95(200.0, (190.0, 210.0), 100.0, (95.0, 105.0))
     assert ratio == 2.0
-    assert (low, high) == pytest.approx((2 - 2 * math.sqrt(0.005), 2 + 2 * math.sqrt(0.005)))
+    assert (low, high) == pytest.approx((2 * math.exp(-math.sqrt(0.005)), 2 * math.exp(math.sqrt(0.005))))

@@ -145,6 +145,8 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "told": (StudyStore, "tell", "after"),
     "interrupted trial queued, not failed": (StudyStore, "interrupt", "before"),
     "reason for the end stored": (StudyStore, "set_ended", "after"),
+    "verified run stored": (StudyStore, "add_verification", "after"),
+    "winner found": (StudyStore, "set_winner", "before"),
     "finished, not exported": (tuner.cli, "export", "before"),
 }
 
