@@ -15,6 +15,9 @@ FEWEST_FOR_WARMUP = 3
 WARMUP_EXCESS = 0.02
 """First steps that are within this of the rest are not called warm-up."""
 
+FEWEST_FOR_CORRELATION = 8
+"""The autocorrelation of fewer values is itself little more than noise."""
+
 HOPELESS_MARGIN = 0.02
 """Two runs of one configuration differ by 1 to 2%."""
 
@@ -130,19 +133,19 @@ def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool
 
 
 def effective_size(values: Sequence[float]) -> float:
-    """How many independent values tell as much about the mean: n·(1 - r)/(1 + r), between 2 and n.
+    """How many independent values tell as much about the mean: n·(1 - r)/(1 + r), between 3 and n.
 
     r is the lag-1 autocorrelation with the bias of short series taken out (Kendall 1954), where it is positive.
     """
     count = len(values)
     mean = statistics.fmean(values)
     variance = math.fsum((value - mean) ** 2 for value in values)
-    if count < 5 or variance == 0:
+    if count < FEWEST_FOR_CORRELATION or variance == 0:
         return float(count)
     lagged = math.fsum((one - mean) * (next_one - mean) for one, next_one in itertools.pairwise(values))
     correlation = (lagged / variance + 1 / count) / (1 - 3 / count)
     correlation = min(max(correlation, 0.0), 0.95)
-    return max(count * (1 - correlation) / (1 + correlation), 2.0)
+    return max(count * (1 - correlation) / (1 + correlation), 3.0)
 
 
 def mean_ci95(values: Sequence[float]) -> tuple[float, float]:

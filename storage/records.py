@@ -72,7 +72,7 @@ class TrialRecord:
         """Why a trial is not complete, in one line; None for one that is."""
         if isinstance(self.outcome, Measurement):
             steps = len(self.outcome.step_seconds)
-            return f"clearly slower than the best, stopped after {steps} steps" if self.outcome.stopped_early else None
+            return f"clearly slower than the best ({steps} steps)" if self.outcome.stopped_early else None
         reason = f"{self.outcome.kind.value.replace('_', ' ')}: {self.outcome.message}"
         if self.outcome.kind is FailureKind.OUT_OF_MEMORY and self.outcome.peak_memory_bytes is not None:
             peak, capacity = self.outcome.peak_memory_bytes / GIB, self.machine.capacity_bytes / GIB
@@ -171,7 +171,7 @@ class StudySummary:
     def verified(self, record: TrialRecord) -> VerifiedRate | None:
         """What the verification runs of a trial say; None without any."""
         runs = self.verification.get(record.config.name)
-        return verified_rate(runs) if runs else None
+        return verified_rate(runs, record.outcome) if runs and isinstance(record.outcome, Measurement) else None
 
     @property
     def verification_seconds(self) -> float:

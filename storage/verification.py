@@ -9,7 +9,7 @@ from objectives.trial import Measurement
 
 RUN_NOISE = 0.005
 """Relative standard deviation between two runs of one configuration that their own steps don't show: repeats on one
-machine lie within 1 to 2% of each other. Assumed, because two or three runs cannot tell it."""
+machine lie within 1 to 2% of each other. Assumed at least, because two or three runs can only show more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +37,20 @@ class VerifiedRate:
         return self.log_rate - other.log_rate > statistics.NormalDist().inv_cdf(0.99) * spread
 
 
-def verified_rate(runs: Sequence[Measurement]) -> VerifiedRate:
-    """Combines the runs of one configuration; there is at least one."""
+def verified_rate(runs: Sequence[Measurement], search: Measurement) -> VerifiedRate:
+    """Combines the verification runs of one configuration; there is at least one.
+
+    Args:
+        search: its measurement in the search. It is no part of the mean, for it was picked for being high, but it is
+            one more run to see from how far runs of this configuration lie apart on this machine.
+    """
     log_rates = [math.log(run.samples_per_second) for run in runs]
     within = [
         ((run.samples_per_second_ci95[1] - run.samples_per_second_ci95[0]) / run.samples_per_second / 2 / 1.96) ** 2
         for run in runs
     ]
     assumed = RUN_NOISE**2 + statistics.fmean(within)
-    seen = statistics.variance(log_rates) if len(runs) > 1 else 0.0
+    seen = statistics.variance([*log_rates, math.log(search.samples_per_second)])
     return VerifiedRate(
         log_rate=statistics.fmean(log_rates),
         log_variance=max(assumed, seen) / len(runs),

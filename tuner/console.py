@@ -178,7 +178,7 @@ def trial_line(record: TrialRecord, summary: StudySummary) -> rich.text.Text:
     if record.reason is not None:
         line.append(f"  {record.reason}")
     best = summary.best
-    if best is not None:
+    if best is not None and record.state is not TrialState.PRUNED:
         mark = (
             "  ★ best so far"
             if best.number == record.number

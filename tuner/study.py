@@ -18,12 +18,11 @@ from storage.lock import StudyLock
 from storage.markdown import summary_markdown
 from storage.records import Source, StudyState, StudySummary, TrialRecord, TrialState
 from storage.study_store import SOURCE, Identity, StudyStore
-from storage.verification import verified_rate
 from tuner.sampler import DistinctTPESampler, unvisited
 from tuner.space import Space
 from tuner.spec import StudySpec
 from tuner.stopping import StopSignals
-from tuner.verification import candidates, judge, next_runs
+from tuner.verification import candidates, judge, next_runs, verified_rates
 
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
@@ -192,12 +191,9 @@ class Study:
                     failed.add(record.config.name)
                 self._observer.verification_finished(record, outcome)
             if not turn:
-                names = {record.config.name for record in candidates(summary)} if summary.fastest else set()
-                rates = {
-                    name: verified_rate(runs)
-                    for name, runs in summary.verification.items()
-                    if name in names and name not in failed
-                }
+                field = candidates(summary) if summary.fastest else []
+                field = [record for record in field if record.config.name not in failed]
+                rates = verified_rates(field, summary.verification)
                 if rates:
                     verdict = judge(rates)
                     store.set_winner(verdict.leader, verdict.tied)

@@ -32,6 +32,17 @@ def candidates(summary: StudySummary) -> list[TrialRecord]:
     return [record for record in complete[:CANDIDATES] if (record.samples_per_second or 0.0) >= fastest * (1 - CLOSE)]
 
 
+def verified_rates(
+    records: Sequence[TrialRecord], runs: Mapping[str, Sequence[Measurement]]
+) -> dict[str, VerifiedRate]:
+    """The rates of those trials that have verification runs, by name."""
+    return {
+        record.config.name: verified_rate(runs[record.config.name], record.outcome)
+        for record in records
+        if runs.get(record.config.name) and isinstance(record.outcome, Measurement)
+    }
+
+
 def judge(rates: Mapping[str, VerifiedRate]) -> Verdict:
     """Ranks the verified candidates; there is at least one."""
     fastest = max(rates, key=lambda name: rates[name].log_rate)
@@ -55,7 +66,7 @@ def next_runs(
     rounds = min(done.values(), default=0)
     running = [record for record in field if done[record.config.name] == rounds]
     if rounds > 0:
-        verdict = judge({name: verified_rate(runs[name]) for name in done})
+        verdict = judge(verified_rates(field, runs))
         level = {verdict.leader, *verdict.tied}
         running = [record for record in field if record.config.name in level and done[record.config.name] < MAX_ROUNDS]
         fewest = min((done[record.config.name] for record in running), default=0)

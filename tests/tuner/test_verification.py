@@ -96,11 +96,11 @@ def test_an_interrupted_round_is_finished_first() -> None:
 
 
 def test_a_settled_order_needs_no_further_run() -> None:
-    assert turn(summary(10, 100, 99), {1: [90], 2: [100], 0: [10]}) == []
+    assert turn(summary(10, 95, 99), {1: [95], 2: [100], 0: [10]}) == []
 
 
 def test_those_that_are_level_run_again_in_the_other_order_with_the_baseline_beside_them() -> None:
-    assert turn(summary(10, 100, 99, 96), {1: [100], 2: [99.8], 3: [90], 0: [10]}) == [0, 2, 1]
+    assert turn(summary(10, 100, 99.9, 96), {1: [100], 2: [99.8], 3: [96], 0: [10]}) == [0, 2, 1]
 
 
 def test_after_its_rounds_a_tie_is_a_tie() -> None:
@@ -123,9 +123,8 @@ def test_who_fails_in_fresh_processes_is_out() -> None:
 
 def test_of_those_that_are_level_the_one_with_the_most_free_memory_wins() -> None:
     rates = {
-        "large": verified_rate([measurement(100.0, peak_gib=7)]),
-        "small": verified_rate([measurement(99.9, peak_gib=3)]),
-        "slow": verified_rate([measurement(90.0, peak_gib=1)]),
+        name: verified_rate([measurement(rate, peak_gib=peak_gib)], measurement(rate))
+        for name, rate, peak_gib in (("large", 100.0, 7), ("small", 99.9, 3), ("slow", 90.0, 1))
     }
     verdict = judge(rates)
     assert (verdict.leader, verdict.tied) == ("small", ("large",))
