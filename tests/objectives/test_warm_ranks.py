@@ -52,7 +52,7 @@ def test_thirty_mixed_trials_run_in_one_pair_of_ranks_whose_memory_stays_level(
     notices: list[str] = []
     tuned = objective(
         plan=ONE_STEP,
-        machine=Machine(device="cpu", name=machine.name, ranks=2, memory_bytes=8 * GIB, memory_cap_bytes=GIB),
+        machine=Machine(device="cpu", name=machine.name, ranks=2, memory_bytes=8 * GIB, memory_cap_bytes=3 * GIB // 2),
         notice=notices.append,
     )
     resident: dict[int, list[int]] = {}
