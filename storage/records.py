@@ -219,12 +219,11 @@ class StudySummary:
         return Speedup(factor=factor, ci95=interval)
 
     def best_of_stage(self) -> dict[int, tuple[int, TrialRecord | None]]:
-        """For each ZeRO stage tried, in order: how many trials, and the fastest of them, if need be a stopped one."""
+        """For each ZeRO stage tried, in order: how many trials, and the fastest of them, stopped ones included."""
         stages: dict[int, tuple[int, TrialRecord | None]] = {}
         for stage in sorted({record.config.zero_stage for record in self.records}):
             records = [record for record in self.records if record.config.zero_stage == stage]
             measured = [record for record in records if isinstance(record.outcome, Measurement)]
-            complete = [record for record in measured if record.state is TrialState.COMPLETE]
-            best = max(complete or measured, key=lambda record: record.samples_per_second or 0.0, default=None)
+            best = max(measured, key=lambda record: record.samples_per_second or 0.0, default=None)
             stages[stage] = (len(records), best)
         return stages
