@@ -89,6 +89,13 @@ def cap_memory(machine: Machine) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
+def lift_cap(machine: Machine) -> None:
+    """Takes a CPU rank's cap away: it is for training, and what ran out of memory needs some to say so."""
+    if machine.device == "cpu":
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
 class Meter(Protocol):
     """Time and memory of a device."""
 

@@ -20,7 +20,7 @@ from objectives.files import result_file, write_atomically
 from objectives.machine import Machine
 from objectives.rank.cleanup import collectives_issued, release_trial
 from objectives.rank.data import load_blocks
-from objectives.rank.device import cap_memory, claim_device, local_rank, meter_for, resident_bytes
+from objectives.rank.device import cap_memory, claim_device, lift_cap, local_rank, meter_for, resident_bytes
 from objectives.rank.distributed import connect_ranks
 from objectives.rank.model import load_config
 from objectives.rank.ops import load_optimizer_op
@@ -87,6 +87,7 @@ class Worker:
                 engines=engines,
             )
         except Exception as error:
+            lift_cap(self._machine)
             traceback.print_exc()
             self._report(folder, self._failure(error).to_json(), event="failed")
         else:
@@ -94,6 +95,7 @@ class Worker:
         # Only here is the exception gone, and with it what its frames held of the model.
         issued = collectives_issued()
         release_trial(engines.pop() if engines else None)
+        cap_memory(self._machine)
         held = {"device": self._meter.held_bytes(), "host": resident_bytes()}
         if self._held_after_first is None:
             self._held_after_first = held
