@@ -2,10 +2,15 @@
 
     python benchmarks/timing_rules.py [--traces 2000] [--recorded FILE ...]
 
-Prints a row a kind of trace. `bias` is the reported mean over the true one; `covered` how often the 95% interval holds
-the true mean; `steps` the median number timed. `hopeless if equal` is the rate of wrong stops against a best that is as
-fast; `if 10% slower` and `30%` the rate of right ones. Recorded traces are files of JSON lines with `step_seconds`
-(warm-up included); each is cut into a reference, its second half, and resampled in blocks.
+Prints tables. In the first, a row a kind of trace: `bias` is the reported mean over the true one; `covered` how often
+the 95% interval holds the true mean; `steps` the median number timed. `hopeless if equal` is the rate of wrong stops
+against a best that is as fast; `if 10% slower` and `30%` the rate of right ones. Recorded traces are files of JSON
+lines with `step_seconds` (warm-up included); each is cut into a reference, its second half, and resampled in blocks.
+
+In the others, a row a kind of trace of the micro-steps in a trial's warm-up: how often it is given up within its steps
+when it takes, in the long run, so many times as long as the best, which takes 10 s a step. What is below the rule's
+factor is a stop too early; for `1×` it is plainly wrong. `after` is the median number of micro-steps that the slowest
+configuration had run by then.
 """
 
 import argparse
@@ -19,6 +24,9 @@ import numpy as np
 import tabulate
 
 from objectives.timing import StepPlan, is_hopeless, mean_ci95, warmup_length
+
+GAS = 48
+"""Micro-steps of a step in the later tables."""
 
 Trace = Callable[[np.random.Generator, int], Sequence[float]]
 
@@ -84,6 +92,83 @@ SYNTHETIC: dict[str, Trace] = {
 }
 
 
+def slow_start(micro_steps: int, factor: float, noise: float = 0.05) -> Trace:
+    """The first micro-steps of the trial take longer, and all alike: nothing in them tells that it will end."""
+
+    def trace(random: np.random.Generator, count: int) -> Sequence[float]:
+        values = 1 + noise * random.standard_normal(count)
+        values[:micro_steps] *= factor
+        return list(values)
+
+    return trace
+
+
+def settling(factor: float, micro_steps: float) -> Trace:
+    """Begins so many times slower and comes down exponentially."""
+
+    def trace(random: np.random.Generator, count: int) -> Sequence[float]:
+        excess = (factor - 1) * np.exp(-np.arange(count) / micro_steps)
+        return list((1 + excess) * (1 + 0.05 * random.standard_normal(count)))
+
+    return trace
+
+
+def spike(number: int, factor: float) -> Trace:
+    """One of the first micro-steps takes many times as long: kernels are loaded, or prefetching is set up."""
+
+    def trace(random: np.random.Generator, count: int) -> Sequence[float]:
+        values = 1 + 0.05 * random.standard_normal(count)
+        values[number] *= factor
+        return list(values)
+
+    return trace
+
+
+MICRO_STEPS: dict[str, Trace] = {
+    "independent, 2%": independent(0.02),
+    "independent, 20%": independent(0.2),
+    "correlated 0.9, 10%": correlated(0.1, 0.9),
+    "one in 10 three times as long": outliers(0.1, 3.0),
+    "the first ten times as long": spike(0, 10.0),
+    "the second eight times as long": spike(1, 8.0),
+    "the third eight times as long": spike(2, 8.0),
+    "settling from 3x within 5": settling(3.0, 5.0),
+    "settling from 3x within 20": settling(3.0, 20.0),
+    "the first 5 twice as long": slow_start(5, 2.0),
+    "the first 8 three times as long": slow_start(8, 3.0),
+    "the first step 1.4 times as long": slow_start(GAS, 1.4),
+    "the first step twice as long": slow_start(GAS, 2.0),
+}
+
+
+def warm_up_micro_steps(trace: Sequence[float], zero_stage: int, step_seconds: float, best: float) -> int | None:
+    """How many micro-steps a trial runs until it is given up within its first steps; None where it is not."""
+    plan = StepPlan()
+    rule = plan.mid_step_rule(zero_stage=zero_stage, gradient_accumulation_steps=GAS, best_step_seconds=best)
+    assert rule is not None
+    not_closing: list[float] = []
+    for number in range(plan.warmup(zero_stage) * GAS):
+        if (number + 1) % GAS == 0:
+            continue
+        not_closing.append(trace[number] * step_seconds / GAS)
+        if rule.is_due(len(not_closing)) and rule.is_hopeless(not_closing):
+            return number + 1
+    return None
+
+
+def micro_step_row(name: str, trace: Trace, traces: int, zero_stage: int, ratios: Sequence[float]) -> list[str]:
+    rates, after = [], ""
+    for ratio in ratios:
+        ends = []
+        for seed in range(traces):
+            values = [float(value) for value in trace(np.random.default_rng(seed), 3 * GAS)]
+            ends.append(warm_up_micro_steps(values, zero_stage, 10.0 * ratio, 10.0))
+        stopped = [end for end in ends if end is not None]
+        rates.append(f"{len(stopped) / traces:.1%}")
+        after = f"{statistics.median(stopped):g} of {GAS}" if stopped else "never"
+    return [name, *rates, after]
+
+
 def time_trial(trace: Sequence[float], plan: StepPlan, best: float | None) -> tuple[list[float], bool]:
     """The steps that a trial would time of a trace, behind its unconditional warm-up, and whether it was stopped."""
     steps: list[float] = []
@@ -125,9 +210,13 @@ def main() -> None:
     parser.add_argument("--recorded", type=Path, nargs="*", default=[])
     arguments = parser.parse_args()
     kinds = SYNTHETIC | {path.name: recorded(path) for path in arguments.recorded}
-    rows = [row(name, trace, arguments.traces, seconds) for name, trace in kinds.items() for seconds in (0.2, 2.0)]
+    rows = [row(name, trace, arguments.traces, seconds) for name, trace in kinds.items() for seconds in (0.2, 2.0, 5.0)]
     headers = ["trace", "step s", "bias", "95% of errors", "covered", "steps", "hopeless if equal", "10% slower", "30%"]
     print(tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True))
+    for title, stage, ratios in (("stages 0 to 2", 0, (1.0, 1.4, 1.7, 2.0, 4.0)), ("stage 3", 3, (1.0, 2.0, 3.0, 8.0))):
+        rows = [micro_step_row(name, trace, arguments.traces, stage, ratios) for name, trace in MICRO_STEPS.items()]
+        headers = [f"micro-steps, {title}", *(f"{ratio:g}× best" for ratio in ratios), "after"]
+        print(f"\n{tabulate.tabulate(rows, headers=headers, tablefmt='pipe', disable_numparse=True)}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/warm_ranks.py --out warm.jsonl [--gpus N] [--part overhead|fresh|memory ...]
 
-Parts: `overhead`, a warm trial's wall time less its steps; `fresh`, the figures of warm ranks against fresh processes,
-in both orders; `memory`, what is left on any rank after 30 mixed trials. Each trial is a JSON line in the file, written
-at once; what is there already is not run again, so that a run can be cut off and go on. The table is printed last.
+Parts: `overhead`, a warm trial's wall time less its steps (`memory`'s trials count as well); `fresh`, the figures of
+warm ranks against fresh processes, in both orders; `memory`, what is left on any rank after 30 mixed trials. Each trial
+is a JSON line in the file, written at once; what is there already is not run again, so that a run can be cut off and go
+on. The table is printed last.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import tabulate
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine, detect_machine
+from objectives.timing import StepPlan
 from objectives.trial import Failure, Measurement, TrialConfig
 from objectives.workload import Workload
 from tuner.spec import DEFAULTS
@@ -58,7 +60,8 @@ class Recorder:
 class Bench:
     """Runs trials of one workload and records them."""
 
-    def __init__(self, machine: Machine, recorder: Recorder) -> None:
+    def __init__(self, machine: Machine, recorder: Recorder, plan: StepPlan) -> None:
+        self._plan = plan
         defaults = DEFAULTS[machine.device]
         self._workload = Workload(model=defaults.model, seq_len=defaults.seq_len, dtype=defaults.dtype)
         self._machine = machine
@@ -76,6 +79,7 @@ class Bench:
             launcher=LocalLauncher(self._machine),
             log_folder=self._folder / "start",
             trial_seconds=300,
+            plan=self._plan,
             fresh_ranks=fresh,
             notice=lambda text: print(text, file=sys.stderr, flush=True),
         )
@@ -144,7 +148,7 @@ def _cpu_seconds() -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """The targets' table, as far as there are figures."""
     lines: list[list[str]] = []
-    counted = [row for row in rows if row["part"] == "overhead" and row["number"] >= 0 and "overhead_s" in row]
+    counted = [row for row in rows if row.get("number", -1) >= 0 and "overhead_s" in row]
     for title, stages in (("stages 0-2", (0, 1, 2)), ("stage 3", (3,))):
         seconds = [row["overhead_s"] for row in counted if row["stage"] in stages]
         if seconds:
@@ -175,9 +179,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--timed-seconds", type=float, default=StepPlan().timed_seconds, help="of each trial")
     arguments = parser.parse_args()
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=None)
-    bench = Bench(machine, Recorder(arguments.out))
+    bench = Bench(machine, Recorder(arguments.out), StepPlan(timed_seconds=arguments.timed_seconds))
     print(machine.description, flush=True)
     for part in arguments.part:
         getattr(bench, part)()

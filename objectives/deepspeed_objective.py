@@ -14,12 +14,14 @@ from objectives.launcher import Launcher
 from objectives.machine import Machine
 from objectives.rank_group import OnPhase, RankGroup
 from objectives.timing import StepPlan, throughput
-from objectives.trial import Failure, Measurement, Outcome, TrialConfig
+from objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 
 
 class DeepSpeedObjective:
     """See `Objective`. The ranks live on from trial to trial, unless one leaves them unfit or fresh ones are wanted."""
+
+    figures = Figures.MEASURED
 
     def __init__(
         self,
@@ -159,6 +161,7 @@ def combine_ranks(
         warmup_step_seconds=tuple(slowest["warmup_step_seconds"]),
         skipped_steps=slowest["skipped_steps"],
         stopped_early=slowest["stopped_early"],
+        from_micro_steps=slowest["from_micro_steps"],
         drifting=slowest["drifting"],
         peak_memory_bytes=max(document["peak_memory_bytes"] for document in ranks),
         reserved_memory_bytes=max(document["reserved_memory_bytes"] for document in ranks),

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from objectives.trial import TrialConfig
+from objectives.trial import KNOBS, TrialConfig
 from objectives.workload import Workload
 
 # DeepSpeed's default bucket of 5e8 elements is 2 GB of fp32 per rank: on CPU that is slower and crowds out the model.
@@ -36,6 +36,9 @@ def deepspeed_config(config: TrialConfig, workload: Workload, *, ranks: int, dev
     optimizer = document.setdefault("optimizer", {"type": "AdamW", "params": {"lr": LEARNING_RATE}})
     document.setdefault("gradient_clipping", GRADIENT_CLIPPING)
     document.setdefault("steps_per_print", NEVER_PRINT)
+    for field, value in config.knobs_on.items():
+        if (writes := KNOBS[field].writes) is not None:
+            _merge(document, writes(value))
     if device == "cpu":
         zero.setdefault("reduce_bucket_size", CPU_BUCKET_ELEMENTS)
         zero.setdefault("allgather_bucket_size", CPU_BUCKET_ELEMENTS)
@@ -43,6 +46,15 @@ def deepspeed_config(config: TrialConfig, workload: Workload, *, ranks: int, dev
             # DeepSpeed's CPUAdam is compiled at first use, for a minute or two; torch's is at hand.
             optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     return document
+
+
+def _merge(document: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Lays settings over a document, block by block."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and isinstance(document.get(key), dict):
+            _merge(document[key], value)
+        else:
+            document[key] = copy.deepcopy(value)
 
 
 def _set_precision(document: dict[str, Any], dtype: str) -> None:

@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Protocol
 
 from objectives.rank_group import OnPhase
-from objectives.trial import Outcome, TrialConfig
+from objectives.trial import Figures, Outcome, TrialConfig
 
 
 class Objective(Protocol):
     """Answers a configuration with an outcome: by running it, by a cost model, or from a recording."""
+
+    @property
+    def figures(self) -> Figures:
+        """Of which kind its outcomes' figures are."""
 
     def prepare(self) -> None:
         """Does what can be done before the first configuration is known.

@@ -8,6 +8,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from typing import TypeVar
 
 FEWEST_FOR_WARMUP = 3
 """Of two steps nobody can tell which is the odd one."""
@@ -18,11 +19,22 @@ WARMUP_EXCESS = 0.02
 FEWEST_FOR_CORRELATION = 8
 """The autocorrelation of fewer values is itself little more than noise."""
 
-HOPELESS_MARGIN = 0.02
-"""Two runs of one configuration differ by 1 to 2%."""
+HOPELESS_MARGIN = 0.05
+"""Two runs of one configuration differ by 1 to 2%, by more where launching kernels decides; and what is within this of
+the best runs again in the verification anyway."""
 
 FALLING = 0.9
 """A last step below this fraction of the mean says that steps still get faster."""
+
+SETTLING_MICRO_STEPS = 2
+"""The first micro-steps of a trial say nothing of the rest. Recorded on an H200: in stages 0 to 2 the first takes up to
+1.8 times as long as those behind it, in stage 3 the second up to 7.7 times, when the prefetching is set up."""
+
+FEWEST_ACCUMULATED = 4
+"""With fewer micro-steps a step, those that close one are too large a part of it to be left out."""
+
+FEWEST_MICRO_STEPS = 6
+"""Behind those, fewer cannot show whether they still get faster."""
 
 # Quantiles of Student's t for 1..30 degrees of freedom (any statistics table): two-sided 95%, and 98% for p = 0.01 on
 # one side. Beyond 30 the last is used, which is at most 4% too wide.
@@ -54,6 +66,19 @@ class StepPlan:
     """Enough is when the 95% interval of the mean is within this fraction of it, to either side."""
     steps_at_once: int = 8
     """Ranks agree on how to go on after at most so many steps; agreeing costs a synchronization."""
+    long_step_seconds: float = 2.0
+    """Longer steps are spared where fewer will do: see the next two, and `mid_step_rule`."""
+    min_long_steps: int = 3
+    """What is enough of long steps in place of `min_timed_steps`, where they agree."""
+    long_steps_agree: float = 0.02
+    """Long steps agree when the longest exceeds the shortest by at most this fraction of their mean."""
+    mid_step_factor: float = 1.5
+    """How many times slower than the best a configuration must be to be given up in its first steps, which are slower
+    than those that follow."""
+    zero3_mid_step_factor: float = 2.5
+    """The same for stage 3, which in its first step also records the order of its parameters."""
+    mid_step_seconds: float = 1.0
+    """So long micro-steps are watched before a configuration is given up: what is slow at first is so for a time."""
 
     def warmup(self, zero_stage: int) -> int:
         return self.warmup_steps + (self.zero3_extra_warmup_steps if zero_stage == 3 else 0)
@@ -75,14 +100,85 @@ class StepPlan:
         missing = self.min_timed_steps - len(steady)
         if count >= self.max_timed_steps:
             return 0
+        if mean > self.long_step_seconds:
+            if len(steady) < self.min_long_steps:
+                missing = min(missing, self.min_long_steps - len(steady))
+            elif max(steady) - min(steady) <= self.long_steps_agree * mean:
+                return 0
         if missing <= 0 and (spent >= self.timed_seconds or self._is_precise(steady)):
             return 0
         affordable = math.floor((self.timed_seconds - spent) / mean)
         return min(max(missing, 1, min(affordable, count)), self.steps_at_once, self.max_timed_steps - count)
 
+    def mid_step_rule(
+        self, *, zero_stage: int, gradient_accumulation_steps: int, best_step_seconds: float | None
+    ) -> "MidStepRule | None":
+        """What gives a configuration up within its warm-up steps.
+
+        Args:
+            best_step_seconds: see `next_steps`.
+
+        Returns:
+            None where there is no best to be slower than, or where too few micro-steps make a step.
+        """
+        if best_step_seconds is None or gradient_accumulation_steps < FEWEST_ACCUMULATED:
+            return None
+        factor = self.zero3_mid_step_factor if zero_stage == 3 else self.mid_step_factor
+        return MidStepRule(
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            limit_seconds=max(factor * best_step_seconds, self.long_step_seconds),
+            watched_seconds=self.mid_step_seconds,
+        )
+
     def _is_precise(self, steady: Sequence[float]) -> bool:
         low, high = mean_ci95(steady)
         return (high - low) / 2 <= self.precision * statistics.fmean(steady) and not is_drifting(steady)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MidStepRule:
+    """When a configuration is given up before one of its steps is whole: a hopeless step can take a minute.
+
+    It looks at micro-steps alone, without those that close a step: those reduce gradients and run the optimizer. So a
+    step's seconds are estimated too low rather than too high. All arguments named `micro_step_seconds` are those of the
+    trial from its begin, in order.
+    """
+
+    gradient_accumulation_steps: int
+    limit_seconds: float
+    """Of a whole step; only what takes longer beyond reasonable doubt is given up."""
+    watched_seconds: float
+    """See `StepPlan.mid_step_seconds`."""
+
+    def is_due(self, count: int) -> bool:
+        """Whether the ranks are to agree behind so many micro-steps: seldom, since it costs a synchronization."""
+        rounds, rest = divmod(count - SETTLING_MICRO_STEPS, FEWEST_MICRO_STEPS)
+        return rest == 0 and rounds > 0 and rounds & (rounds - 1) == 0  # 1, 2, 4, 8, …
+
+    def is_hopeless(self, micro_step_seconds: Sequence[float]) -> bool:
+        """Whether whole steps would be too long, by the test of `is_hopeless`, from the later half of the micro-steps.
+
+        Args:
+            micro_step_seconds: as the slowest rank had them.
+        """
+        watched = micro_step_seconds[SETTLING_MICRO_STEPS:]
+        if math.fsum(watched) < self.watched_seconds or (is_drifting(watched) and watched[-1] < watched[0]):
+            return False
+        steps = [self.gradient_accumulation_steps * seconds for seconds in later_half(micro_step_seconds)]
+        return _is_above(steps, self.limit_seconds)
+
+    def step_seconds(self, micro_step_seconds: Sequence[float]) -> float:
+        """What a whole step would take."""
+        return self.gradient_accumulation_steps * statistics.fmean(later_half(micro_step_seconds))
+
+
+Values = TypeVar("Values")
+
+
+def later_half(micro_steps: Sequence[Values]) -> Sequence[Values]:
+    """Of a trial's micro-steps, less the first that say nothing: those that an estimate is made from."""
+    settled = micro_steps[SETTLING_MICRO_STEPS:]
+    return settled[len(settled) // 2 :]
 
 
 def warmup_length(step_seconds: Sequence[float]) -> int:
@@ -123,7 +219,11 @@ def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool
     one configuration differ by. A warm-up that goes on must not look like a slow configuration: even the fastest
     step must be slower, and steps that still get faster prove nothing.
     """
-    limit = best_step_seconds * (1 + HOPELESS_MARGIN)
+    return _is_above(step_seconds, best_step_seconds * (1 + HOPELESS_MARGIN))
+
+
+def _is_above(step_seconds: Sequence[float], limit: float) -> bool:
+    """See `is_hopeless`."""
     steady = step_seconds[warmup_length(step_seconds) :]
     if len(steady) < 3 or min(step_seconds) <= limit or step_seconds[-1] < FALLING * statistics.fmean(step_seconds):
         return False

@@ -4,20 +4,25 @@
         --deepspeed --deepspeed_config autotuning_results/ds_config_optimal.json
 
 It trains as many scripts do, with a loop of its own and a wall clock around whole optimizer steps, and shares
-with the tuner only the model and the data. It prints the samples per second it reached.
+with the tuner only the model and the data. It prints the samples per second it reached. DeepSpeed's own autotuner can
+run it too: it passes the configuration itself, base64-encoded, in place of a file, and its engine ends the run.
 """
 
 import argparse
+import base64
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from objectives.rank.data import batches, load_blocks
 from objectives.rank.distributed import skip_unused_ops
+from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
 from objectives.rank.model import build_model, load_config
 from objectives.workload import Workload
 
@@ -29,6 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", help="local files or a hub id; synthetic tokens without it")
     parser.add_argument("--tokenizer", help="folder or hub id; the model's own without it")
     parser.add_argument("--pretrained", action="store_true", help="load the model's weights")
+    parser.add_argument(
+        "--knob", action="append", default=[], metavar="NAME=VALUE", help="of the model, such as compile=blocks"
+    )
     parser.add_argument("--warmup-steps", type=int, default=6, help="optimizer steps before the clock starts")
     parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -36,14 +44,45 @@ def parse_arguments() -> argparse.Namespace:
         "--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")), help=argparse.SUPPRESS
     )
     deepspeed.add_config_arguments(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    try:
+        arguments.ds_config = load_ds_config(arguments.deepspeed_config)
+        arguments.knobs = parse_knobs(arguments.knob)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def load_ds_config(argument: str | None) -> dict[str, Any]:
+    """The DeepSpeed configuration that `--deepspeed_config` names, or is: base64 of the JSON, as DeepSpeed takes it.
+
+    Raises:
+        ValueError: it is neither, or no JSON object; the text is for the user.
+    """
+    if argument is None:
+        raise ValueError("--deepspeed_config FILE is needed: the DeepSpeed configuration to train with")
+    is_file = os.path.isfile(argument)  # unlike Path.is_file it bears a name as long as an encoded configuration
+    try:
+        text = Path(argument).read_text() if is_file else base64.b64decode(argument, b"-_", validate=True).decode()
+        document = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"--deepspeed_config {argument} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        if is_file:
+            raise ValueError(f"--deepspeed_config {argument} is not JSON ({error})") from error
+        raise ValueError(f"--deepspeed_config {argument[:80]}: no such file, and no base64 of JSON either") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"--deepspeed_config {argument[:80]} must hold a JSON object")
+    return document
 
 
 def main() -> None:
     arguments = parse_arguments()
-    ds_config = json.loads(Path(arguments.deepspeed_config).read_text())
+    ds_config: dict[str, Any] = arguments.ds_config
+    # DeepSpeed's default, stated for those who read it from here.
+    ds_config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if get_accelerator().device_name() == "cuda":  # DS_ACCELERATOR=cpu means it, whatever GPUs there are
         torch.cuda.set_device(arguments.local_rank)
         device = torch.device("cuda", arguments.local_rank)
     skip_unused_ops()
@@ -60,8 +99,10 @@ def main() -> None:
         tokenizer=arguments.tokenizer,
     )
     model_config = load_config(workload)
-    model = build_model(workload, model_config, ds_config, device)
+    model = build_model(workload, configure_model(model_config, arguments.knobs), ds_config, device)
+    apply_to_model(model, arguments.knobs)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
+    apply_to_engine(engine, arguments.knobs)
     blocks = load_blocks(workload, model_config.get_text_config().vocab_size)
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     loader = batches(blocks, micro_batch_size, rank=rank, ranks=ranks, pin=device.type == "cuda")
@@ -85,8 +126,12 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    train(arguments.warmup_steps)
-    seconds = train(arguments.steps)
+    try:
+        train(arguments.warmup_steps)
+        seconds = train(arguments.steps)
+    except SystemExit:  # under DeepSpeed's autotuner the engine ends the process once it has written its figures
+        torch.distributed.destroy_process_group()
+        raise
     rate = engine.train_batch_size() * arguments.steps / seconds
     if rank == 0:
         print(

@@ -9,6 +9,20 @@ import enum
 from collections.abc import Mapping
 from typing import Any, Self, TypeAlias
 
+from objectives.knobs import (
+    Knob,
+    attention_runs,
+    gathers,
+    has_an_odd_vocabulary,
+    has_states_apart,
+    keeps_its_blocks_whole,
+    knob,
+    on_a_gpu,
+    partitions,
+    reduces_by_owner,
+    zero,
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrialConfig:
@@ -18,22 +32,112 @@ class TrialConfig:
     micro_batch_size: int
     """Samples a rank takes through one forward and backward pass."""
     gradient_accumulation_steps: int
+    activation_checkpointing: int = knob(
+        off=0, values=(1, 2), label="ac", short="ckpt", in_model=True, speed=(1,),
+        meaning="every how many transformer blocks one forgets its activations and computes them again: 1 for all",
+    )  # fmt: skip
+    compile: str = knob(
+        off="off", values=("blocks", "model"), label="compile", short="compile", in_model=True, speed=("blocks",),
+        exists=keeps_its_blocks_whole,
+        meaning="torch.compile of each transformer block, or of the whole model",
+    )  # fmt: skip
+    padded_vocabulary: int = knob(
+        off=0, values=(64, 128), label="pv", short="pad", in_model=True, speed=(64,), exists=has_an_odd_vocabulary,
+        meaning="the output projection is computed with its columns padded to a multiple, the extra logits left out of "
+        "the loss: the numbers stay as they are",
+    )  # fmt: skip
+    attention: str = knob(
+        off="default", values=("eager", "flash_attention_2"), label="attention", short="attention",
+        in_model=True, exists=attention_runs,
+        meaning="transformers' attention: written out, or the FlashAttention-2 package where it is installed and runs",
+    )  # fmt: skip
+    optimizer: str = knob(
+        off="default", values=("torch_fused",), label="adam", short="optimizer", exists=on_a_gpu,
+        writes=lambda value: {"optimizer": {"params": {"torch_adam": True, "fused": True}}},
+        meaning="torch's fused AdamW in place of DeepSpeed's FusedAdam",
+    )  # fmt: skip
+    overlap_comm: str = knob(
+        off="default", values=("on", "off"), label="overlap", short="overlap", exists=partitions,
+        writes=lambda value: zero(overlap_comm=value == "on"),
+        meaning="gradients are reduced while the backward pass goes on; ZeRO-3's default is on, the others' off",
+    )  # fmt: skip
+    bucket_elements: int = knob(
+        off=0, values=(50_000_000, 200_000_000, 1_000_000_000), label="rbs", short="bucket", exists=partitions,
+        writes=lambda value: zero(reduce_bucket_size=value, allgather_bucket_size=value),
+        meaning="elements that are reduced, and gathered, at a time (`reduce_bucket_size`, `allgather_bucket_size`)",
+    )  # fmt: skip
+    contiguous_gradients: str = knob(
+        off="default", values=("off",), label="contiguous", short="contiguous", exists=reduces_by_owner,
+        writes=lambda value: zero(contiguous_gradients=False),
+        meaning="gradients are copied to one buffer as they appear, or not",
+    )  # fmt: skip
+    round_robin_gradients: str = knob(
+        off="default", values=("on",), label="roundrobin", short="round robin", exists=reduces_by_owner,
+        writes=lambda value: zero(round_robin_gradients=True),
+        meaning="ranks take turns in owning gradients, which spreads their copying",
+    )  # fmt: skip
+    offload_optimizer: str = knob(
+        off="off", values=("cpu",), label="offload", short="offload", exists=has_states_apart,
+        writes=lambda value: zero(offload_optimizer={"device": "cpu", "pin_memory": True}),
+        meaning="optimizer states live in the host's memory and are updated there",
+    )  # fmt: skip
+    prefetch_elements: int = knob(
+        off=0, values=(200_000_000,), label="pf", short="prefetch", exists=gathers,
+        writes=lambda value: zero(stage3_prefetch_bucket_size=value),
+        meaning="parameters that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`)",
+    )  # fmt: skip
+    persistent_elements: int = knob(
+        off=0, values=(1_000_000,), label="pp", short="persist", exists=gathers,
+        writes=lambda value: zero(stage3_param_persistence_threshold=value),
+        meaning="parameters smaller than this stay gathered (`stage3_param_persistence_threshold`)",
+    )  # fmt: skip
+    live_elements: int = knob(
+        off=0, values=(200_000_000,), label="lp", short="live", exists=gathers,
+        writes=lambda value: zero(stage3_max_live_parameters=value, stage3_max_reuse_distance=value),
+        meaning="the most parameters that stay gathered (`stage3_max_live_parameters`)",
+    )  # fmt: skip
+    dropout: str = knob(
+        off="model", values=("none",), label="dropout", short="dropout", in_model=True,
+        numerics="dropout is switched off: the model is regularised less",
+        meaning="the model's dropout probabilities, or none",
+    )  # fmt: skip
 
     @property
     def name(self) -> str:
-        """The name DeepSpeed's autotuner gives to the same configuration, such as `z1_gas2_tmbspg4`."""
-        return f"z{self.zero_stage}_gas{self.gradient_accumulation_steps}_tmbspg{self.micro_batch_size}"
+        """As DeepSpeed's autotuner names it, such as `z1_gas2_tmbspg4`; knobs that are off are left out."""
+        parts = [f"z{self.zero_stage}", *(KNOBS[field].words(value) for field, value in self.knobs_on.items())]
+        return "_".join([*parts, f"gas{self.gradient_accumulation_steps}", f"tmbspg{self.micro_batch_size}"])
+
+    @property
+    def knobs_on(self) -> dict[str, Any]:
+        """The knobs that are not off, with their values."""
+        values = {field: getattr(self, field) for field in KNOBS}
+        return {field: value for field, value in values.items() if value != KNOBS[field].off}
+
+    @property
+    def model_knobs(self) -> dict[str, Any]:
+        """Those of `knobs_on` that the training script has to do: DeepSpeed's file cannot say them."""
+        return {field: value for field, value in self.knobs_on.items() if KNOBS[field].in_model}
 
     def global_batch_size(self, ranks: int) -> int:
         """Samples in one optimizer step over `ranks` ranks."""
         return self.micro_batch_size * self.gradient_accumulation_steps * ranks
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The three that every configuration has, and the knobs that are on."""
+        return {field: getattr(self, field) for field in CORE_FIELDS} | self.knobs_on
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
         return cls(**document)
+
+
+CORE_FIELDS = ("zero_stage", "micro_batch_size", "gradient_accumulation_steps")
+
+KNOBS: dict[str, Knob] = {
+    field.name: field.metadata["knob"] for field in dataclasses.fields(TrialConfig) if "knob" in field.metadata
+}
+"""Every knob by its field, in the order of names and columns."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +160,9 @@ class Measurement:
     """Steps that fp16 overflow skipped; they are never among `step_seconds`."""
     stopped_early: bool = False
     """Timing was given up because the configuration is clearly slower than the study's best."""
+    from_micro_steps: int = 0
+    """Above zero: it was given up before a step was whole. `step_seconds` then holds one estimate, made from so many
+    micro-steps without data loading and optimizer, and the memory figures are those of what ran."""
     drifting: bool = False
     """The steps were still getting faster or slower when their budget ended: take the figure with care."""
     peak_memory_bytes: int
@@ -113,6 +220,22 @@ class Failure:
 
 
 Outcome: TypeAlias = Measurement | Failure
+
+
+class Figures(enum.StrEnum):
+    """Where the figures of outcomes come from. Figures of different kinds are never mixed, and those that were not
+    measured carry the word wherever they are shown."""
+
+    MEASURED = "measured"
+    """Ranks trained for them."""
+    SIMULATED = "simulated"
+    """By a model of the hardware, with noise."""
+    REPLAYED = "replayed"
+    """Measured once, and read from a recording."""
+
+    def mark(self, text: str) -> str:
+        """A heading or a figure with the word behind it, such as `samples/s, replayed`; measured ones need none."""
+        return text if self is Figures.MEASURED else f"{text}, {self.value}"
 
 
 def outcome_from_json(document: Mapping[str, Any]) -> Outcome:

@@ -1,8 +1,10 @@
 """StudySummary -> the JSON document that `--json` prints; `storage/study.schema.json` describes it."""
 
+import dataclasses
 from typing import Any
 
 from objectives.trial import Measurement
+from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord
 
 
@@ -13,6 +15,7 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "study": summary.study,
         "state": summary.state.value,
         "ended": summary.ended,
+        "figures": summary.figures.value,
         "model": {**summary.workload.to_json()},
         "hardware": {**summary.machine.to_json(), "description": summary.machine.description},
         "versions": dict(summary.versions),
@@ -22,6 +25,8 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "best": _trial(best, summary) if best else None,
         "baseline": _trial(baseline, summary) if baseline else None,
         "tied": list(summary.tied),
+        "not_launched": [each.to_json() for each in summary.excluded],
+        "forecast_errors": dataclasses.asdict(errors) if (errors := forecast_errors(summary)) else None,
         "speedup": {"factor": speedup.factor, "ci95": list(speedup.ci95)} if speedup else None,
     }
 
@@ -46,4 +51,5 @@ def _trial(record: TrialRecord, summary: StudySummary) -> dict[str, Any]:
         "started_at": record.started_at,
         "reason": record.reason,
         "source": record.source.value,
+        "forecast": record.forecast.to_json() if record.forecast else None,
     }

@@ -18,7 +18,7 @@ from objectives.ds_config import deepspeed_config
 from objectives.files import write_atomically
 from objectives.launcher import threads_per_rank
 from objectives.machine import Machine
-from objectives.trial import Measurement, TrialConfig
+from objectives.trial import CORE_FIELDS, KNOBS, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.document import study_document
 from storage.layout import ResultsFolder
@@ -29,14 +29,18 @@ TRAINING_MODULE = "objectives.train"
 MICROSECONDS = 1e6
 
 CSV_COLUMNS = (
-    "number", "name", "state", "source", "zero_stage", "micro_batch_size", "gradient_accumulation_steps",
-    "global_batch_size", "samples_per_second", "samples_per_second_ci95_low", "samples_per_second_ci95_high",
-    "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds", "reason",
+    "number", "name", "state", "source", *CORE_FIELDS, "global_batch_size",
+    "samples_per_second", "samples_per_second_ci95_low", "samples_per_second_ci95_high",
+    "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds", "figures", "reason",
 )  # fmt: skip
 
 
-def training_command(workload: Workload, machine: Machine, ds_config: Path) -> list[str]:
-    """The argv that trains with a configuration through DeepSpeed's own launcher, from any folder."""
+def training_command(workload: Workload, machine: Machine, ds_config: Path, config: TrialConfig) -> list[str]:
+    """The argv that trains with a configuration through DeepSpeed's own launcher, from any folder.
+
+    Args:
+        ds_config: what of the configuration DeepSpeed's file says; the knobs of the model are options.
+    """
     command = ["deepspeed"]
     if machine.device == "cpu":
         command += ["--num_gpus", str(machine.ranks)]
@@ -49,6 +53,8 @@ def training_command(workload: Workload, machine: Machine, ds_config: Path) -> l
         command += ["--tokenizer", workload.tokenizer]
     if workload.pretrained:
         command += ["--pretrained"]
+    for knob, value in config.model_knobs.items():
+        command += ["--knob", f"{knob}={value}"]
     return [*command, "--deepspeed", "--deepspeed_config", str(ds_config.resolve())]
 
 
@@ -68,7 +74,7 @@ def write_trial_inputs(folder: Path, config: TrialConfig, workload: Workload, ma
     folder.mkdir(parents=True, exist_ok=True)
     ds_config_path = folder / "ds_config.json"
     ds_config = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
-    command = training_command(workload, machine, ds_config_path)
+    command = training_command(workload, machine, ds_config_path, config)
     experiment = {
         "name": config.name,
         "ds_config": ds_config,
@@ -84,26 +90,28 @@ def write_trial_inputs(folder: Path, config: TrialConfig, workload: Workload, ma
     write_atomically(folder / "cmd.txt", shell_line(command, machine))
 
 
-def metrics_document(record: TrialRecord, measured: Measurement) -> dict[str, Any]:
+def metrics_document(record: TrialRecord, measured: Measurement, figures: Figures = Figures.MEASURED) -> dict[str, Any]:
     """DeepSpeed's metrics.json: times in microseconds a step; `throughput` is end to end.
 
     `latency` is the whole step, not the sum of the three; ds-tune's own figures stand beside DeepSpeed's keys.
+    What a recording does not say is null.
     """
     step_seconds = sum(measured.step_seconds) / len(measured.step_seconds)
     per_rank = measured.samples_per_second / record.machine.ranks
     low, high = measured.samples_per_second_ci95
     return {
-        "fwd": measured.forward_seconds * MICROSECONDS,
-        "bwd": measured.backward_seconds * MICROSECONDS,
-        "step": measured.optimizer_seconds * MICROSECONDS,
+        "fwd": measured.forward_seconds * MICROSECONDS or None,
+        "bwd": measured.backward_seconds * MICROSECONDS or None,
+        "step": measured.optimizer_seconds * MICROSECONDS or None,
         "latency": step_seconds * MICROSECONDS,
-        "FLOPS_per_gpu": measured.flops_per_sample * per_rank,
+        "FLOPS_per_gpu": measured.flops_per_sample * per_rank or None,
         "throughput": measured.samples_per_second,
         "rank": 0,
         "throughput_ci95": [low, high],
         "deepspeed_throughput": measured.deepspeed_samples_per_second,
         "peak_memory_bytes": measured.peak_memory_bytes,
         "step_seconds": list(measured.step_seconds),
+        "figures": figures.value,
     }
 
 
@@ -115,7 +123,10 @@ def summary_text(summary: StudySummary) -> str:
 def trials_csv(summary: StudySummary) -> str:
     """One line a trial, with the raw units: bytes and seconds."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, restval="", lineterminator="\n")
+    knobs = [field for field in KNOBS if any(field in record.config.knobs_on for record in summary.records)]
+    after = CSV_COLUMNS.index("global_batch_size")
+    columns = [*CSV_COLUMNS[:after], *knobs, *CSV_COLUMNS[after:]]
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for record in summary.records:
         row: dict[str, Any] = {
@@ -123,10 +134,11 @@ def trials_csv(summary: StudySummary) -> str:
             "name": record.config.name,
             "state": record.state.value,
             "source": record.source.value,
-            **record.config.to_json(),
+            **{field: getattr(record.config, field) for field in (*CORE_FIELDS, *knobs)},
             "global_batch_size": record.config.global_batch_size(record.machine.ranks),
             "peak_memory_bytes": record.outcome.peak_memory_bytes,
             "wall_seconds": record.outcome.wall_seconds,
+            "figures": summary.figures.value,
             "reason": record.reason or "",
         }
         if isinstance(record.outcome, Measurement):
@@ -154,7 +166,7 @@ def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
         trial_folder = folder.trial(record.config)
         write_trial_inputs(trial_folder, record.config, summary.workload, record.machine)
         if isinstance(record.outcome, Measurement):
-            write_json(trial_folder / "metrics.json", metrics_document(record, record.outcome))
+            write_json(trial_folder / "metrics.json", metrics_document(record, record.outcome, summary.figures))
         else:
             (trial_folder / "metrics.json").unlink(missing_ok=True)
         for log, text in (("stdout.log", ""), ("stderr.log", getattr(record.outcome, "log_tail", ""))):
@@ -173,9 +185,16 @@ def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
         return written
     optimal = deepspeed_config(best.config, summary.workload, ranks=best.machine.ranks, device=best.machine.device)
     write_json(folder.optimal_config, optimal)
-    command = training_command(summary.workload, best.machine, folder.optimal_config)
-    write_atomically(folder.optimal_command, shell_line(command, best.machine))
+    command = training_command(summary.workload, best.machine, folder.optimal_config, best.config)
+    write_atomically(folder.optimal_command, _origin(summary) + shell_line(command, best.machine))
     return [folder.optimal_config, folder.optimal_command, *written]
+
+
+def _origin(summary: StudySummary) -> str:
+    """A comment for a shell: the command below it looks like one that has been run."""
+    if summary.figures is Figures.MEASURED:
+        return ""
+    return f"# The fastest by {summary.figures.value} figures of {summary.machine.description}; it was not run here.\n"
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

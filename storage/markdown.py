@@ -5,14 +5,21 @@ import datetime
 import tabulate
 
 from objectives.machine import GIB
-from objectives.trial import Measurement
+from objectives.trial import KNOBS, Figures, Measurement
+from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord
+
+ORIGINS = {
+    Figures.SIMULATED: "All figures are **simulated**: a model of the hardware gave them, with noise; nothing was run.",
+    Figures.REPLAYED: "All figures are **replayed**: a recording of earlier runs gave them; nothing was run.",
+}
 
 
 def summary_markdown(summary: StudySummary) -> str:
     """The whole report: results, every trial, versions, hardware, and how it was measured."""
     sections = [
-        f"# {summary.workload.model}\n",
+        f"# {summary.figures.mark(summary.workload.model)}\n",
+        *(f"{ORIGINS[figures]}\n" for figures in ORIGINS if figures is summary.figures),
         _environment(summary),
         "## Throughput\n",
         throughput_table(summary),
@@ -22,6 +29,7 @@ def summary_markdown(summary: StudySummary) -> str:
         f"\n{closing_line(summary)}",
         "\n## Trials\n",
         trial_table(summary),
+        *_cost_model(summary),
         "\n## How this was measured\n",
         _method(summary),
     ]
@@ -36,6 +44,14 @@ def duration_words(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def tuning_words(summary: StudySummary) -> str:
+    """How long the search took, and where its trials were not run, what they would have taken."""
+    words = duration_words(summary.tuning_seconds)
+    if summary.figures is Figures.MEASURED:
+        return words
+    return f"{words} (the trials' own time: {summary.figures.mark(duration_words(summary.trial_seconds))})"
 
 
 def rate_words(record: TrialRecord) -> str:
@@ -64,34 +80,33 @@ def improvement_words(summary: StudySummary) -> str:
     if speedup is None:
         return "Inf (the baseline does not run)"
     if summary.best is summary.baseline:
-        return "1.00× (nothing tried was faster than the baseline)"
+        return summary.figures.mark("1.00× (nothing tried was faster than the baseline)")
     low, high = speedup.ci95
-    return f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})"
+    return summary.figures.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
 
 
 def throughput_table(summary: StudySummary) -> str:
     """The seed's comparison table: the baseline beside the best, with what each trains on a step."""
+    # Only what was measured is verified; the column would be a claim.
+    measured = summary.figures is Figures.MEASURED
     rows = []
     for title, record in (("baseline", summary.baseline), ("ds-tune", summary.best)):
         if record is None:
-            rows.append([title, "not runnable", "", "", "", ""])
+            rows.append([title, "not runnable"])
             continue
         rows.append(
             [
                 title,
                 record.config.name,
                 rate_words(record),
-                verified_words(record, summary),
+                *([verified_words(record, summary)] if measured else []),
                 str(record.config.global_batch_size(record.machine.ranks)),
                 _gib(record),
             ]
         )
-    return tabulate.tabulate(
-        rows,
-        headers=["", "configuration", "samples/s in the search", "verified", "global batch", "peak GiB a rank"],
-        tablefmt="pipe",
-        disable_numparse=True,
-    )
+    rates = ["samples/s in the search", "verified"] if measured else [summary.figures.mark("samples/s")]
+    headers = ["", "configuration", *rates, "global batch", summary.figures.mark("peak GiB a rank")]
+    return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
 
 
 def stage_table(summary: StudySummary) -> str:
@@ -108,11 +123,13 @@ def stage_table(summary: StudySummary) -> str:
 def closing_line(summary: StudySummary) -> str:
     """The sentence that DeepSpeed's autotuner ends its summary with."""
     duration = datetime.timedelta(seconds=summary.tuning_seconds)
-    return f"Tuning completed in {duration}. Total number of experiments: {len(summary.records)}."
+    origin = "" if summary.figures is Figures.MEASURED else f" All figures are {summary.figures.value}."
+    return f"Tuning completed in {duration}. Total number of experiments: {len(summary.records)}.{origin}"
 
 
 def trial_table(summary: StudySummary) -> str:
     """Every trial with its configuration and how it ended."""
+    shown = [field for field in KNOBS if any(field in record.config.knobs_on for record in summary.records)]
     rows = [
         [
             record.number,
@@ -120,6 +137,7 @@ def trial_table(summary: StudySummary) -> str:
             record.config.zero_stage,
             record.config.micro_batch_size,
             record.config.gradient_accumulation_steps,
+            *(getattr(record.config, field) for field in shown),
             record.config.global_batch_size(record.machine.ranks),
             rate_words(record),
             _gib(record),
@@ -129,8 +147,37 @@ def trial_table(summary: StudySummary) -> str:
         ]
         for record in summary.records
     ]
-    headers = ["#", "name", "stage", "mbs", "gas", "global batch", "samples/s", "peak GiB", "state", "note"]
+    rate, peak = summary.figures.mark("samples/s"), summary.figures.mark("peak GiB")
+    knobs = ["stage", "mbs", "gas", *(KNOBS[field].short for field in shown)]
+    headers = ["#", "name", *knobs, "global batch", rate, peak, "state", "note"]
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _cost_model(summary: StudySummary) -> list[str]:
+    """How wrong the cost model was, and what it kept from being launched."""
+    sections = []
+    errors = forecast_errors(summary)
+    if errors is not None:
+        learned = ", ".join(f"{error:+.0%}" for error in errors.last_rates)
+        sections.append(
+            "\n## Cost model\n\n"
+            "Each trial was predicted just before it ran, from data sheets, formulas and the trials before it. Over "
+            f"{errors.trials} trials the predicted samples/s were off by {errors.rate_median:.1%} in the median and "
+            f"{errors.rate_worst:.1%} at most, the predicted peak memory by {errors.memory_median:.1%} and "
+            f"{errors.memory_worst:.1%}. Samples/s, trial by trial: {learned}."
+        )
+    if summary.excluded:
+        capacity = summary.machine.capacity_bytes / GIB
+        rows = [
+            [each.name, f"{each.predicted_peak_memory_bytes / GIB:.2f}", each.configurations]
+            for each in summary.excluded
+        ]
+        headers = ["smallest micro-batch", "peak GiB, predicted", "configurations"]
+        sections.append(
+            f"\n## Not launched\n\nThese certainly need more than the {capacity:.2f} GiB of a rank:\n\n"
+            + tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+        )
+    return sections
 
 
 def _gib(record: TrialRecord) -> str:
@@ -150,7 +197,7 @@ def _environment(summary: StudySummary) -> str:
 
 def _bullets(summary: StudySummary) -> str:
     lines = [
-        f"- Tuning time: {duration_words(summary.tuning_seconds)}",
+        f"- Tuning time: {tuning_words(summary)}",
         f"- Number of experiments: {len(summary.records)}",
         f"- Throughput improvement over baseline: {improvement_words(summary)}",
     ]
@@ -170,7 +217,12 @@ def _method(summary: StudySummary) -> str:
         "Throughput is end to end: ranks × mbs × gas over the mean seconds of one whole optimizer step on the slowest "
         "rank, data loading included, after warm-up steps. The ± is half the 95% confidence interval of that mean "
         "(Student's t over the steps of one run; differences between runs come on top). Steps that fp16 overflow "
-        "skipped are left out. Memory is the most that any rank had allocated. Verified figures are means over runs "
+        "skipped are left out. Memory is the most that any rank had allocated."
+    )
+    if summary.figures is not Figures.MEASURED:
+        return f"{ORIGINS[summary.figures]} What they stand for: {text[0].lower()}{text[1:]}"
+    text += (
+        " Verified figures are means over runs "
         "in fresh processes, interleaved with the other finalists'; their interval also allows for what two runs "
         "of one configuration differ by."
     )

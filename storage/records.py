@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.machine import GIB, Machine
 from objectives.timing import speedup_ci95
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig, outcome_from_json
+from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
 from storage.verification import VerifiedRate, verified_rate
 
@@ -44,6 +45,8 @@ class TrialRecord:
     """ISO 8601, UTC."""
     machine: Machine
     versions: Mapping[str, str]
+    forecast: Forecast | None = None
+    """What the cost model believed just before the trial; None where another sampler searched."""
 
     @property
     def state(self) -> TrialState:
@@ -71,8 +74,10 @@ class TrialRecord:
     def reason(self) -> str | None:
         """Why a trial is not complete, in one line; None for one that is."""
         if isinstance(self.outcome, Measurement):
-            steps = len(self.outcome.step_seconds)
-            return f"clearly slower than the best ({steps} steps)" if self.outcome.stopped_early else None
+            seen = f"{len(self.outcome.step_seconds)} steps"
+            if self.outcome.from_micro_steps:
+                seen = f"{self.outcome.from_micro_steps} micro-steps"
+            return f"clearly slower than the best ({seen})" if self.outcome.stopped_early else None
         reason = f"{self.outcome.kind.value.replace('_', ' ')}: {self.outcome.message}"
         if self.outcome.kind is FailureKind.OUT_OF_MEMORY and self.outcome.peak_memory_bytes is not None:
             peak, capacity = self.outcome.peak_memory_bytes / GIB, self.machine.capacity_bytes / GIB
@@ -89,6 +94,7 @@ class TrialRecord:
             "started_at": self.started_at,
             "machine": self.machine.to_json(),
             "versions": dict(self.versions),
+            "forecast": self.forecast.to_json() if self.forecast else None,
         }
 
     @classmethod
@@ -107,6 +113,7 @@ class TrialRecord:
             started_at=document["started_at"],
             machine=Machine.from_json(document["machine"]),
             versions=document["versions"],
+            forecast=Forecast.from_json(document["forecast"]) if document.get("forecast") else None,
         )
 
 
@@ -144,10 +151,13 @@ class StudySummary:
     records: Sequence[TrialRecord]
     verification: Mapping[str, Sequence[Measurement]] = dataclasses.field(default_factory=dict)
     """Repeated runs in fresh processes, by the configuration's name."""
+    figures: Figures = Figures.MEASURED
     winner: str | None = None
     """The configuration that the verification found to be the best."""
     tied: Sequence[str] = ()
     """Those that the winner is not settled to be faster than."""
+    excluded: Sequence[Excluded] = ()
+    """What was not launched because it certainly does not fit."""
 
     @property
     def finished_trials(self) -> int:
@@ -177,6 +187,12 @@ class StudySummary:
     def verification_seconds(self) -> float:
         """What the verification took, which is no part of `tuning_seconds`."""
         return math.fsum(run.wall_seconds for runs in self.verification.values() for run in runs)
+
+    @property
+    def trial_seconds(self) -> float:
+        """What all trials took by their own account, which for trials that were not run here is not
+        `tuning_seconds`."""
+        return math.fsum(record.outcome.wall_seconds for record in self.records)
 
     @property
     def fastest(self) -> TrialRecord | None:

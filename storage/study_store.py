@@ -16,9 +16,10 @@ import optuna_dashboard
 import sqlalchemy.engine
 import sqlalchemy.exc
 
+from objectives.cost_model.forecast import Excluded
 from objectives.errors import EnvironmentFault, UsageError
 from objectives.machine import GIB, Machine
-from objectives.trial import Failure, Measurement, TrialConfig
+from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
@@ -34,6 +35,7 @@ MORE = "ds_tune:more"
 VERSIONS = "ds_tune:versions"
 WINNER = "ds_tune:winner"
 VERIFICATION = "ds_tune:verification:"
+EXCLUDED = "ds_tune:excluded"
 RECORD = "record"
 SOURCE = "source"
 
@@ -58,6 +60,9 @@ class Identity:
     workload: Workload
     machine: Machine
     space: Mapping[str, Any]
+    figures: Figures = Figures.MEASURED
+    recording: str | None = None
+    """Which recording is replayed, where one is."""
 
     def to_json(self) -> dict[str, Any]:
         """As it will come back from the storage, lists for tuples, so that the two can be compared."""
@@ -68,6 +73,8 @@ class Identity:
                     "workload": self.workload.to_json(),
                     "hardware": self.machine.to_json(),
                     "space": dict(self.space),
+                    "figures": self.figures.value,
+                    "recording": self.recording,
                 }
             )
         )
@@ -114,7 +121,7 @@ class StudyStore:
 
     def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage) -> None:
         self.study = study
-        self._storage = storage
+        self.storage = storage
 
     @classmethod
     def create_or_resume(
@@ -139,7 +146,9 @@ class StudyStore:
                 raise UsageError(
                     f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
                 )
-            found = differences(stored, identity.to_json())
+            # A study from before there were others than measured figures does not name them.
+            known = stored and {"figures": Figures.MEASURED.value, **stored}
+            found = differences(known, identity.to_json())
             if found and any(record.counts for record in store.records()):
                 raise UsageError(
                     f"study {name} measured something else ({'; '.join(found)}): repeat its command to go on with it, "
@@ -153,7 +162,7 @@ class StudyStore:
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction="maximize")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([METRIC])
+            study.set_metric_names([identity.figures.mark(METRIC)])
         study.set_user_attr(VERSIONS, dict(versions))
         study.set_user_attr(IDENTITY, identity.to_json())
         return cls(study, storage)
@@ -183,6 +192,11 @@ class StudyStore:
             raise UsageError(f"study {name} in {masked(storage_url)} was not made by ds-tune")
         return cls(study, storage)
 
+    @property
+    def figures(self) -> Figures:
+        """Of which kind all of the study's figures are."""
+        return Figures(self.study.user_attrs[IDENTITY].get("figures", Figures.MEASURED.value))
+
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in their order. An interrupted one has no record."""
         return [
@@ -198,6 +212,7 @@ class StudyStore:
             study=self.study.study_name,
             workload=Workload.from_json(identity["workload"]),
             machine=Machine.from_json(identity["hardware"]),
+            figures=self.figures,
             versions=attributes[VERSIONS],
             trials_total=attributes.get(TARGET, 0),
             tuning_seconds=attributes.get(SECONDS, 0.0),
@@ -210,11 +225,12 @@ class StudyStore:
             },
             winner=(attributes.get(WINNER) or {}).get("name"),
             tied=(attributes.get(WINNER) or {}).get("tied", ()),
+            excluded=[Excluded.from_json(each) for each in json.loads(attributes.get(EXCLUDED, "[]"))],
         )
 
-    def set_target(self, trials: int) -> None:
-        """How many finished trials the study is to have; what ended it before is forgotten."""
-        if self.study.user_attrs.get(TARGET) != trials:
+    def set_target(self, trials: int, *, afresh: bool = False) -> None:
+        """How many finished trials the study is to have; what ended it before is forgotten, `afresh` in any case."""
+        if afresh or self.study.user_attrs.get(TARGET) != trials:
             self.study.set_user_attr(TARGET, trials)
             self.study.set_user_attr(ENDED, None)
             self.study.set_user_attr(WINNER, None)
@@ -236,6 +252,10 @@ class StudyStore:
 
     def set_winner(self, name: str, tied: Sequence[str]) -> None:
         self.study.set_user_attr(WINNER, {"name": name, "tied": list(tied)})
+
+    def set_excluded(self, excluded: Sequence[Excluded]) -> None:
+        """What was not launched because it certainly does not fit."""
+        self.study.set_user_attr(EXCLUDED, json.dumps([each.to_json() for each in excluded]))
 
     def set_ended(self, reason: str) -> None:
         self.study.set_user_attr(ENDED, reason)
@@ -263,7 +283,7 @@ class StudyStore:
 
         May be called again after a crash in its middle.
         """
-        told = self._storage.get_trial(trial._trial_id)
+        told = self.storage.get_trial(trial._trial_id)
         match record.outcome:
             case Measurement() as measured:
                 samples = record.config.global_batch_size(record.machine.ranks)
@@ -283,6 +303,8 @@ class StudyStore:
                     attributes["peak_memory_gib"] = round(failure.peak_memory_bytes / GIB, 3)
                 violation = OUT_OF_MEMORY_VIOLATION
                 optuna_dashboard.save_note(trial, f"{failure.message}\n\n```\n{failure.log_tail}\n```")
+        if self.figures is not Figures.MEASURED:
+            attributes["figures"] = self.figures.value
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
         if record.counts and "constraints" not in told.system_attrs:
@@ -294,9 +316,9 @@ class StudyStore:
     def _constrain(self, trial: optuna.Trial, violation: float) -> None:
         # Last before tell: a retried trial would copy it. The list is what optuna-dashboard reads, and is written
         # second, so that where it stands both do.
-        if "constraints:memory" not in self._storage.get_trial_system_attrs(trial._trial_id):
+        if "constraints:memory" not in self.storage.get_trial_system_attrs(trial._trial_id):
             trial.set_constraint("memory", violation)
-        self._storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
+        self.storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
 
     def recover(self, config_of: Callable[[optuna.trial.FrozenTrial], TrialConfig | None]) -> Sequence[str]:
         """Puts right what a killed tuner left: tells what was saved, and has the interrupted trial run again.

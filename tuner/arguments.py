@@ -1,13 +1,25 @@
 """The command line: every option of every command, and what it takes."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from objectives.cost_model.hardware import CATALOGUE
 from objectives.errors import UsageError
 from objectives.machine import DEFAULT_CPU_RANKS
+from objectives.trial import KNOBS
 from objectives.workload import DTYPES, SHIPPED_MODELS
 from storage.layout import DEFAULT_RESULTS
-from tuner.spec import DEFAULT_STUDY, DEFAULT_TRIAL_SECONDS, DEFAULT_TRIALS
+from tuner.space import PRESETS
+from tuner.spec import DEFAULT_SAMPLER, DEFAULT_STUDY, DEFAULT_TRIAL_SECONDS, DEFAULT_TRIALS, SAMPLER_NAMES
+
+NUMERICS = [f"numerics:{field}" for field, knob in KNOBS.items() if knob.numerics is not None]
+
+TRAINING_OPTIONS = (
+    "model", "dtype", "seq_len", "dataset", "tokenizer", "pretrained", "ds_config",
+    "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
+)  # fmt: skip
+"""What is trained and on what: of use only where something is trained."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +51,7 @@ def tune_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tune",
         description="Finds the fastest DeepSpeed configuration for a model on this machine by training with it.",
-        epilog="Other commands: tune report, tune export, tune dashboard (each with --help). "
+        epilog="Other commands: tune plan, tune report, tune export, tune dashboard (each with --help). "
         "The same command again resumes a study. Exit status: 0 found, 1 error, 2 usage, 3 nothing fits, "
         "130 interrupted and resumable.",
     )
@@ -64,14 +76,15 @@ def tune_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for the results (default %(default)s)",
     )
+    study.add_argument(
+        "--sampler",
+        choices=SAMPLER_NAMES,
+        default=DEFAULT_SAMPLER,
+        help="who proposes: ds-tune's cost model, or one of Optuna's ways (default %(default)s)",
+    )
     study.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of the search (default %(default)s)")
     work = parser.add_argument_group("what is trained")
-    work.add_argument(
-        "--model",
-        help=f"{', '.join(SHIPPED_MODELS)}, a folder or config.json, or a hub id (default gpt2-xl; on CPU gpt2-nano)",
-    )
-    work.add_argument("--dtype", choices=DTYPES, help="precision (default fp16; on CPU fp32)")
-    work.add_argument("--seq-len", type=positive, metavar="S", help="tokens a sample (default 1024; on CPU 128)")
+    _add_model_options(work)
     work.add_argument(
         "--dataset",
         metavar="FILES",
@@ -89,7 +102,68 @@ def tune_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="your DeepSpeed configuration; trials keep all of it that is not searched",
     )
+    _add_space_options(parser)
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--gpus", type=int, metavar="N", help="use the first N visible GPUs (default all; 0 runs on the CPU)"
+    )
+    machine.add_argument(
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help=f"ranks to start on the CPU (default {DEFAULT_CPU_RANKS})",
+    )
+    _add_memory_cap(machine)
+    machine.add_argument(
+        "--trial-timeout",
+        type=positive,
+        metavar="S",
+        help=f"kill a trial after S seconds (default {DEFAULT_TRIAL_SECONDS:.0f})",
+    )
+    machine.add_argument(
+        "--fresh-ranks", action="store_true", help="start new processes for every trial instead of keeping them"
+    )
+    machine.add_argument(
+        "--no-verify", action="store_true", help="don't run the fastest trials and the baseline again to be sure"
+    )
+    machine.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="train nothing: answer from a surface recorded by benchmarks/record_surface.py",
+    )
+    machine.add_argument(
+        "--simulate", action="store_true", help="train nothing: answer from the cost model, for --hardware"
+    )
+    _add_hardware(machine)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_model_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--model",
+        help=f"{', '.join(SHIPPED_MODELS)}, a folder or config.json, or a hub id (default gpt2-xl; on CPU gpt2-nano)",
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="precision (default fp16; on CPU fp32)")
+    group.add_argument("--seq-len", type=positive, metavar="S", help="tokens a sample (default 1024; on CPU 128)")
+
+
+def _add_space_options(parser: argparse.ArgumentParser) -> None:
     space = parser.add_argument_group("search space")
+    space.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=None,
+        help="core: ZeRO stage, mbs and gas; speed: and what usually pays; full: every knob (default core)",
+    )
+    space.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="numerics:KNOB",
+        help=f"also search a knob that changes the numbers: {', '.join(NUMERICS)}",
+    )
     space.add_argument("--max-micro-batch", type=positive, metavar="B", help="largest mbs (default 64; on CPU 16)")
     batch = space.add_mutually_exclusive_group()
     batch.add_argument(
@@ -99,33 +173,20 @@ def tune_parser() -> argparse.ArgumentParser:
         help="largest mbs × gas × ranks (default 128 a GPU; 32 a CPU rank)",
     )
     batch.add_argument("--global-batch", type=positive, metavar="B", help="search at exactly this mbs × gas × ranks")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--gpus", type=int, metavar="N", help="use the first N visible GPUs (default all; 0 runs on the CPU)"
-    )
-    machine.add_argument(
-        "--ranks",
-        type=positive,
-        default=DEFAULT_CPU_RANKS,
-        metavar="N",
-        help="ranks to start on the CPU (default %(default)s)",
-    )
-    machine.add_argument("--memory-cap", metavar="SIZE", help="most memory a rank may have, such as 24GiB")
-    machine.add_argument(
-        "--trial-timeout",
-        type=positive,
-        default=int(DEFAULT_TRIAL_SECONDS),
-        metavar="S",
-        help="kill a trial after S seconds (default %(default)s)",
-    )
-    machine.add_argument(
-        "--fresh-ranks", action="store_true", help="start new processes for every trial instead of keeping them"
-    )
-    machine.add_argument(
-        "--no-verify", action="store_true", help="don't run the fastest trials and the baseline again to be sure"
-    )
-    _add_output_options(parser)
-    return parser
+
+
+def _add_memory_cap(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--memory-cap", metavar="SIZE", help="most memory a rank may have, such as 24GiB")
+
+
+def _add_hardware(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--hardware", metavar="GPUS", help="imagined GPUs, such as 16xV100-32GB (see tune plan --help)")
+
+
+def given(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the named options that were given, as they were typed; none of them may have a default of its own."""
+    values = {name: getattr(arguments, name) for name in names}
+    return [f"--{name.replace('_', '-')}" for name, value in values.items() if value is not None and value is not False]
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +208,24 @@ def _stored_study_parser(command: str, description: str) -> argparse.ArgumentPar
         "--storage", metavar="URL", help="database of the study (default: SQLite in the results folder)"
     )
     parser.add_argument("--study", metavar="NAME", help="its name (default: the only one there)")
+    return parser
+
+
+def plan_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tune plan",
+        description="Predicts what would fit and how fast it would be, without a GPU.",
+        epilog=f"Known GPUs: {', '.join(CATALOGUE)}; a number before them, as in 8xH100, for several in one machine.",
+    )
+    _add_model_options(parser.add_argument_group("what is trained"))
+    _add_space_options(parser)
+    machine = parser.add_argument_group("machine")
+    _add_hardware(machine)
+    _add_memory_cap(machine)
+    parser.add_argument(
+        "--best", type=positive, default=12, metavar="N", help="configurations to show (default %(default)s)"
+    )
+    _add_output_options(parser)
     return parser
 
 

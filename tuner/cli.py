@@ -1,4 +1,4 @@
-"""The commands: `tune` (which is meant when none is named), `report`, `export` and `dashboard`."""
+"""The commands: `tune` (which is meant when none is named), `plan`, `report`, `export` and `dashboard`."""
 
 import argparse
 import contextlib
@@ -9,17 +9,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import optuna
 import rich.console
 import sqlalchemy.exc
 
-from objectives.deepspeed_objective import DeepSpeedObjective
+from objectives.cost_model.hardware import hardware_of, machine_of
+from objectives.cost_model.model import CostModel
 from objectives.errors import DsTuneError, UsageError
-from objectives.launcher import LocalLauncher
-from objectives.machine import detect_machine
-from objectives.workload import SHIPPED_MODELS, Workload, check_workload, load_base_ds_config
 from storage.document import study_document
 from storage.export import export
 from storage.layout import ResultsFolder
@@ -27,46 +24,37 @@ from storage.records import StudyState, StudySummary
 from storage.study_store import StudyStore, storage_fault
 from storage.urls import check_storage_url, masked
 from tuner import dashboard
-from tuner.arguments import dashboard_parser, export_parser, report_parser, tune_parser
+from tuner.answers import Answers, answers_for, imagined_workload
+from tuner.arguments import NUMERICS, dashboard_parser, export_parser, plan_parser, report_parser, tune_parser
 from tuner.console import Console
-from tuner.space import Limits
-from tuner.spec import DEFAULTS, StudySpec, parse_memory, results_folder
+from tuner.plan import hardware_asked_for, make_plan, print_plan
+from tuner.space import Limits, study_space
+from tuner.spec import DEFAULT_SAMPLER, DEFAULT_TRIAL_SECONDS, DEFAULTS, StudySpec, parse_memory, results_folder
 from tuner.stopping import StopNow, StopSignals
 from tuner.study import Study, quiet_optuna
+
+PIPE_COLUMNS = 120
+"""Where nobody says how wide a line may be."""
 
 EXIT_FOUND, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs or resumes a study."""
-    spec = make_spec(arguments)
+    answers = answers_for(arguments)
+    spec = make_spec(arguments, answers)
     # With --json, standard output belongs to the document alone.
     output = rich.console.Console(stderr=arguments.json)
     console = Console(output, quiet=arguments.quiet)
-    if spec.machine.device == "cpu":
-        console.say(
-            f"No GPU in use: real DeepSpeed on {spec.machine.ranks} CPU ranks with {spec.workload.model}; "
-            "what is fastest here need not be on a GPU."
-        )
-
-    def make_objective(*, fresh_ranks: bool) -> DeepSpeedObjective:
-        return DeepSpeedObjective(
-            spec.workload,
-            spec.machine,
-            launcher=LocalLauncher(spec.machine),
-            log_folder=spec.results.process_logs.resolve(),
-            trial_seconds=spec.trial_seconds,
-            fresh_ranks=fresh_ranks,
-            notice=console.say,
-        )
-
-    objective = make_objective(fresh_ranks=arguments.fresh_ranks)
-    verifier = make_objective(fresh_ranks=True)
+    for line in answers.notes:
+        console.say(line)
+    spec, model = _with_cost_model(spec, console)
+    objective, verifier = answers.objectives(spec, console.say)
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))
     try:
         with stop, console:
-            Study(spec, objective, verifier, console, stop).run()
+            Study(spec, objective, verifier, console, stop, model).run()
         interrupted = stop.requested
     except StopNow:
         interrupted = True
@@ -79,48 +67,48 @@ def tune(arguments: argparse.Namespace) -> int:
     if summary.state is not StudyState.UNFINISHED:
         store.set_more_pending(False)
     _print_document(arguments, summary)
-    if interrupted and (summary.state is StudyState.UNFINISHED or (spec.verify and summary.winner is None)):
+    verifying = spec.verify and verifier is not None
+    if interrupted and (summary.state is StudyState.UNFINISHED or (verifying and summary.winner is None)):
         console.say("Interrupted; the same command goes on from here.")
         return EXIT_INTERRUPTED
     return _exit_status(summary, console)
 
 
+def _with_cost_model(spec: StudySpec, console: Console) -> tuple[StudySpec, CostModel | None]:
+    """The cost model that the search asks; a model whose sizes are not known is searched without one."""
+    if spec.sampler != DEFAULT_SAMPLER:
+        return spec, None
+    try:
+        return spec, CostModel(spec.workload, hardware_of(spec.machine))
+    except UsageError as error:
+        console.say(f"Searching without a cost model (--sampler tpe): {error}")
+        return dataclasses.replace(spec, sampler="tpe"), None
+
+
 def _exit_status(summary: StudySummary, console: Console) -> int:
     if summary.state is StudyState.NOTHING_FITS:
-        console.say(f"Nothing fits: {summary.ended or 'every trial ran out of memory'}.")
+        trials = f"none of {summary.finished_trials} trials did; --more M tries M more"
+        console.say(f"Nothing fits: {summary.ended}." if summary.ended else f"Nothing has fitted so far: {trials}.")
         return EXIT_NOTHING_FITS
     return EXIT_FOUND
 
 
-def make_spec(arguments: argparse.Namespace) -> StudySpec:
+def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
     """
     Raises:
         UsageError: something asked for cannot be; nothing was run or written yet.
     """
-    cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
-    if arguments.gpus is not None and arguments.gpus < 0:
-        raise UsageError(f"--gpus {arguments.gpus}: a number of GPUs, or 0 for the CPU")
-    machine = detect_machine(gpus=arguments.gpus, cpu_ranks=arguments.ranks, memory_cap_bytes=cap)
-    defaults = DEFAULTS[machine.device]
-    workload = Workload(
-        model=_as_path(arguments.model) if arguments.model else defaults.model,
-        seq_len=arguments.seq_len or defaults.seq_len,
-        dtype=arguments.dtype or defaults.dtype,
-        pretrained=arguments.pretrained,
-        dataset=_as_path(arguments.dataset) if arguments.dataset else None,
-        tokenizer=_as_path(arguments.tokenizer) if arguments.tokenizer else None,
-        base_ds_config=load_base_ds_config(arguments.ds_config) if arguments.ds_config else {},
-    )
-    check_workload(workload)
-    if machine.device == "cpu" and workload.dtype == "fp16":
-        raise UsageError("--dtype fp16 needs a GPU: DeepSpeed on a CPU trains in fp32 or bf16")
     limits = Limits(
-        ranks=machine.ranks,
-        max_micro_batch=arguments.max_micro_batch or defaults.max_micro_batch,
-        max_global_batch=arguments.max_global_batch or defaults.max_samples_per_rank * machine.ranks,
+        ranks=answers.machine.ranks,
+        max_micro_batch=arguments.max_micro_batch or answers.max_micro_batch,
+        max_global_batch=arguments.max_global_batch or answers.max_global_batch,
         global_batch=arguments.global_batch,
     )
-    limits.check()
+    preset, allowed = _preset(arguments)
+    study_space(
+        limits, preset=preset, allowed=allowed, workload=answers.workload, machine=answers.machine,
+        only=answers.only,
+    )  # fmt: skip
     if arguments.storage is not None:
         check_storage_url(arguments.storage)
     results = results_folder(arguments.results)
@@ -128,20 +116,56 @@ def make_spec(arguments: argparse.Namespace) -> StudySpec:
         study=arguments.study,
         storage_url=arguments.storage or results.storage_url,
         results=results,
-        workload=workload,
-        machine=machine,
+        workload=answers.workload,
+        machine=answers.machine,
         limits=limits,
         trials=arguments.trials,
         more=arguments.more,
         seed=arguments.seed,
-        trial_seconds=float(arguments.trial_timeout),
+        trial_seconds=float(arguments.trial_timeout or DEFAULT_TRIAL_SECONDS),
+        preset=preset,
+        allowed=allowed,
+        sampler=arguments.sampler,
         verify=not arguments.no_verify,
+        only=answers.only,
+        recording=answers.recording,
+        versions=answers.versions,
     )
 
 
-def _as_path(name: str) -> str:
-    """An existing file or folder by its absolute path, so that ranks and commands find it from anywhere."""
-    return str(Path(name).resolve()) if name not in SHIPPED_MODELS and Path(name).exists() else name
+def _preset(arguments: argparse.Namespace) -> tuple[str, frozenset[str]]:
+    """The preset, and the knobs allowed besides.
+
+    Raises:
+        UsageError: a knob is named that there is not, or that needs no allowance.
+    """
+    for word in arguments.allow:
+        if word not in NUMERICS:
+            raise UsageError(f"--allow {word}: what can be allowed is {', '.join(NUMERICS)}")
+    return arguments.preset or "core", frozenset(word.removeprefix("numerics:") for word in arguments.allow)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Predicts, without running anything."""
+    cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
+    hardware = hardware_asked_for(arguments, cap)
+    model = CostModel(imagined_workload(arguments, hardware), hardware)
+    defaults = DEFAULTS[hardware.device]
+    limits = Limits(
+        ranks=hardware.ranks,
+        max_micro_batch=arguments.max_micro_batch or defaults.max_micro_batch,
+        max_global_batch=arguments.max_global_batch or defaults.max_samples_per_rank * hardware.ranks,
+        global_batch=arguments.global_batch,
+    )
+    preset, allowed = _preset(arguments)
+    space = study_space(limits, preset=preset, allowed=allowed, workload=model.workload, machine=machine_of(hardware))
+    found = make_plan(model, space, best=arguments.best, each_accumulation=arguments.json)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    elif not arguments.quiet:
+        on_terminal = rich.console.Console().is_terminal
+        print_plan(found, rich.console.Console(width=None if on_terminal else PIPE_COLUMNS))
+    return EXIT_FOUND if found.fitting else EXIT_NOTHING_FITS
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -198,6 +222,7 @@ def _dashboard_command(arguments: argparse.Namespace) -> str:
 
 COMMANDS = {
     "tune": (tune_parser, tune),
+    "plan": (plan_parser, plan),
     "report": (report_parser, report),
     "export": (export_parser, export_again),
     "dashboard": (dashboard_parser, show_dashboard),

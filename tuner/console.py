@@ -12,8 +12,9 @@ import rich.table
 import rich.text
 
 from objectives.machine import GIB
-from objectives.trial import Measurement, Outcome, TrialConfig
-from storage.markdown import duration_words, improvement_words, rate_words, verified_words
+from objectives.trial import Figures, Measurement, Outcome, TrialConfig
+from storage.forecasts import forecast_errors
+from storage.markdown import duration_words, improvement_words, rate_words, tuning_words, verified_words
 from storage.records import StudySummary, TrialRecord, TrialState
 from tuner.space import DIMENSIONS
 
@@ -58,7 +59,7 @@ class Console:
             self._live = None
 
     def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
-        self.say(f"{summary.workload.description} on {summary.machine.description}")
+        self.say(summary.figures.mark(f"{summary.workload.description} on {summary.machine.description}"))
         done = summary.finished_trials
         if done >= summary.trials_total or summary.ended:
             why = f", {summary.ended}" if summary.ended else ""
@@ -120,8 +121,12 @@ class Console:
             if summary.tied:
                 self.say(f"Level with {', '.join(summary.tied)}; of these it leaves the most memory free.")
             self._say_batch_difference(summary)
+        if summary.ended is not None and summary.best is not None:
+            self.say(f"Stopped after {summary.finished_trials} of {summary.trials_total} trials: {summary.ended}.")
+        for line in forecast_lines(summary):
+            self.say(line)
         verified = f"; verification {duration_words(seconds)}" if (seconds := summary.verification_seconds) else ""
-        self.say(f"Tuning took {duration_words(summary.tuning_seconds)}, {len(summary.records)} experiments{verified}.")
+        self.say(f"Tuning took {tuning_words(summary)}, {len(summary.records)} experiments{verified}.")
         if written:
             self.say("Written:")
             for path in written:
@@ -139,6 +144,19 @@ class Console:
                 f"Its global batch is {batches[0]} samples, the baseline's {batches[1]}; "
                 "--global-batch B searches at one batch size."
             )
+
+
+def forecast_lines(summary: StudySummary) -> list[str]:
+    """How wrong the cost model was, and what it kept from being launched."""
+    lines = []
+    if (errors := forecast_errors(summary)) is not None:
+        lines.append(
+            f"Forecasts were off by {errors.rate_median:.0%} in samples/s and {errors.memory_median:.1%} in peak "
+            f"memory (medians of {errors.trials} trials)."
+        )
+    if count := sum(each.configurations for each in summary.excluded):
+        lines.append(f"Not launched, as they certainly need more memory: {count} configurations (see summary.md).")
+    return lines
 
 
 class _RunningTrial:
@@ -172,9 +190,9 @@ def trial_line(record: TrialRecord, summary: StudySummary) -> rich.text.Text:
     if isinstance(record.outcome, Measurement):
         line.append(f"{rate_words(record):>16} samples/s")
         line.append(f"{memory:>12}  ")
-        line.append(record.state.value, style=_STYLES[record.state])
+        line.append(summary.figures.mark(record.state.value), style=_STYLES[record.state])
     else:
-        line.append(f"{record.state.value:>9}", style=_STYLES[record.state])
+        line.append(f"{summary.figures.mark(record.state.value):>9}", style=_STYLES[record.state])
     if record.reason is not None:
         line.append(f"  {record.reason}")
     best = summary.best
@@ -190,12 +208,13 @@ def trial_line(record: TrialRecord, summary: StudySummary) -> rich.text.Text:
 
 def stage_table(summary: StudySummary) -> rich.table.Table:
     """DeepSpeed's table of tuning spaces."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Best by ZeRO stage", title_justify="left")
+    mark = summary.figures.mark
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best by ZeRO stage"), title_justify="left")
     table.add_column("tuning space")
     table.add_column("experiments", justify="right")
-    table.add_column("samples/s", justify="right")
+    table.add_column(mark("samples/s"), justify="right")
     table.add_column("peak GiB", justify="right")
-    table.add_column("configuration")
+    table.add_column("configuration", no_wrap=True)
     rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
     for space, count, best in [*rows, ("global", len(summary.records), summary.best)]:
         if best is None:
@@ -211,16 +230,22 @@ def best_table(summary: StudySummary) -> rich.table.Table:
     """The best configuration beside the baseline, a column each."""
     columns = [("best", summary.best), ("baseline", summary.baseline)]
     shown = [(title, record) for title, record in columns if record is not None]
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Best configuration", title_justify="left")
+    mark = summary.figures.mark
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best configuration"), title_justify="left")
     table.add_column("", no_wrap=True)
     for title, _ in shown:
         table.add_column(title, justify="right")
     table.add_row("name", *(record.config.name for _, record in shown))
-    table.add_row("samples/s in the search", *(rate_words(record) for _, record in shown))
+    rate = "samples/s in the search" if summary.figures is Figures.MEASURED else mark("samples/s")
+    table.add_row(rate, *(rate_words(record) for _, record in shown))
     if any(summary.verified(record) for _, record in shown):
         table.add_row("samples/s verified", *(verified_words(record, summary) for _, record in shown))
     for dimension in DIMENSIONS:
-        table.add_row(dimension.field, *(str(getattr(record.config, dimension.field)) for _, record in shown))
+        values = [getattr(record.config, dimension.field) for _, record in shown]
+        if any(value != dimension.off for value in values):
+            table.add_row(dimension.field, *map(str, values))
     table.add_row("global batch", *(str(record.config.global_batch_size(record.machine.ranks)) for _, record in shown))
-    table.add_row("peak GiB a rank", *(f"{(record.outcome.peak_memory_bytes or 0) / GIB:.2f}" for _, record in shown))
+    table.add_row(
+        mark("peak GiB a rank"), *(f"{(record.outcome.peak_memory_bytes or 0) / GIB:.2f}" for _, record in shown)
+    )
     return table

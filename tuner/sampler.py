@@ -1,6 +1,12 @@
-"""The Optuna sampler of the search: TPE, made fit for few trials and for a space where no point repeats."""
+"""The Optuna samplers of the search: ds-tune's own, which asks the cost model, and Optuna's, made fit for the space.
 
-from collections.abc import Mapping, Sequence
+All of them propose legal configurations only, none twice, and depend on the seed, the trial's number and the study's
+stored trials alone, so that a resumed study goes on as the uninterrupted one would have.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,23 +14,28 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from objectives.cost_model.calibration import Observation, observation_of
+from objectives.cost_model.forecast import Excluded, Forecast
+from objectives.cost_model.model import CostModel
 from objectives.trial import TrialConfig
+from storage.records import TrialRecord
+from storage.study_store import RECORD
+from tuner.proposer import Proposal, Proposer
 from tuner.space import Space
 
-# Optuna's default of 10 random trials would make all of `--trials 9` a random search.
 STARTUP_TRIALS = 4
+"""Optuna's default of 10 random trials would make all of `--trials 9` a random search."""
 
-# TPE proposes what it has seen again and again near its optimum; so often it is asked before the nearest new
-# configuration is taken instead.
+EARLIER_ERROR = 0.02
+"""Relative standard deviation of what an earlier study measured, as today would have it."""
+
 ATTEMPTS = 16
+"""Optuna's samplers propose what they have seen again and again near their optimum; so often one is asked before the
+nearest new configuration is taken instead."""
 
 
-class DistinctTPESampler(optuna.samplers.BaseSampler):
-    """TPE over the legal configurations of a space, none of them twice.
-
-    The proposals depend on the seed, the trial's number and the study's trials only, so that a resumed study goes
-    on as the uninterrupted one would have.
-    """
+class SpaceSampler(optuna.samplers.BaseSampler):
+    """What every sampler of a `Space` has in common."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self._space = space
@@ -38,40 +49,181 @@ class DistinctTPESampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         if "fixed_params" in trial.system_attrs:
             return {}  # an enqueued trial brings its own
-        candidates = unvisited(self._space, study.get_trials(deepcopy=False))
-        assert candidates, "the study's loop asks for no trial when none is left"
-        random = np.random.default_rng([self._seed, trial.number])
-        names = {config.name for config in candidates}
-        proposal: Mapping[str, Any] = {}
-        for _ in range(ATTEMPTS):
-            proposal = self._propose(study, trial, int(random.integers(2**31)))
-            if not proposal:  # TPE's start-up phase
-                return self._space.params(_spread(candidates, random))
-            config = TrialConfig(**proposal)
-            if config.name in names:
-                return self._space.params(config)
-        return self._space.params(self._space.nearest(proposal, candidates))
-
-    def _propose(self, study: optuna.Study, trial: FrozenTrial, seed: int) -> dict[str, Any]:
-        tpe = optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=False, seed=seed
-        )
-        return tpe.sample_relative(study, trial, dict(self._space.distributions))
+        return self._space.params(self._choose(study, trial))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         raise AssertionError(f"{param_name} is not a dimension of the space")
 
+    def _choose(self, study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
+        raise NotImplementedError
 
-def unvisited(space: Space, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
-    """The legal configurations that no trial has, will have, or had before it was interrupted."""
-    seen = set()
+    def _random(self, number: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, number])
+
+
+class CostModelSampler(SpaceSampler):
+    """Expected improvement × probability of fitting, on the cost model as the study's trials have corrected it."""
+
+    def __init__(self, space: Space, seed: int, model: CostModel) -> None:
+        super().__init__(space, seed)
+        self._model = model
+        self.proposer = Proposer(model, space.legal)
+        self._earlier: list[Observation] = []
+
+    def learn_from(self, records: Sequence[TrialRecord]) -> None:
+        """Takes trials of earlier studies into account, with a little more doubt than the study's own."""
+        self.proposer = Proposer(self._model, self._space.legal, known=[record.config for record in records])
+        self._earlier = []
+        for record in records:
+            row = self.proposer.row(record.config)
+            assert row is not None
+            observation = observation_of(row, record.outcome, record.machine.capacity_bytes)
+            # That it ran out of memory under another cap says nothing about this one.
+            if observation is not None and not observation.ran_out:
+                error = max(observation.relative_error, EARLIER_ERROR)
+                self._earlier.append(dataclasses.replace(observation, relative_error=error, is_own=False))
+
+    def _choose(self, study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
+        proposal = self.propose(study.get_trials(deepcopy=False), trial.number)
+        assert proposal is not None, "the study's loop asks for no trial when none is left"
+        return proposal.config
+
+    def propose(self, trials: Sequence[FrozenTrial], number: int) -> Proposal | None:
+        """What trial `number` would run; None when nothing that is left can fit."""
+        return self.proposer.propose(self.observations(trials), self._taken(trials), self._random(number))
+
+    def forecast(self, config: TrialConfig, trials: Sequence[FrozenTrial]) -> Forecast | None:
+        """What these trials make of a configuration; None for one that is not of the space."""
+        row = self.proposer.row(config)
+        if row is None:
+            return None
+        return self.proposer.forecast(row, *self.proposer.beliefs(self.observations(trials)))
+
+    def excluded(self, trials: Sequence[FrozenTrial]) -> list[Excluded]:
+        """What these trials leave no doubt about: it does not fit."""
+        _, memory = self.proposer.beliefs(self.observations(trials))
+        return self.proposer.excluded(memory, self._taken(trials))
+
+    def certainly_too_large(self, config: TrialConfig, trials: Sequence[FrozenTrial]) -> bool:
+        """Whether to launch a configuration would be in vain."""
+        row = self.proposer.row(config)
+        _, memory = self.proposer.beliefs(self.observations(trials))
+        return row is not None and bool(memory.certainly_too_large[row])
+
+    def _taken(self, trials: Sequence[FrozenTrial]) -> list[int]:
+        rows = (self.proposer.row(config) for config in visited(self._space, trials))
+        return [row for row in rows if row is not None]
+
+    def observations(self, trials: Sequence[FrozenTrial]) -> list[Observation]:
+        """What the finished trials say, those of other spaces left out."""
+        observations: list[Observation | None] = [*self._earlier]
+        for trial in trials:
+            if RECORD not in trial.user_attrs or not trial.state.is_finished():
+                continue
+            record = TrialRecord.from_json(json.loads(trial.user_attrs[RECORD]))
+            row = self.proposer.row(record.config)
+            if row is not None:
+                observations.append(observation_of(row, record.outcome, record.machine.capacity_bytes))
+        return [each for each in observations if each is not None]
+
+
+class DistinctSampler(SpaceSampler):
+    """One of Optuna's samplers over the legal configurations, none of them twice."""
+
+    def __init__(self, space: Space, seed: int, make: Callable[[int], optuna.samplers.BaseSampler]) -> None:
+        """
+        Args:
+            make: the sampler for one proposal, from its seed.
+        """
+        super().__init__(space, seed)
+        self._make = make
+
+    def _choose(self, study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
+        candidates = unvisited(self._space, study.get_trials(deepcopy=False))
+        assert candidates, "the study's loop asks for no trial when none is left"
+        random = self._random(trial.number)
+        names = {config.name for config in candidates}
+        proposal: Mapping[str, Any] = {}
+        for _ in range(ATTEMPTS):
+            sampler = self._make(int(random.integers(2**31)))
+            proposal = sampler.sample_relative(study, trial, dict(self._space.distributions))
+            if not proposal:  # the sampler's start-up phase
+                return _spread(candidates, random)
+            config = TrialConfig(**proposal)
+            if config.name in names:
+                return config
+        return self._space.nearest(proposal, candidates)
+
+
+class RandomSampler(SpaceSampler):
+    """Any legal configuration, every doubling of a batch size as likely as the next."""
+
+    def _choose(self, study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
+        return _spread(unvisited(self._space, study.get_trials(deepcopy=False)), self._random(trial.number))
+
+
+class GridSampler(SpaceSampler):
+    """The powers of two, the smallest batches of each ZeRO stage first; then what is between them."""
+
+    def _choose(self, study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
+        def is_between(config: TrialConfig) -> bool:
+            sizes = config.micro_batch_size, config.gradient_accumulation_steps
+            return any(size & (size - 1) for size in sizes)
+
+        # min takes the first of those that are level, and the candidates are in the space's order.
+        return min(unvisited(self._space, study.get_trials(deepcopy=False)), key=is_between)
+
+
+def _tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(
+        n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=False, seed=seed
+    )
+
+
+def _gp(seed: int) -> optuna.samplers.BaseSampler:
+    # Imports torch into the tuner's own process: for comparisons, not the default.
+    return optuna.samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, deterministic_objective=False, seed=seed)
+
+
+SAMPLERS: dict[str, Callable[[Space, int], SpaceSampler]] = {
+    "tpe": lambda space, seed: DistinctSampler(space, seed, _tpe),
+    "gp": lambda space, seed: DistinctSampler(space, seed, _gp),
+    "random": lambda space, seed: RandomSampler(space, seed),
+    "grid": lambda space, seed: GridSampler(space, seed),
+}
+"""Those that need no cost model, by their name in `--sampler`."""
+
+OWN = "cost-model"
+
+
+def make_sampler(name: str, space: Space, seed: int, model: CostModel | None) -> SpaceSampler:
+    """The sampler of that name.
+
+    Args:
+        model: needed by ds-tune's own sampler alone.
+    """
+    if name == OWN:
+        assert model is not None
+        return CostModelSampler(space, seed, model)
+    return SAMPLERS[name](space, seed)
+
+
+def visited(space: Space, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
+    """The configurations that a trial has, will have, or had before it was interrupted."""
+    seen = []
     for trial in trials:
         params = trial.system_attrs.get("fixed_params", {}) if trial.state is TrialState.WAITING else trial.params
         if set(params) == set(space.distributions):
-            seen.add(TrialConfig(**params).name)
-    return [config for config in space.legal if config.name not in seen]
+            seen.append(TrialConfig(**params))
+    return seen
+
+
+def unvisited(space: Space, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
+    """The legal configurations that are left."""
+    seen = set(visited(space, trials))
+    return [config for config in space.legal if config not in seen]
 
 
 def _spread(candidates: Sequence[TrialConfig], random: np.random.Generator) -> TrialConfig:

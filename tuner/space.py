@@ -1,20 +1,26 @@
-"""What is searched: one `Dimension` a knob, and the legal configurations they span.
+"""What is searched: one `Dimension` a field of `TrialConfig`, and the legal configurations they span.
 
-Adding a knob is one entry in `DIMENSIONS`, beside the field of `TrialConfig` that it sets.
+Knobs, their values and their conditions are declared in `objectives.trial`; a preset chooses among them.
 """
 
 import dataclasses
 import functools
+import hashlib
+import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
+from objectives.cost_model.architecture import architecture_of
 from objectives.errors import UsageError
-from objectives.trial import TrialConfig
+from objectives.knobs import Scalar, Site
+from objectives.machine import Machine
+from objectives.trial import KNOBS, TrialConfig
+from objectives.workload import Workload
 
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -51,26 +57,88 @@ class Limits:
                 f"--max-global-batch {self.max_global_batch} is less than one sample on each of {self.ranks} ranks"
             )
 
+    def allow(self, config: TrialConfig) -> bool:
+        """Whether a configuration keeps to them."""
+        samples = config.global_batch_size(self.ranks)
+        fits = samples <= self.max_global_batch if self.global_batch is None else samples == self.global_batch
+        return fits and config.micro_batch_size <= self.max_micro_batch
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Dimension:
-    """One searched knob."""
+    """One searched field of `TrialConfig`."""
 
     field: str
-    """The field of `TrialConfig` that it sets, and its name in Optuna."""
+    """Its name in Optuna, too."""
     short: str
     """Its column's heading."""
     distribution: Callable[[Limits], BaseDistribution]
+    off: Scalar | None = None
+    """The value that leaves it alone; a space where it has no other value does not have the dimension."""
 
-    def values(self, limits: Limits) -> Sequence[int]:
-        """Every value it can take, in ascending order."""
+    def among(self, limits: Limits, configs: Sequence[TrialConfig]) -> BaseDistribution:
+        """Its distribution where only these configurations may be proposed."""
+        found = {getattr(config, self.field) for config in configs}
         match self.distribution(limits):
-            case CategoricalDistribution(choices=choices):
-                return [int(choice) for choice in choices if choice is not None]
-            case IntDistribution(low=low, high=high):
-                return range(low, high + 1)
-            case other:
-                raise TypeError(f"{self.field}: a {type(other).__name__} cannot be enumerated")
+            case IntDistribution(log=log):
+                return IntDistribution(min(found), max(found), log=log)
+            case _ if self.off is not None and not isinstance(self.off, int):
+                return CategoricalDistribution(sorted(found, key=lambda value: (value != self.off, value)))
+            case _:
+                return CategoricalDistribution(sorted(found))
+
+
+def knob_dimension(field: str, values: Sequence[Scalar]) -> Dimension:
+    """The dimension of a knob that may be off or one of these values."""
+    choices = (KNOBS[field].off, *values)
+    return Dimension(
+        field=field,
+        short=KNOBS[field].short,
+        distribution=lambda limits: CategoricalDistribution(choices),
+        off=KNOBS[field].off,
+    )
+
+
+PRESETS = ("core", "speed", "full")
+
+
+def dimensions_of(preset: str, allowed: Collection[str] = ()) -> tuple[Dimension, ...]:
+    """The dimensions of a preset.
+
+    Args:
+        preset: `core` (stage, mbs, gas), `speed` (and what usually pays) or `full` (all that keeps the numbers).
+        allowed: knobs that change the numbers training produces, and are to be searched all the same.
+    """
+    knobs = []
+    for field, knob in KNOBS.items():
+        values = {"core": (), "speed": knob.speed, "full": knob.values}[preset]
+        if knob.numerics is not None:
+            values = knob.values if field in allowed else ()
+        knobs.append(knob_dimension(field, values))
+    return (*DIMENSIONS[:3], *knobs)
+
+
+COARSE_MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128)
+"""Beside other knobs, every step of a batch size would make more points than anybody can tell apart."""
+
+SPARSE_MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Beside very many of them."""
+
+MANY_KNOBS = 6
+
+MAX_UNUSUAL_KNOBS = 1
+"""So many knobs at once may have a value that is not in the preset `speed`: what they bring hardly depends on each
+other, and all of their combinations would be millions."""
+
+
+def _values(field: str, distribution: BaseDistribution) -> Sequence[Any]:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return list(choices)
+        case IntDistribution(low=low, high=high):
+            return range(low, high + 1)
+        case other:
+            raise TypeError(f"{field}: a {type(other).__name__} cannot be enumerated")
 
 
 def _largest_micro_batch(limits: Limits) -> int:
@@ -93,49 +161,117 @@ DIMENSIONS = (
         short="gas",
         distribution=lambda limits: IntDistribution(1, _largest_accumulation(limits), log=True),
     ),
+    *(knob_dimension(field, ()) for field in KNOBS),
 )
+"""Of the preset `core`: the knobs are left alone, unless a study is restricted to configurations that have them."""
 
 
 class Space:
-    """The configurations of one study: all combinations of the dimensions that keep to the limits."""
+    """The configurations of one study: all combinations of the dimensions that keep to the limits, or only some."""
 
-    def __init__(self, limits: Limits, dimensions: Sequence[Dimension] = DIMENSIONS) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        dimensions: Sequence[Dimension] = DIMENSIONS,
+        *,
+        site: Site | None = None,
+        only: Sequence[TrialConfig] | None = None,
+    ) -> None:
+        """
+        Args:
+            site: what decides, besides the configuration, which knobs have a meaning.
+            only: where given, nothing else is ever proposed; of these, what keeps to the limits.
+
+        Raises:
+            UsageError: no configuration is left.
+        """
         limits.check()
         self.limits = limits
-        self.dimensions = tuple(dimensions)
-        self.distributions = {dimension.field: dimension.distribution(limits) for dimension in self.dimensions}
+        self.site = site or Site(ranks=limits.ranks)
+        self.only = None if only is None else tuple(config for config in only if limits.allow(config))
+        if self.only == ():
+            raise UsageError(
+                f"none of the {len(only or ())} configurations that may be tried keeps to the limits of the batch "
+                "sizes; change --max-micro-batch, --max-global-batch or --global-batch"
+            )
+        self.dimensions: tuple[Dimension, ...] = ()
+        self.distributions: dict[str, BaseDistribution] = {}
+        for dimension in dimensions:
+            distribution = dimension.distribution(limits) if self.only is None else dimension.among(limits, self.only)
+            if dimension.off is None or list(_values(dimension.field, distribution)) != [dimension.off]:
+                self.dimensions += (dimension,)
+                self.distributions[dimension.field] = distribution
 
     @functools.cached_property
     def legal(self) -> tuple[TrialConfig, ...]:
         """Every configuration that may be proposed, the batch sizes ascending within each ZeRO stage."""
-        others = [dimension for dimension in self.dimensions if dimension.field not in BATCH_FIELDS]
+        if self.only is not None:
+            return tuple(sorted(dict.fromkeys(self.only), key=lambda config: (self._kind(config), self._sizes(config))))
+        others = [dimension.field for dimension in self.dimensions if dimension.field not in BATCH_FIELDS]
+        kinds = self._kinds(others)
         return tuple(
-            TrialConfig(
-                **dict(zip((dimension.field for dimension in others), values, strict=True)),
-                micro_batch_size=micro_batch_size,
-                gradient_accumulation_steps=accumulation,
-            )
-            for values in itertools.product(*(dimension.values(self.limits) for dimension in others))
+            TrialConfig(**kind, micro_batch_size=micro_batch_size, gradient_accumulation_steps=accumulation)
+            for kind in kinds
             for micro_batch_size, accumulation in self._batch_sizes()
         )
+
+    def _kinds(self, fields: Sequence[str]) -> list[dict[str, Any]]:
+        """Every combination of these fields that has a meaning, built field by field: their product may be huge."""
+        kinds: list[dict[str, Any]] = [{}]
+        for field in fields:
+            values = _values(field, self.distributions[field])
+            kinds = [{**kind, field: value} for kind in kinds for value in values]
+            kinds = [kind for kind in kinds if self._has_meaning(kind)]
+        return kinds
+
+    def _has_meaning(self, kind: Mapping[str, Any]) -> bool:
+        """Whether every knob that is on does something, so that no two configurations are the same."""
+        on = {field: kind[field] for field in KNOBS if field in kind and kind[field] != KNOBS[field].off}
+        unusual = sum(KNOBS[field].numerics is None and value not in KNOBS[field].speed for field, value in on.items())
+        return unusual <= MAX_UNUSUAL_KNOBS and all(KNOBS[field].exists(kind, self.site) for field in on)
+
+    def _kind(self, config: TrialConfig) -> tuple[Any, ...]:
+        """All of a configuration but its batch sizes."""
+        fields = [dimension.field for dimension in self.dimensions if dimension.field not in BATCH_FIELDS]
+        return tuple(getattr(config, field) for field in fields)
+
+    def _sizes(self, config: TrialConfig) -> tuple[int, ...]:
+        return tuple(getattr(config, field) for field in BATCH_FIELDS)
 
     def _batch_sizes(self) -> Iterator[tuple[int, int]]:
         """Every (micro_batch_size, gradient_accumulation_steps) within the limits."""
         limits = self.limits
-        for micro_batch_size in range(1, _largest_micro_batch(limits) + 1):
+        knobs = sum(dimension.off is not None for dimension in self.dimensions)
+        largest = _largest_micro_batch(limits)
+        sizes: Sequence[int] = range(1, largest + 1)
+        if knobs and limits.global_batch is None:
+            listed = SPARSE_MICRO_BATCHES if knobs >= MANY_KNOBS else COARSE_MICRO_BATCHES
+            sizes = [size for size in listed if size <= largest]
+        for micro_batch_size in sizes:
             if limits.global_batch is None:
                 most = limits.max_global_batch // (limits.ranks * micro_batch_size)
-                yield from ((micro_batch_size, accumulation) for accumulation in range(1, most + 1))
+                step = 2 if knobs >= MANY_KNOBS else 1
+                powers = [2**power for power in range(0, most.bit_length(), step)]
+                yield from ((micro_batch_size, gas) for gas in (powers if knobs else range(1, most + 1)))
             elif (limits.global_batch // limits.ranks) % micro_batch_size == 0:
                 yield micro_batch_size, limits.global_batch // limits.ranks // micro_batch_size
 
     def baselines(self) -> tuple[TrialConfig, ...]:
-        """The untuned configuration, then what to fall back on where it does not fit: mbs 1 under more partitioning."""
+        """The untuned configuration, then what to fall back on where it does not fit: mbs 1 under more partitioning.
+
+        Where only some may be tried: the smallest of each ZeRO stage, what costs speed to save memory last.
+        """
+        if self.only is not None:
+            smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
+            return tuple(sorted(smallest, key=lambda config: (self._knobs_on(config), config.zero_stage)))
         accumulation = self.limits.global_batch // self.limits.ranks if self.limits.global_batch is not None else 1
         return tuple(
             TrialConfig(zero_stage=stage, micro_batch_size=1, gradient_accumulation_steps=accumulation)
             for stage in ZERO_STAGES
         )
+
+    def _knobs_on(self, config: TrialConfig) -> tuple[bool, ...]:
+        return tuple(field in config.knobs_on for field in KNOBS)
 
     def params(self, config: TrialConfig) -> dict[str, Any]:
         """A configuration as Optuna's parameters."""
@@ -149,20 +285,22 @@ class Space:
         return TrialConfig(**params)
 
     def nearest(self, params: Mapping[str, Any], candidates: Sequence[TrialConfig]) -> TrialConfig:
-        """The candidate closest to a proposal: of its ZeRO stage if there is one, else in log2 of the sizes."""
+        """The candidate closest to a proposal: of its ZeRO stage if there is one, then of its knobs, then in log2."""
+        knobs = [dimension.field for dimension in self.dimensions if dimension.off is not None]
 
-        def distance(config: TrialConfig) -> tuple[bool, float]:
+        def distance(config: TrialConfig) -> tuple[bool, int, float]:
             sizes = math.hypot(
                 math.log2(config.micro_batch_size / params["micro_batch_size"]),
                 math.log2(config.gradient_accumulation_steps / params["gradient_accumulation_steps"]),
             )
-            return config.zero_stage != params["zero_stage"], sizes
+            others = sum(getattr(config, field) != params[field] for field in knobs)
+            return config.zero_stage != params["zero_stage"], others, sizes
 
         return min(candidates, key=distance)
 
     def to_json(self) -> dict[str, Any]:
         """What identifies the space."""
-        return {
+        document: dict[str, Any] = {
             "dimensions": {
                 name: optuna.distributions.distribution_to_json(distribution)
                 for name, distribution in self.distributions.items()
@@ -170,3 +308,39 @@ class Space:
             "max_global_batch": self.limits.max_global_batch if self.limits.global_batch is None else None,
             "global_batch": self.limits.global_batch,
         }
+        if self.only is not None:
+            names = " ".join(config.name for config in self.legal)
+            digest = hashlib.sha256(names.encode()).hexdigest()[:12]
+            document["only"] = f"{len(self.legal)} configurations ({digest})"
+        return document
+
+
+def study_space(
+    limits: Limits,
+    *,
+    preset: str,
+    allowed: Collection[str],
+    workload: Workload,
+    machine: Machine,
+    only: Sequence[TrialConfig] | None = None,
+) -> Space:
+    """The space of a study; a recording (`only`) has its own knobs, whatever the preset.
+
+    Raises:
+        UsageError: no configuration is left.
+    """
+    if only is not None:
+        return Space(limits, only=only)
+    try:
+        architecture = architecture_of(workload)
+        vocabulary = 0 if architecture.is_masked else architecture.vocabulary
+    except UsageError:
+        vocabulary = 0
+    capability = machine.compute_capability or "0.0"
+    site = Site(
+        device=machine.device,
+        ranks=limits.ranks,
+        vocabulary=vocabulary,
+        flash_attention=int(capability.split(".")[0]) >= 8 and importlib.util.find_spec("flash_attn") is not None,
+    )
+    return Space(limits, dimensions_of(preset, allowed), site=site)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from objectives.errors import UsageError
 from objectives.machine import Machine
+from objectives.trial import TrialConfig
 from objectives.workload import Workload
 from storage.layout import ResultsFolder
 from tuner.space import Limits
@@ -13,6 +15,8 @@ from tuner.space import Limits
 DEFAULT_STUDY = "ds-tune"
 DEFAULT_TRIALS = 9
 DEFAULT_TRIAL_SECONDS = 300.0
+DEFAULT_SAMPLER = "cost-model"
+SAMPLER_NAMES = (DEFAULT_SAMPLER, "tpe", "gp", "random", "grid")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB|G|M)?", re.IGNORECASE)
 _UNIT_BYTES = {"gib": 2**30, "g": 2**30, "gb": 10**9, "mib": 2**20, "m": 2**20, "mb": 10**6}
@@ -51,8 +55,19 @@ class StudySpec:
     """Trials to add to a study that has reached its total; None for the plain command."""
     seed: int
     trial_seconds: float
+    preset: str = "core"
+    allowed: frozenset[str] = frozenset()
+    """Knobs that change the numbers and may be searched all the same."""
+    sampler: str = DEFAULT_SAMPLER
+    """One of `tuner.sampler`'s, by name."""
     verify: bool = True
     """Run the finalists again in fresh processes."""
+    only: Sequence[TrialConfig] | None = None
+    """The only configurations that can be answered; None for all within the limits."""
+    recording: str | None = None
+    """Which recording answers, where one does."""
+    versions: Mapping[str, str] | None = None
+    """The software that the figures are of, where it is not what is installed here."""
 
 
 def parse_memory(text: str) -> int:

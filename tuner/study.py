@@ -8,18 +8,21 @@ from typing import Protocol
 
 import optuna
 
+from objectives.cost_model.model import CostModel
 from objectives.errors import EnvironmentFault, UsageError
 from objectives.files import write_atomically
 from objectives.machine import software_versions
 from objectives.objective import Objective
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from storage.earlier import earlier_records
 from storage.export import write_trial_inputs
 from storage.lock import StudyLock
 from storage.markdown import summary_markdown
 from storage.records import Source, StudyState, StudySummary, TrialRecord, TrialState
 from storage.study_store import SOURCE, Identity, StudyStore
-from tuner.sampler import DistinctTPESampler, unvisited
-from tuner.space import Space
+from tuner.proposer import ENOUGH_GAIN
+from tuner.sampler import CostModelSampler, make_sampler, unvisited
+from tuner.space import study_space
 from tuner.spec import StudySpec
 from tuner.stopping import StopSignals
 from tuner.verification import candidates, judge, next_runs, verified_rates
@@ -51,19 +54,35 @@ class Study:
     """One run of the tuner on one study."""
 
     def __init__(
-        self, spec: StudySpec, objective: Objective, verifier: Objective, observer: Observer, stop: StopSignals
+        self,
+        spec: StudySpec,
+        objective: Objective,
+        verifier: Objective | None,
+        observer: Observer,
+        stop: StopSignals,
+        model: CostModel | None = None,
     ) -> None:
         """
         Args:
-            verifier: answers as `objective` does, with nothing that an earlier trial could have left.
+            model: what ds-tune's own sampler asks; no other needs it.
+            verifier: answers as `objective` does, with nothing that an earlier trial could have left; None where there
+                is nothing to run again: the best is then the winner of the search.
         """
         self._spec = spec
         self._objective = objective
         self._verifier = verifier
         self._observer = observer
         self._stop = stop
-        self._space = Space(spec.limits)
-        self._versions = software_versions()
+        self._space = study_space(
+            spec.limits,
+            preset=spec.preset,
+            allowed=spec.allowed,
+            workload=spec.workload,
+            machine=spec.machine,
+            only=spec.only,
+        )
+        self._sampler = make_sampler(spec.sampler, self._space, spec.seed, model)
+        self._versions = software_versions() if spec.versions is None else spec.versions
 
     def run(self) -> StudySummary:
         """Goes on until the study has its trials, is exhausted, or is told to stop.
@@ -76,20 +95,20 @@ class Study:
         spec = self._spec
         claim_results(spec)
         with StudyLock(spec.storage_url, spec.study):
-            store = StudyStore.create_or_resume(
-                spec.storage_url,
-                spec.study,
-                Identity(
-                    objective=OBJECTIVE,
-                    workload=spec.workload,
-                    machine=spec.machine,
-                    space=self._space.to_json(),
-                ),
-                self._versions,
-                DistinctTPESampler(self._space, spec.seed),
+            identity = Identity(
+                objective=OBJECTIVE,
+                workload=spec.workload,
+                machine=spec.machine,
+                space=self._space.to_json(),
+                figures=self._objective.figures,
+                recording=spec.recording,
             )
+            store = StudyStore.create_or_resume(spec.storage_url, spec.study, identity, self._versions, self._sampler)
+            if isinstance(self._sampler, CostModelSampler):
+                self._sampler.learn_from(earlier_records(store, identity))
             again = store.recover(self._space.config_of)
-            store.set_target(self._target(store.summary(), more_pending=store.more_pending))
+            begins_more = spec.more is not None and not store.more_pending
+            store.set_target(self._target(store.summary(), more_pending=store.more_pending), afresh=begins_more)
             if spec.more is not None:
                 store.set_more_pending(True)
             self._observer.study_opened(store.summary(), again)
@@ -97,9 +116,12 @@ class Study:
                 self._run_trials(store)
             finally:
                 self._objective.close()
-            if spec.verify:
+            sampler = self._sampler
+            trials = store.study.get_trials(deepcopy=False)
+            store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
+            if spec.verify and self._verifier is not None:
                 try:
-                    self._verify(store)
+                    self._verify(store, self._verifier)
                 finally:
                     self._verifier.close()
             store.note(summary_markdown(store.summary()))
@@ -113,7 +135,8 @@ class Study:
         """
         if self._spec.more is None:
             return max(self._spec.trials, summary.finished_trials)
-        if summary.finished_trials < summary.trials_total or more_pending:
+        unfinished = summary.finished_trials < summary.trials_total and summary.ended is None
+        if unfinished or more_pending:
             return summary.trials_total
         return summary.finished_trials + self._spec.more
 
@@ -125,7 +148,7 @@ class Study:
             summary = store.summary()
             if summary.finished_trials >= summary.trials_total or summary.ended is not None:
                 return
-            ended = self._queue_baseline(store, summary) or self._exhausted(store)
+            ended = self._queue_baseline(store, summary) or self._exhausted(store) or self._settled(store, summary)
             if ended is not None:
                 store.set_ended(ended)
                 return
@@ -143,6 +166,7 @@ class Study:
 
     def _run_trial(self, store: StudyStore, summary: StudySummary) -> TrialRecord:
         spec = self._spec
+        before = store.study.get_trials(deepcopy=False)
         trial = store.study.ask(self._space.distributions)
         config = TrialConfig(**trial.params)
         started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -165,12 +189,13 @@ class Study:
             started_at=started_at,
             machine=spec.machine,
             versions=self._versions,
+            forecast=self._sampler.forecast(config, before) if isinstance(self._sampler, CostModelSampler) else None,
         )
         store.save(trial, record)
         store.tell(trial, record)
         return record
 
-    def _verify(self, store: StudyStore) -> None:
+    def _verify(self, store: StudyStore, verifier: Objective) -> None:
         """Runs the finalists again, interleaved, until their order is settled; where it stopped, it goes on."""
         failed: set[str] = set()
         while not self._stop.requested:
@@ -184,7 +209,7 @@ class Study:
                 self._observer.verification_started(record, summary)
                 folder = self._spec.results.verification(record.config)
                 folder.mkdir(parents=True, exist_ok=True)
-                outcome = self._verifier.run(record.config, folder, self._observer.phase)
+                outcome = verifier.run(record.config, folder, self._observer.phase)
                 if isinstance(outcome, Measurement):
                     store.add_verification(record.config.name, outcome)
                 else:
@@ -210,14 +235,36 @@ class Study:
         tried = {record.config.name: record for record in summary.records}
         for config in self._space.baselines():
             record = tried.get(config.name)
+            if record is None and self._is_in_vain(store, config):
+                continue
             if record is None:
                 store.enqueue(self._space.params(config), Source.BASELINE)
                 return None
             if record.state is TrialState.COMPLETE:
                 return None
-        if any(tried[config.name].state is TrialState.FAILED for config in self._space.baselines()):
+        known = [tried[config.name] for config in self._space.baselines() if config.name in tried]
+        if any(record.state is TrialState.FAILED for record in known):
             return None  # a crash says nothing about memory
-        return "not even one sample a rank fits, in any ZeRO stage"
+        smallest = "one sample a rank" if self._space.only is None else "the smallest recorded configuration"
+        return f"not even {smallest} fits, in any ZeRO stage"
+
+    def _is_in_vain(self, store: StudyStore, config: TrialConfig) -> bool:
+        """Whether a baseline need not be launched; of the last there is, a trial has to say so."""
+        if not isinstance(self._sampler, CostModelSampler) or config == self._space.baselines()[-1]:
+            return False
+        return self._sampler.certainly_too_large(config, store.study.get_trials(deepcopy=False))
+
+    def _settled(self, store: StudyStore, summary: StudySummary) -> str | None:
+        """Why no further trial is worth its time; None to go on, and where trials were asked for by `--more`."""
+        if not isinstance(self._sampler, CostModelSampler) or store.has_waiting() or self._spec.more is not None:
+            return None
+        trials = store.study.get_trials(deepcopy=False)
+        proposal = self._sampler.propose(trials, len(trials))
+        if proposal is None:
+            return "none of the configurations that are left can fit"
+        if summary.best is None or proposal.expected_gain >= ENOUGH_GAIN:
+            return None
+        return f"no configuration that is left is expected to be {ENOUGH_GAIN:.1%} faster (--more M tries M more)"
 
     def _exhausted(self, store: StudyStore) -> str | None:
         if store.has_waiting() or unvisited(self._space, store.study.get_trials(deepcopy=False)):

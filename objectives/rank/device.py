@@ -115,7 +115,8 @@ class Meter(Protocol):
 
     def reserved_memory_bytes(self) -> int: ...
 
-    def alloc_retries(self) -> int: ...
+    def alloc_retries(self) -> int:
+        """Since `reset_peaks`."""
 
     def held_bytes(self) -> int:
         """What this process holds of the device's memory now."""
@@ -123,6 +124,9 @@ class Meter(Protocol):
 
 class CudaMeter:
     """Device events, so that timing adds no synchronization to the training it times."""
+
+    def __init__(self) -> None:
+        self._retries_before = 0
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -137,6 +141,7 @@ class CudaMeter:
 
     def reset_peaks(self) -> None:
         torch.cuda.reset_peak_memory_stats()
+        self._retries_before = self._all_retries()
 
     def peak_memory_bytes(self) -> int:
         return int(torch.cuda.max_memory_allocated())
@@ -145,6 +150,11 @@ class CudaMeter:
         return int(torch.cuda.max_memory_reserved())
 
     def alloc_retries(self) -> int:
+        return self._all_retries() - self._retries_before
+
+    @staticmethod
+    def _all_retries() -> int:
+        """Since the process started: nothing sets this counter back."""
         return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
     def held_bytes(self) -> int:

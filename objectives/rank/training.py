@@ -1,10 +1,11 @@
 """One trial on this rank: configuration, model, engine, warm-up, timed steps."""
 
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import datasets
 import deepspeed
@@ -17,14 +18,19 @@ from objectives.machine import Machine
 from objectives.rank.data import batches
 from objectives.rank.device import Meter
 from objectives.rank.distributed import slowest
+from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
 from objectives.rank.model import build_model, count_parameters, flops_per_sample
 from objectives.rank.progress import Progress
-from objectives.timing import StepPlan, is_drifting, is_hopeless, warmup_length
+from objectives.timing import MidStepRule, StepPlan, is_drifting, is_hopeless, later_half, warmup_length
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 
 MAX_SKIPPED_STEPS = 24
 """fp16's dynamic loss scale halves at each overflow; from 2^16 it cannot halve more often and still be one."""
+
+
+Marks: TypeAlias = tuple[Any, Any, Any, Any]
+"""Points in a device's time around the forward pass, the backward pass and the engine's step of a micro-step."""
 
 
 class OverflowedError(RuntimeError):
@@ -62,11 +68,14 @@ def run_trial(
     ds_config = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
     deepspeed.DeepSpeedConfig(ds_config)  # a mistake is found here, before a model is built
     progress.announce("model", seconds=BUILD_SECONDS["model"])
-    model = build_model(workload, model_config, ds_config, device)
+    knobs = config.model_knobs
+    model = build_model(workload, configure_model(model_config, knobs), ds_config, device)
+    apply_to_model(model, knobs)
     parameters = count_parameters(model)
     progress.announce("engine", seconds=BUILD_SECONDS["engine"])
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
     engines.append(engine)
+    apply_to_engine(engine, knobs)
     progress.enter("data")
     micro_batches = batches(blocks, config.micro_batch_size, rank=rank, ranks=machine.ranks, pin=device.type == "cuda")
     timer = StepTimer(engine, micro_batches, config.gradient_accumulation_steps, device, meter, progress)
@@ -80,20 +89,29 @@ def run_trial(
         device=machine.device,
     )
     warmup_steps = plan.warmup(config.zero_stage)
-    progress.announce("warm-up", seconds=warmup_deadline(predicted, warmup_steps))
-    warmup = timer.run(warmup_steps)
-    agreed = slowest([step.seconds for step in warmup], device)
     best_step_seconds = (
         config.global_batch_size(machine.ranks) / best_samples_per_second if best_samples_per_second else None
     )
+    mid_step_rule = plan.mid_step_rule(
+        zero_stage=config.zero_stage,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        best_step_seconds=best_step_seconds,
+    )
+    progress.announce("warm-up", seconds=warmup_deadline(predicted, warmup_steps))
+    warmup = timer.run(warmup_steps, mid_step_rule)
     timed: list[Step] = []
     timed_seconds: list[float] = []  # the same on every rank, so that all decide alike
-    while count := plan.next_steps(timed_seconds, best_step_seconds):
-        progress.announce("timed steps", seconds=timed_deadline(agreed[-1], count))
-        steps = timer.run(count)
-        agreed = slowest([step.seconds for step in steps], device)
-        timed += steps
-        timed_seconds += agreed
+    given_up = warmup[-1].from_micro_steps > 0
+    if given_up:
+        timed.append(warmup.pop())
+    else:
+        agreed = slowest([step.seconds for step in warmup], device)
+        while count := plan.next_steps(timed_seconds, best_step_seconds):
+            progress.announce("timed steps", seconds=timed_deadline(agreed[-1], count))
+            steps = timer.run(count)
+            agreed = slowest([step.seconds for step in steps], device)
+            timed += steps
+            timed_seconds += agreed
     cut = warmup_length(timed_seconds)
     warmup, timed = warmup + timed[:cut], timed[cut:]
     return {
@@ -102,7 +120,8 @@ def run_trial(
         "backward_seconds": statistics.fmean(step.backward_seconds for step in timed),
         "optimizer_seconds": statistics.fmean(step.optimizer_seconds for step in timed),
         "warmup_step_seconds": [step.seconds for step in warmup],
-        "stopped_early": best_step_seconds is not None and is_hopeless(timed_seconds, best_step_seconds),
+        "stopped_early": given_up or (best_step_seconds is not None and is_hopeless(timed_seconds, best_step_seconds)),
+        "from_micro_steps": timed[0].from_micro_steps,
         "drifting": is_drifting(timed_seconds[cut:]),
         "skipped_steps": timer.skipped_steps,
         "deepspeed_samples_per_second": _deepspeed_rate(engine),
@@ -123,6 +142,8 @@ class Step:
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
+    from_micro_steps: int = 0
+    """Above zero: no step that ran whole, but an estimate from so many micro-steps."""
 
 
 class StepTimer:
@@ -145,10 +166,14 @@ class StepTimer:
         self._progress = progress
         self.skipped_steps = 0
 
-    def run(self, steps: int) -> list[Step]:
+    def run(self, steps: int, mid_step_rule: MidStepRule | None = None) -> list[Step]:
         """Runs until `steps` optimizer steps were not skipped, and returns their times.
 
         A step that fp16 overflow skipped has no optimizer in it; it is run, counted in `skipped_steps` and left out.
+
+        Args:
+            mid_step_rule: asked between micro-steps, which disturbs the steps: for a warm-up. When it finds the
+                configuration hopeless, this ends there, on all ranks, and the last step returned is an estimate.
 
         Raises:
             OverflowedError: the loss scale never settled.
@@ -157,33 +182,60 @@ class StepTimer:
         meter.synchronize()
         torch.distributed.barrier()
         boundaries = [meter.mark()]
-        marks: list[list[tuple[Any, Any, Any, Any]]] = []
+        marks: list[list[Marks]] = []
+        not_closing: list[Marks] = []
         whole: list[bool] = []
         while whole.count(True) < steps:
             skipped_before = self._engine.skipped_steps
-            marks.append([self._micro_step() for _ in range(self._gradient_accumulation_steps)])
+            marks.append([])
+            for left in reversed(range(self._gradient_accumulation_steps)):
+                marks[-1].append(self._micro_step())
+                if mid_step_rule is not None and left:
+                    not_closing.append(marks[-1][-1])
+                    if estimate := self._estimate_if_hopeless(not_closing, mid_step_rule):
+                        return [*self._whole_steps(boundaries, marks, whole), estimate]
             boundaries.append(meter.mark())
             whole.append(self._engine.skipped_steps == skipped_before)
             self.skipped_steps += not whole[-1]
             if self.skipped_steps > MAX_SKIPPED_STEPS:
                 raise OverflowedError(f"{MAX_SKIPPED_STEPS} steps overflowed in fp16; try bf16 or a lower loss scale")
         meter.synchronize()
+        return self._whole_steps(boundaries, marks, whole)
 
-        def part_seconds(step: int, part: int) -> float:
-            return sum(meter.seconds(micro_step[part], micro_step[part + 1]) for micro_step in marks[step])
-
+    def _whole_steps(self, boundaries: list[Any], marks: list[list[Marks]], whole: list[bool]) -> list[Step]:
         return [
             Step(
-                seconds=meter.seconds(boundaries[step], boundaries[step + 1]),
-                forward_seconds=part_seconds(step, 0),
-                backward_seconds=part_seconds(step, 1),
-                optimizer_seconds=part_seconds(step, 2),
+                seconds=self._meter.seconds(boundaries[step], boundaries[step + 1]),
+                forward_seconds=math.fsum(self._part_seconds(marks[step], 0)),
+                backward_seconds=math.fsum(self._part_seconds(marks[step], 1)),
+                optimizer_seconds=math.fsum(self._part_seconds(marks[step], 2)),
             )
             for step, is_whole in enumerate(whole)
             if is_whole
         ]
 
-    def _micro_step(self) -> tuple[Any, Any, Any, Any]:
+    def _estimate_if_hopeless(self, micro_steps: list[Marks], rule: MidStepRule) -> Step | None:
+        """What a whole step would take on this rank, if the ranks agree that it is hopelessly long."""
+        if not rule.is_due(len(micro_steps)):
+            return None
+        self._meter.synchronize()
+        seconds = [self._meter.seconds(marks[0], marks[-1]) for marks in micro_steps]
+        if not rule.is_hopeless(slowest(seconds, self._device)):
+            return None
+        used = later_half(micro_steps)
+        return Step(
+            seconds=rule.step_seconds(seconds),
+            forward_seconds=self._gradient_accumulation_steps * statistics.fmean(self._part_seconds(used, 0)),
+            backward_seconds=self._gradient_accumulation_steps * statistics.fmean(self._part_seconds(used, 1)),
+            optimizer_seconds=0.0,  # not reached
+            from_micro_steps=len(used),
+        )
+
+    def _part_seconds(self, micro_steps: Sequence[Marks], part: int) -> list[float]:
+        """Of each micro-step's forward (0), backward (1) or engine step (2)."""
+        return [self._meter.seconds(marks[part], marks[part + 1]) for marks in micro_steps]
+
+    def _micro_step(self) -> Marks:
         """One forward, backward and engine step; the marks around them."""
         progress, meter = self._progress, self._meter
         progress.enter("data")

@@ -133,6 +133,7 @@ def test_prepare_starts_the_ranks_that_the_first_trial_uses(
 RANK = {
     "step_seconds": [1.0, 1.0],
     "stopped_early": False,
+    "from_micro_steps": 0,
     "drifting": False,
     "forward_seconds": 0.25,
     "backward_seconds": 0.5,

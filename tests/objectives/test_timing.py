@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from objectives.timing import (
+    MidStepRule,
     StepPlan,
     effective_size,
     is_drifting,
     is_hopeless,
+    later_half,
     mean_ci95,
     speedup_ci95,
     throughput,
@@ -47,6 +49,16 @@ def test_noisy_steps_are_timed_until_the_mean_is_known_to_one_percent() -> None:
 def test_timing_ends_with_its_budget_of_seconds_and_of_steps() -> None:
     assert len(timed(noisy(2.0, 0.1))) == 4, "four steps of two seconds are beyond six seconds"
     assert len(timed(noisy(0.001, 0.5))) == StepPlan().max_timed_steps
+
+
+def test_three_long_steps_are_enough_where_they_agree() -> None:
+    assert len(timed([2.5, 2.52, 2.48, 2.5])) == 3
+    assert len(timed([2.5, 2.6, 2.5, 2.6])) == 4, "they differ by 4%"
+    assert len(timed([1.5, 1.51, 1.49, 1.5])) == 4, "they are not long"
+
+
+def test_a_long_step_that_was_warm_up_is_no_part_of_what_agrees() -> None:
+    assert len(timed([4.0, 2.5, 2.51, 2.5, 2.5, 2.5])) == 4
 
 
 def test_stage_3_warms_up_longer() -> None:
@@ -136,3 +148,67 @@ def test_a_speedup_carries_the_doubt_of_both_figures() -> None:
     ratio, (low, high) = speedup_ci95(200.0, (190.0, 210.0), 100.0, (95.0, 105.0))
     assert ratio == 2.0
     assert (low, high) == pytest.approx((2 * math.exp(-math.sqrt(0.005)), 2 * math.exp(math.sqrt(0.005))))
+
+
+def rule(*, gas: int = 32, best_step_seconds: float = 10.0, zero_stage: int = 1) -> MidStepRule:
+    made = StepPlan().mid_step_rule(
+        zero_stage=zero_stage, gradient_accumulation_steps=gas, best_step_seconds=best_step_seconds
+    )
+    assert made is not None
+    return made
+
+
+def given_up_after(micro_steps: Sequence[float], rule: MidStepRule) -> int | None:
+    """How many of the micro-steps are run until a trial is given up."""
+    counts = range(1, len(micro_steps) + 1)
+    return next((n for n in counts if rule.is_due(n) and rule.is_hopeless(micro_steps[:n])), None)
+
+
+def test_without_a_best_nothing_is_given_up_within_a_step() -> None:
+    assert StepPlan().mid_step_rule(zero_stage=1, gradient_accumulation_steps=8, best_step_seconds=None) is None
+
+
+def test_with_few_micro_steps_a_step_neither() -> None:
+    assert StepPlan().mid_step_rule(zero_stage=1, gradient_accumulation_steps=3, best_step_seconds=1.0) is None
+
+
+def test_ranks_agree_behind_ever_more_micro_steps() -> None:
+    assert [count for count in range(100) if rule().is_due(count)] == [8, 14, 26, 50, 98]
+
+
+def test_a_hopeless_step_is_found_out_within_eight_micro_steps() -> None:
+    assert given_up_after(noisy(40.0 / 32, 0.05), rule()) == 8
+
+
+@pytest.mark.parametrize(("zero_stage", "given_up_from"), [(0, 1.5), (2, 1.5), (3, 2.5)])
+def test_only_what_is_far_slower_than_the_best_is_given_up_within_a_step(zero_stage: int, given_up_from: float) -> None:
+    slower = noisy(given_up_from * 10.0 * 1.1 / 32, 0.02)
+    not_so_slow = noisy(given_up_from * 10.0 * 0.95 / 32, 0.02)
+    assert given_up_after(slower, rule(zero_stage=zero_stage)) is not None
+    assert given_up_after(not_so_slow, rule(zero_stage=zero_stage)) is None
+
+
+def test_the_first_two_micro_steps_say_nothing_and_a_later_one_alone_neither() -> None:
+    as_fast_as_the_best = noisy(10.0 / 32, 0.02)
+    for number in range(8):
+        slow_once = list(as_fast_as_the_best)
+        slow_once[number] = 30.0
+        assert given_up_after(slow_once, rule()) is None
+    assert given_up_after([30.0, 30.0, *as_fast_as_the_best], rule()) is None
+
+
+def test_micro_steps_that_get_faster_are_waited_for() -> None:
+    coming_down = [0.3 * (1 + 4 * 0.85**number) for number in range(60)]
+    assert given_up_after(coming_down, rule()) is None
+
+
+def test_short_steps_and_short_glimpses_are_not_given_up() -> None:
+    assert given_up_after(noisy(1.9 / 32, 0.01), rule(best_step_seconds=0.1)) is None, "a step of 1.9 s is no loss"
+    quick = given_up_after(noisy(3.0 / 200, 0.01, 200), rule(best_step_seconds=0.1, gas=200))
+    assert quick is not None and 3.0 / 200 * quick > 0.9, "a second is to be seen of it"
+
+
+def test_a_step_is_estimated_from_the_later_half_of_its_micro_steps() -> None:
+    micro_steps = [9.0, 8.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+    assert later_half(micro_steps) == [1.0, 1.0, 1.0]
+    assert rule(gas=32).step_seconds(micro_steps) == 32.0

@@ -1,5 +1,6 @@
 """The plain training script, under DeepSpeed's own launcher, with a configuration that ds-tune wrote."""
 
+import base64
 import json
 import re
 import socket
@@ -46,3 +47,38 @@ def test_deepspeed_s_launcher_runs_it_with_a_configuration_of_a_trial(
     assert document["samples_per_second"] == pytest.approx(2 * 8 / document["seconds"])
     printed = re.findall(r"^([\d.]+) samples/s over 2 steps of 8 samples$", result.stdout, re.MULTILINE)
     assert [float(figure) for figure in printed] == [pytest.approx(document["samples_per_second"], abs=0.001)]
+
+
+def encoded(document: object) -> str:
+    """As DeepSpeed's autotuner passes a configuration to the script."""
+    return base64.urlsafe_b64encode(json.dumps(document).encode()).decode()
+
+
+def test_a_configuration_is_a_file_or_base64_of_one(tmp_path: Path) -> None:
+    train = pytest.importorskip("objectives.train")
+    document = {"train_micro_batch_size_per_gpu": 1, "note": "ÿþ>>??" * 100}
+    (tmp_path / "ds.json").write_text(json.dumps(document))
+    assert train.load_ds_config(str(tmp_path / "ds.json")) == document
+    assert train.load_ds_config(encoded(document)) == document
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (None, "is needed"),
+        ("missing.json", "missing.json: no such file"),
+        ("missing", "missing: no such file"),
+        ("broken.json", "broken.json is not JSON"),
+        ("folder", "folder: no such file"),
+        (encoded([1]), "must hold a JSON object"),
+    ],
+)
+def test_what_is_no_configuration_is_told_to_the_user(
+    argument: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = pytest.importorskip("objectives.train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=words):
+        train.load_ds_config(argument)

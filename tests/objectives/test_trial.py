@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig, outcome_from_json
+from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 
 MEASUREMENT = Measurement(
     step_seconds=(0.5, 0.25),
@@ -38,6 +38,17 @@ FAILURE = Failure(
 def test_a_configuration_has_the_name_that_deepspeed_gives_it() -> None:
     config = TrialConfig(zero_stage=1, micro_batch_size=4, gradient_accumulation_steps=2)
     assert config.name == "z1_gas2_tmbspg4"
+
+
+def test_checkpointing_is_in_the_name_where_it_is_on() -> None:
+    config = TrialConfig(zero_stage=1, micro_batch_size=4, gradient_accumulation_steps=2, activation_checkpointing=3)
+    assert config.name == "z1_ac3_gas2_tmbspg4"
+
+
+@pytest.mark.parametrize("figures", Figures)
+def test_figures_that_were_not_measured_carry_the_word(figures: Figures) -> None:
+    marked = figures.mark("samples/s")
+    assert marked == ("samples/s" if figures is Figures.MEASURED else f"samples/s, {figures.value}")
 
 
 def test_the_global_batch_is_what_all_ranks_take_in_one_optimizer_step() -> None:

@@ -1,5 +1,6 @@
 """The document that `--json` prints keeps to `storage/study.schema.json`."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from importlib import resources
@@ -8,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from objectives.trial import FailureKind
+from objectives.trial import FailureKind, Figures
 from storage.document import study_document
 from storage.records import Source, StudySummary, TrialRecord
 
@@ -68,6 +69,11 @@ def test_a_study_where_nothing_fits(checked: Checked, nothing_fits: StudySummary
     assert document["ended"] == "not even one sample a rank fits, in any ZeRO stage"
     assert (document["best"], document["speedup"]) == (None, None)
     assert all(trial["samples_per_second"] is None for trial in document["trials"])
+
+
+@pytest.mark.parametrize("figures", Figures)
+def test_it_says_where_the_figures_come_from(checked: Checked, finished: StudySummary, figures: Figures) -> None:
+    assert checked(dataclasses.replace(finished, figures=figures))["figures"] == figures.value
 
 
 @pytest.mark.parametrize("source", Source)

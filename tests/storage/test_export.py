@@ -1,6 +1,7 @@
 """The exported files beside those that DeepSpeed's own autotuner wrote (`deepspeed_sample`, GPT2-xl on 2 × H200)."""
 
 import csv
+import dataclasses
 import json
 import re
 import shlex
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 
 from objectives.machine import GIB, Machine
-from objectives.trial import Measurement
+from objectives.trial import Figures, Measurement, TrialConfig
 from objectives.workload import Workload
-from storage.export import export, metrics_document, summary_text, training_command
+from storage.export import export, metrics_document, shell_line, summary_text, training_command
 from storage.layout import ResultsFolder
 from storage.records import StudySummary, TrialRecord
 
 SAMPLE = Path(__file__).parent / "deepspeed_sample"
 SAMPLE_TRIAL = SAMPLE / "z0_gas1_tmbspg22"
+PLAIN = TrialConfig(zero_stage=1, micro_batch_size=4, gradient_accumulation_steps=2)
 # Left out on purpose: what only DeepSpeed's own scheduler needs, and the configuration in base64.
 SCHEDULER_KEYS = {"exp_id", "master_port", "user", "job_id", "ds_config_base64"}
 
@@ -156,14 +158,47 @@ def test_commands_start_deepspeed_with_a_file(exported: ResultsFolder) -> None:
 
 def test_a_command_names_all_of_the_workload(machine: Machine) -> None:
     workload = Workload(model="m", seq_len=64, dtype="bf16", dataset="d.txt", tokenizer="t", pretrained=True)
-    command = training_command(workload, machine, Path("ds.json"))
+    command = training_command(workload, machine, Path("ds.json"), PLAIN)
     options = ["--model", "m", "--seq-len", "64", "--dataset", "d.txt", "--tokenizer", "t", "--pretrained"]
     assert command[command.index("--model") : command.index("--deepspeed")] == options
 
 
+def test_a_command_names_the_activation_checkpointing_that_is_on(workload: Workload, machine: Machine) -> None:
+    command = training_command(
+        workload, machine, Path("ds.json"), dataclasses.replace(PLAIN, activation_checkpointing=2)
+    )
+    assert command[command.index("--knob") + 1] == "activation_checkpointing=2"
+    assert command[-3:] == ["--deepspeed", "--deepspeed_config", str(Path("ds.json").resolve())]
+    assert "--knob" not in training_command(workload, machine, Path("ds.json"), PLAIN)
+
+
 def test_a_command_for_the_cpu_names_the_number_of_ranks(workload: Workload) -> None:
     machine = Machine(device="cpu", name="CPU", ranks=4, memory_bytes=GIB)
-    assert training_command(workload, machine, Path("ds.json"))[:3] == ["deepspeed", "--num_gpus", "4"]
+    assert training_command(workload, machine, Path("ds.json"), PLAIN)[:3] == ["deepspeed", "--num_gpus", "4"]
+
+
+@pytest.mark.parametrize("figures", [Figures.SIMULATED, Figures.REPLAYED])
+def test_figures_that_were_not_measured_carry_the_word_in_every_file(
+    finished: StudySummary, folder: ResultsFolder, figures: Figures
+) -> None:
+    export(dataclasses.replace(finished, figures=figures), folder)
+    for name in ("summary.md", "summary.txt", "trials.csv", "summary.json", "z1_gas2_tmbspg8/metrics.json"):
+        assert figures.value in (folder.root / name).read_text(), name
+    *table, _, last = folder.summary_text.read_text().splitlines()
+    assert table == summary_text(finished).splitlines()[:-2]
+    assert last.endswith(f" Total number of experiments: 5. All figures are {figures.value}.")
+    # The command still runs as it stands.
+    comment, command = folder.optimal_command.read_text().splitlines()
+    assert comment.startswith(f"# The fastest by {figures.value} figures of 2 × NVIDIA H200")
+    assert command in shell_line(shlex.split(command.partition('"$PATH" ')[2]), finished.machine)
+
+
+def test_what_was_not_recorded_is_null(finished: StudySummary) -> None:
+    record = finished.records[1]
+    assert isinstance(record.outcome, Measurement)
+    bare = dataclasses.replace(record.outcome, forward_seconds=0.0, flops_per_sample=0.0)
+    document = metrics_document(record, bare, Figures.REPLAYED)
+    assert (document["fwd"], document["FLOPS_per_gpu"]) == (None, None)
 
 
 def test_trials_csv_has_a_line_a_trial_in_bytes_and_seconds(exported: ResultsFolder, finished: StudySummary) -> None:
@@ -171,14 +206,16 @@ def test_trials_csv_has_a_line_a_trial_in_bytes_and_seconds(exported: ResultsFol
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
         "number", "name", "state", "source", "zero_stage", "micro_batch_size", "gradient_accumulation_steps",
-        "global_batch_size", "samples_per_second", "samples_per_second_ci95_low", "samples_per_second_ci95_high",
-        "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds", "reason",
+        "global_batch_size", "samples_per_second", "samples_per_second_ci95_low",
+        "samples_per_second_ci95_high", "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds",
+        "wall_seconds", "figures", "reason",
     ]  # fmt: skip
     assert [row["name"] for row in rows] == [record.config.name for record in finished.records]
     assert [row["state"] for row in rows] == ["complete", "complete", "complete", "pruned", "failed"]
     best, pruned = rows[1], rows[3]
     assert float(best["samples_per_second_ci95_low"]) < 58.25 < float(best["samples_per_second_ci95_high"])
     assert float(best["step_seconds"]) == pytest.approx(32 / 58.25)
+    assert {row["figures"] for row in rows} == {"measured"}
     assert int(best["peak_memory_bytes"]) == 20.5 * GIB
     assert best["reason"] == pruned["samples_per_second"] == ""
     assert pruned["reason"] == "out of memory in forward (peak 24.00 of 24.00 GiB)"

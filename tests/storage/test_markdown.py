@@ -1,9 +1,12 @@
 """summary.md: the form of the tables that DeepSpeed publishes for its autotuner (docs of GPT2-xl)."""
 
+import dataclasses
+import re
 from collections.abc import Callable
 
 import pytest
 
+from objectives.trial import Figures
 from storage.markdown import duration_words, improvement_words, rate_words, summary_markdown
 from storage.records import Source, StudySummary, TrialRecord
 
@@ -119,3 +122,34 @@ def test_a_trial_without_a_rate_has_a_dash(make_record: MakeRecord) -> None:
 )
 def test_durations_are_read_at_a_glance(seconds: float, words: str) -> None:
     assert duration_words(seconds) == words
+
+
+@pytest.mark.parametrize("figures", [Figures.SIMULATED, Figures.REPLAYED])
+def test_figures_that_were_not_measured_carry_the_word_and_are_not_verified(
+    finished: StudySummary, figures: Figures
+) -> None:
+    text = summary_markdown(dataclasses.replace(finished, figures=figures))
+    assert text.startswith(f"# gpt2-xl, {figures.value}\n\nAll figures are **{figures.value}**: ")
+    header, _, *_ = rows(section(text, "Throughput"))
+    rate, peak = f"samples/s, {figures.value}", f"peak GiB a rank, {figures.value}"
+    assert header == ["", "configuration", rate, "global batch", peak]
+    assert rate in rows(section(text, "Trials"))[0]
+    bullets = section(text, "Detailed result summary")
+    assert f"- Tuning time: 20 min 55 s (the trials' own time: 1 min 15 s, {figures.value})\n" in bullets
+    assert re.search(rf"over baseline: 2\.12× \(95% interval .*\), {figures.value}\n", bullets)
+    assert f"experiments: 5. All figures are {figures.value}." in bullets
+    assert "verif" not in text.lower()
+
+
+def test_a_measured_report_has_no_such_word(finished: StudySummary) -> None:
+    text = summary_markdown(finished)
+    assert not any(word in text for word in ("measured**", "simulated", "replayed"))
+
+
+def test_checkpointing_has_a_column_where_a_trial_has_it(finished: StudySummary) -> None:
+    assert "ckpt" not in rows(section(summary_markdown(finished), "Trials"))[0]
+    config = dataclasses.replace(finished.records[1].config, activation_checkpointing=2)
+    records = [finished.records[0], dataclasses.replace(finished.records[1], config=config)]
+    header, _, first, second = rows(section(summary_markdown(dataclasses.replace(finished, records=records)), "Trials"))
+    column = header.index("ckpt")
+    assert (first[column], second[column], second[1]) == ("0", "2", "z1_ac2_gas2_tmbspg8")

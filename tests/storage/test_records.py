@@ -1,11 +1,12 @@
 """What is kept of a trial, and what a study amounts to."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 
 import pytest
 
-from objectives.trial import FailureKind
+from objectives.trial import FailureKind, Measurement
 from storage.records import RECORD_VERSION, Source, StudyState, StudySummary, TrialRecord, TrialState
 
 MakeRecord = Callable[..., TrialRecord]
@@ -45,6 +46,23 @@ def test_the_reason_names_the_memory_that_was_there(make_record: MakeRecord) -> 
     assert make_record("z0_gas1_tmbspg1", peak_gib=None, message="no room").reason == "out of memory: no room"
     assert make_record("z0_gas1_tmbspg1", kind=FailureKind.TIMEOUT, message="killed").reason == "timeout: killed"
     assert make_record("z0_gas1_tmbspg1", 40.0).reason is None
+
+
+def test_the_reason_says_from_what_a_slow_trial_was_judged(make_record: MakeRecord) -> None:
+    slow = make_record("z3_gas64_tmbspg1", 3.0)
+    assert isinstance(slow.outcome, Measurement)
+    for micro_steps, seen in ((0, f"{len(slow.outcome.step_seconds)} steps"), (12, "12 micro-steps")):
+        stopped = dataclasses.replace(slow.outcome, stopped_early=True, from_micro_steps=micro_steps)
+        record = dataclasses.replace(slow, outcome=stopped)
+        assert record.reason == f"clearly slower than the best ({seen})"
+        assert TrialRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_a_record_from_before_micro_steps_were_judged_is_read(make_record: MakeRecord) -> None:
+    record = make_record("z1_gas2_tmbspg8", 30.0)
+    old = record.to_json()
+    del old["outcome"]["from_micro_steps"]
+    assert TrialRecord.from_json(old) == record
 
 
 def test_the_best_is_the_fastest_and_the_speedup_has_an_interval(finished: StudySummary) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
-from objectives.trial import FailureKind, TrialConfig
+from objectives.trial import FailureKind, Figures, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, TrialRecord
-from storage.study_store import Identity, StudyStore
+from storage.study_store import IDENTITY, Identity, StudyStore
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
@@ -319,3 +319,39 @@ def test_a_new_target_forgets_why_the_search_ended(store: StudyStore) -> None:
 def test_the_identity_is_readable_in_the_database(store: StudyStore, identity: Identity) -> None:
     attributes: dict[str, Any] = store.study.user_attrs
     assert json.loads(json.dumps(attributes["ds_tune:identity"]))["workload"]["model"] == "gpt2-xl"
+
+
+def test_a_study_from_before_there_were_other_figures_is_measured(
+    open_store: Callable[..., StudyStore], make_record: MakeRecord
+) -> None:
+    store = open_store()
+    run(store, make_record("z1_gas1_tmbspg1", 10.0))
+    old = store.study.user_attrs[IDENTITY]
+    del old["figures"], old["recording"]
+    store.study.set_user_attr(IDENTITY, old)
+    again = open_store()
+    assert len(again.records()) == 1
+    assert again.summary().figures is Figures.MEASURED
+
+
+def test_figures_of_another_kind_are_refused(
+    open_store: Callable[..., StudyStore], make_record: MakeRecord, identity: Identity
+) -> None:
+    run(open_store(), make_record("z1_gas1_tmbspg1", 10.0))
+    with pytest.raises(UsageError, match=r"measured something else \(figures measured there, simulated here\)"):
+        open_store(dataclasses.replace(identity, figures=Figures.SIMULATED))
+
+
+def test_optuna_is_told_of_figures_that_were_not_measured(
+    open_store: Callable[..., StudyStore], make_record: MakeRecord, identity: Identity
+) -> None:
+    store = open_store(dataclasses.replace(identity, figures=Figures.SIMULATED))
+    for record in (make_record("z1_gas1_tmbspg1", 10.0), make_record("z1_gas1_tmbspg64")):
+        assert run(store, record).user_attrs["figures"] == "simulated"
+    assert store.study.metric_names == ["samples_per_second, simulated"]
+    assert store.summary().figures is Figures.SIMULATED
+
+
+def test_optuna_is_told_nothing_more_of_measured_ones(store: StudyStore, make_record: MakeRecord) -> None:
+    assert "figures" not in run(store, make_record("z1_gas1_tmbspg1", 10.0)).user_attrs
+    assert store.study.metric_names == ["samples_per_second"]

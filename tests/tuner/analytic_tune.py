@@ -23,13 +23,14 @@ import optuna
 import sqlalchemy.engine
 import sqlalchemy.event
 
+import tuner.answers
 import tuner.cli
 import tuner.study
 from objectives.files import result_file, write_atomically
 from objectives.machine import GIB, Machine
 from objectives.rank_group import OnPhase
 from objectives.timing import throughput
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 from storage.study_store import StudyStore
 
@@ -50,6 +51,8 @@ def peak_memory_bytes(config: TrialConfig) -> int:
 
 class AnalyticObjective:
     """See `objectives.objective.Objective`."""
+
+    figures = Figures.MEASURED
 
     def __init__(self, machine: Machine, *, answer: str, prepared: Path | None) -> None:
         self._machine = machine
@@ -209,7 +212,7 @@ def main(words: Sequence[str]) -> int:
         return AnalyticObjective(machine, answer=arguments.answer, prepared=arguments.prepared)
 
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", leave_writing_to_the_kernel)
-    tuner.cli.DeepSpeedObjective = objective  # type: ignore[assignment, misc]
+    tuner.answers.DeepSpeedObjective = objective  # type: ignore[assignment, misc]
     if arguments.kill:
         point, _, count = arguments.kill.partition(":")
         kill_at(point, int(count))

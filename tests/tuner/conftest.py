@@ -15,6 +15,9 @@ TUNER = [sys.executable, "-P", "-m", "tuner"]
 # 4 stages × 8 pairs of batch sizes: small, so that a study can also be exhausted.
 SPACE = ["--gpus", "0", "--seq-len", "32", "--max-micro-batch", "4", "--max-global-batch", "8"]
 
+# Most tests count trials: with this sampler a study has as many as it was asked for, unless it is exhausted.
+SAMPLER = ["--sampler", "tpe"]
+
 Finished: TypeAlias = subprocess.CompletedProcess[str]
 
 
@@ -39,7 +42,8 @@ def tune(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., Finishe
         folder = tmp_path / fresh
         folder.mkdir(exist_ok=True)
         command = ["--answer", answer, "--prepared", str(tmp_path / "prepared")]
-        command += [*(["--kill", kill] if kill else []), *arguments, *space]
+        sampler = SAMPLER if space and "--sampler" not in arguments else []
+        command += [*(["--kill", kill] if kill else []), *arguments, *space, *sampler]
         stdout, stderr = tmp_path / ".stdout", tmp_path / ".stderr"
         request = {"arguments": command, "folder": str(folder), "stdout": str(stdout), "stderr": str(stderr)}
         assert server.stdin is not None and server.stdout is not None
@@ -58,7 +62,7 @@ def tuning(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*ANALYTIC_TUNE, "--answer", "hang", *SPACE, *arguments],
+            [*ANALYTIC_TUNE, "--answer", "hang", *SPACE, *SAMPLER, *arguments],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

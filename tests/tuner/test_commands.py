@@ -11,6 +11,8 @@ from tuner.cli import COMMANDS, main
 
 CPU = ["--gpus", "0"]
 
+SIMULATE = ["tune", "--hardware", "2xH100", "--simulate"]
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "no trials": (["--trials", "0"], "argument --trials: 0 is not a whole number from 1 on"),
     "half a trial": (["--trials", "1.5"], "argument --trials: 1.5 is not a whole number from 1 on"),
@@ -51,6 +53,50 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "export of nothing": (["export", "--out", "out"], "there is no study in autotuning_results"),
     "export to nowhere": (["export"], "the following arguments are required: --out"),
     "dashboard of nothing": (["dashboard"], "there is no study in autotuning_results"),
+    "unknown sampler": (["--sampler", "best"], "argument --sampler: invalid choice: 'best' (choose from 'cost-model'"),
+    "sampler of nobody": (["--sampler"], "argument --sampler: expected one argument"),
+    "imagined for nothing": (["tune", "--hardware", "2xH200"], "--hardware imagines GPUs; add --simulate to search on"),
+    "simulated on what": (["tune", "--simulate"], "--simulate needs to know on what: add --hardware, such as"),
+    "imagined GPU": (["tune", "--hardware", "2xH900", "--simulate"], "--hardware 2xH900: write a number and a GPU"),
+    "two sizes of one": (["tune", "--hardware", "A100", "--simulate"], "say which: A100-40GB, A100-80GB"),
+    "no imagined GPU": (["tune", "--hardware", "0xH200", "--simulate"], "--hardware 0xH200: at least one GPU"),
+    "imagined data": ([*SIMULATE, "--dataset", "t.txt"], "--simulate does not go with --dataset: nothing is trained"),
+    "imagined tokens": ([*SIMULATE, "--tokenizer", "t"], "--simulate does not go with --tokenizer"),
+    "imagined weights": ([*SIMULATE, "--pretrained"], "--simulate does not go with --pretrained"),
+    "imagined and here": ([*SIMULATE, "--gpus", "1"], "--simulate does not go with --gpus"),
+    "imagined on a CPU": ([*SIMULATE, "--gpus", "0"], "--simulate does not go with --gpus"),
+    "imagined ranks": ([*SIMULATE, "--ranks", "2"], "--simulate does not go with --ranks"),
+    "imagined timeout": ([*SIMULATE, "--trial-timeout", "9"], "--simulate does not go with --trial-timeout"),
+    "imagined processes": (
+        [*SIMULATE, "--fresh-ranks", "--gpus", "1"],
+        "--simulate does not go with --gpus, --fresh-ranks",
+    ),
+    "imagined and recorded": ([*SIMULATE, "--replay", "r.jsonl"], "--replay does not go with --hardware, --simulate: "),
+    "simulated recording": (["tune", "--simulate", "--replay", "r.jsonl"], "--replay does not go with --simulate: "),
+    "imagined memory": ([*SIMULATE, "--memory-cap", "80GiB"], "--memory-cap is more than an H100 has (79.1 GiB)"),
+    "imagined cap": ([*SIMULATE, "--memory-cap", "lots"], "--memory-cap lots: write a size such as 24GiB"),
+    "imagined batch": ([*SIMULATE, "--global-batch", "7"], "--global-batch 7 must be a multiple of the 2 ranks"),
+    "imagined length": ([*SIMULATE, "--seq-len", "4096"], "gpt2-xl takes at most 1024 positions"),
+    "imagined hub": ([*SIMULATE, "--model", "owner/name"], "owner/name: its config.json cannot be had from the hub"),
+    "imagined precision": (
+        ["tune", "--hardware", "V100-32GB", "--simulate", "--dtype", "bf16"],
+        "V100-32GB has no bf16; use fp16",
+    ),
+    "plan of nothing": (["plan", "--hardware", "H900"], "--hardware H900: write a number and a GPU, such as"),
+    "plan of any": (["plan", "--hardware", ""], "write a number and a GPU, such as 16xV100-32GB"),
+    "plan of two sizes": (["plan", "--hardware", "8xV100"], "say which: V100-16GB, V100-32GB"),
+    "plan of no GPU": (["plan", "--hardware", "0xH200"], "--hardware 0xH200: at least one GPU"),
+    "plan of a cap": (["plan", "--hardware", "RTX4090", "--memory-cap", "24GiB"], "an RTX4090 has (23.6 GiB)"),
+    "plan in bf16": (["plan", "--hardware", "T4", "--dtype", "bf16"], "--dtype bf16: "),
+    "plan in fp8": (["plan", "--hardware", "H100", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
+    "plan of a model": (["plan", "--hardware", "H100", "--model", "gpt5"], "--model gpt5 is neither a file, a folder"),
+    "plan of a folder": (["plan", "--hardware", "H100", "--model", "empty"], "empty has no config.json"),
+    "plan of a file": (["plan", "--hardware", "H100", "--model", "list.json"], "list.json is no Hugging Face config"),
+    "plan of a batch": (["plan", "--hardware", "2xH100", "--global-batch", "7"], "must be a multiple of the 2 ranks"),
+    "plan of no batch": (["plan", "--hardware", "4xH100", "--max-global-batch", "3"], "--max-global-batch 3 is less"),
+    "plan of none": (["plan", "--best", "0"], "argument --best: 0 is not a whole number from 1 on"),
+    "plan of trials": (["plan", "--trials", "9"], "unrecognized arguments: --trials 9"),
+    "plan of a study": (["plan", "--simulate"], "unrecognized arguments: --simulate"),
     "dashboard port": (["dashboard", "--port", "0"], "argument --port: 0 is not a whole number from 1 on"),
 }
 

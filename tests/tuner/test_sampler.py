@@ -1,10 +1,12 @@
-"""The search proposes legal configurations, none twice, and what it proposes can be repeated."""
+"""Optuna's samplers propose legal configurations, none twice, and what they propose can be repeated."""
+
+import re
 
 import optuna
 import pytest
 
 from objectives.trial import TrialConfig
-from tuner.sampler import STARTUP_TRIALS, DistinctTPESampler, unvisited
+from tuner.sampler import STARTUP_TRIALS, make_sampler, unvisited
 from tuner.space import Limits, Space
 
 
@@ -12,8 +14,8 @@ def space_of(**changes: int) -> Space:
     return Space(Limits(**{"ranks": 2, "max_micro_batch": 8, "max_global_batch": 64, **changes}))
 
 
-def new_study(space: Space, seed: int = 0) -> optuna.Study:
-    return optuna.create_study(direction="maximize", sampler=DistinctTPESampler(space, seed))
+def new_study(space: Space, seed: int = 0, sampler: str = "tpe") -> optuna.Study:
+    return optuna.create_study(direction="maximize", sampler=make_sampler(sampler, space, seed, None))
 
 
 def answer(study: optuna.Study, trial: optuna.Trial, *, largest: int = 4) -> None:
@@ -36,11 +38,11 @@ def search(study: optuna.Study, space: Space, trials: int) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid", "gp"])
 @pytest.mark.parametrize("changes", [{}, {"global_batch": 64}], ids=["free batch", "fixed batch"])
-def test_no_configuration_is_proposed_twice_and_all_are_legal(seed: int, changes: dict[str, int]) -> None:
+def test_no_configuration_is_proposed_twice_and_all_are_legal(sampler: str, changes: dict[str, int]) -> None:
     space = space_of(**changes)
-    names = search(new_study(space, seed), space, min(20, len(space.legal)))
+    names = search(new_study(space, 1, sampler), space, min(8 if sampler == "gp" else 20, len(space.legal)))
     assert len(set(names)) == len(names)
     assert set(names) <= {config.name for config in space.legal}
 
@@ -65,9 +67,11 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(stop_after: in
     space = space_of()
     url = f"sqlite:///{tmp_path}/study.db"
     expected = search(new_study(space), space, 10)
-    study = optuna.create_study(study_name="s", storage=url, direction="maximize", sampler=DistinctTPESampler(space, 0))
+    study = optuna.create_study(
+        study_name="s", storage=url, direction="maximize", sampler=make_sampler("tpe", space, 0, None)
+    )
     names = search(study, space, stop_after)
-    resumed = optuna.load_study(study_name="s", storage=url, sampler=DistinctTPESampler(space, 0))
+    resumed = optuna.load_study(study_name="s", storage=url, sampler=make_sampler("tpe", space, 0, None))
     names += search(resumed, space, 10 - stop_after)
     assert names == expected
 
@@ -114,3 +118,10 @@ def test_only_out_of_memory_so_far_stops_nothing() -> None:
     for _ in range(STARTUP_TRIALS + 3):
         answer(study, study.ask(space.distributions), largest=0)
     assert len(study.trials) == STARTUP_TRIALS + 3
+
+
+def test_the_grid_begins_with_powers_of_two() -> None:
+    space = space_of()
+    first = search(new_study(space, sampler="grid"), space, 12)
+    assert first[0] == "z0_gas1_tmbspg1"
+    assert all(size & (size - 1) == 0 for name in first for size in map(int, re.findall(r"(?:gas|tmbspg)(\d+)", name)))

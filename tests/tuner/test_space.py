@@ -6,8 +6,9 @@ import optuna
 import pytest
 
 from objectives.errors import UsageError
-from objectives.trial import TrialConfig
-from tuner.space import DIMENSIONS, Limits, Space
+from objectives.knobs import Site
+from objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
+from tuner.space import PRESETS, Limits, Space, dimensions_of
 
 
 def limits(**changes: int) -> Limits:
@@ -78,6 +79,82 @@ def test_the_nearest_configuration_is_of_the_same_stage_and_nearest_in_doublings
     assert space.nearest(params, elsewhere).zero_stage == 3
 
 
+def config(stage: int, mbs: int, gas: int = 1, ckpt: int = 0) -> TrialConfig:
+    return TrialConfig(
+        zero_stage=stage, micro_batch_size=mbs, gradient_accumulation_steps=gas, activation_checkpointing=ckpt
+    )
+
+
+SOME = [config(3, 2), config(1, 6, 2), config(1, 1), config(3, 2, 1, 2), config(1, 1, 4, 2), config(1, 3)]
+
+
+def test_the_core_space_is_stored_as_it_always_was() -> None:
+    """Anything else, and no study begun before could go on."""
+    assert Space(limits()).to_json() == {
+        "dimensions": {
+            "zero_stage": '{"name": "CategoricalDistribution", "attributes": {"choices": [0, 1, 2, 3]}}',
+            "micro_batch_size": '{"name": "IntDistribution", "attributes": '
+            '{"log": true, "step": 1, "low": 1, "high": 6}}',
+            "gradient_accumulation_steps": '{"name": "IntDistribution", "attributes": '
+            '{"log": true, "step": 1, "low": 1, "high": 12}}',
+        },
+        "max_global_batch": 24,
+        "global_batch": None,
+    }
+    assert all(config.activation_checkpointing == 0 for config in Space(limits()).legal)
+
+
+def test_a_restricted_space_holds_exactly_what_it_is_given() -> None:
+    space = Space(limits(), only=[*SOME, SOME[0]])
+    assert space.legal == (
+        config(1, 1), config(1, 3), config(1, 6, 2), config(1, 1, 4, 2), config(3, 2), config(3, 2, 1, 2),
+    )  # fmt: skip
+    for legal in space.legal:
+        params = space.params(legal)
+        assert set(params) == set(space.distributions) == {*CORE_FIELDS, "activation_checkpointing"}
+        trial = optuna.trial.create_trial(params=params, distributions=space.distributions, value=1.0)
+        assert space.config_of(trial) == legal
+    assert space.distributions["activation_checkpointing"] == optuna.distributions.CategoricalDistribution([0, 2])
+    assert space.distributions["zero_stage"] == optuna.distributions.CategoricalDistribution([1, 3])
+    assert space.distributions["micro_batch_size"] == optuna.distributions.IntDistribution(1, 6, log=True)
+
+
+def test_a_knob_that_is_off_everywhere_is_no_dimension_and_one_that_is_on_is() -> None:
+    assert "activation_checkpointing" not in Space(limits(), only=[config(0, 1), config(1, 2)]).distributions
+    space = Space(limits(), only=[config(0, 1, 1, 1), config(1, 2, 1, 1)])
+    assert [TrialConfig(**space.params(legal)) for legal in space.legal] == list(space.legal)
+
+
+def test_a_restricted_space_keeps_to_the_limits_too() -> None:
+    assert Space(limits(max_micro_batch=2), only=SOME).legal == (
+        config(1, 1), config(1, 1, 4, 2), config(3, 2), config(3, 2, 1, 2),
+    )  # fmt: skip
+    assert Space(limits(global_batch=24), only=SOME).legal == (config(1, 6, 2),)
+    with pytest.raises(UsageError, match="none of the 6 configurations that may be tried keeps to the limits"):
+        Space(limits(global_batch=22), only=SOME)
+
+
+def test_the_baselines_of_a_restricted_space_are_the_smallest_and_save_memory_last() -> None:
+    assert Space(limits(), only=SOME).baselines() == (
+        config(1, 1), config(3, 2), config(1, 1, 4, 2), config(3, 2, 1, 2),
+    )  # fmt: skip
+    recorded = Space(limits(), only=Space(limits()).legal)
+    assert recorded.baselines() == Space(limits()).baselines()
+
+
+def test_another_restriction_is_another_space() -> None:
+    documents = [Space(limits(), only=only).to_json() for only in (SOME, SOME[:5], SOME[::-1])]
+    assert documents[0] != documents[1]
+    assert documents[0] == documents[2] != Space(limits()).to_json()
+
+
+def test_the_nearest_configuration_is_of_the_same_knobs() -> None:
+    space = Space(limits(), only=SOME)
+    params = space.params(config(1, 4, 3, 2))
+    assert space.nearest(params, space.legal) == config(1, 1, 4, 2)
+    assert space.nearest(params, [config(3, 2, 1, 2), config(1, 6, 2)]) == config(1, 6, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -96,9 +173,71 @@ def test_other_limits_are_another_space(changes: dict[str, int]) -> None:
     assert Space(limits(**changes)).to_json() != Space(limits()).to_json()
 
 
-@pytest.mark.parametrize("dimension", DIMENSIONS, ids=lambda dimension: dimension.field)
-def test_every_dimension_is_a_field_of_the_configuration_with_values_in_order(dimension: object) -> None:
-    [found] = [known for known in DIMENSIONS if known is dimension]
-    assert found.field in TrialConfig.__dataclass_fields__
-    values = list(found.values(limits()))
-    assert values == sorted(set(values))
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_preset_enumerates_to_legal_configurations_only(preset: str, device: str, ranks: int) -> None:
+    """Legal: each knob that is on does something there, no two are the same, and Optuna can hold each."""
+    bounds = Limits(ranks=ranks, max_micro_batch=4, max_global_batch=8 * ranks)
+    site = Site(device=device, ranks=ranks, vocabulary=50257)
+    space = Space(bounds, dimensions_of(preset), site=site)
+    assert len({config.name for config in space.legal}) == len(space.legal)
+    for config in space.legal:
+        kind = config.to_json()
+        assert all(KNOBS[field].exists(kind, site) for field in config.knobs_on)
+        assert all(value in KNOBS[field].values for field, value in config.knobs_on.items())
+        assert bounds.allow(config)
+    for name, value in space.params(space.legal[-1]).items():
+        assert space.distributions[name]._contains(space.distributions[name].to_internal_repr(value))
+    assert set(space.baselines()) <= set(space.legal)
+
+
+def test_the_presets_are_each_part_of_the_next() -> None:
+    bounds, site = limits(max_global_batch=8), Site(ranks=2, vocabulary=50257)
+    core, speed, full = (
+        {
+            (config.zero_stage, *config.knobs_on.items())
+            for config in Space(bounds, dimensions_of(preset), site=site).legal
+        }
+        for preset in PRESETS
+    )
+    assert core < speed < full
+
+
+@pytest.mark.parametrize(
+    ("knobs", "stage", "site"),
+    [
+        ({"compile": "blocks"}, 3, Site(ranks=2)),
+        ({"padded_vocabulary": 64}, 0, Site(vocabulary=50304)),
+        ({"overlap_comm": "on"}, 0, Site(ranks=2)),
+        ({"overlap_comm": "on"}, 2, Site(ranks=1)),
+        ({"offload_optimizer": "cpu"}, 0, Site(ranks=2)),
+        ({"offload_optimizer": "cpu"}, 1, Site(ranks=2, device="cpu")),
+        ({"prefetch_elements": 200_000_000}, 2, Site(ranks=2)),
+        ({"round_robin_gradients": "on"}, 3, Site(ranks=2)),
+        ({"optimizer": "torch_fused"}, 0, Site(device="cpu")),
+    ],
+)
+def test_a_knob_exists_only_where_it_has_a_meaning(knobs: dict[str, object], stage: int, site: Site) -> None:
+    space = Space(Limits(ranks=site.ranks, max_micro_batch=1, max_global_batch=site.ranks), dimensions_of("full"),
+                  site=site)  # fmt: skip
+    assert not any(config.zero_stage == stage and knobs.items() <= config.knobs_on.items() for config in space.legal)
+
+
+def test_what_changes_the_numbers_is_searched_only_on_request() -> None:
+    bounds = limits(max_global_batch=2)
+    assert not any("dropout" in config.knobs_on for config in Space(bounds, dimensions_of("full")).legal)
+    allowed = Space(bounds, dimensions_of("core", allowed={"dropout"}))
+    assert {config.dropout for config in allowed.legal} == {"model", "none"}
+
+
+@pytest.mark.parametrize("field", KNOBS)
+def test_every_knob_says_what_it_means_and_has_a_name_of_its_own(field: str) -> None:
+    knob = KNOBS[field]
+    assert len(knob.meaning) > 20
+    assert knob.off not in knob.values and knob.values
+    assert set(knob.speed) <= set(knob.values)
+    assert [other.label for other in KNOBS.values()].count(knob.label) == 1
+    names = {TrialConfig(zero_stage=1, micro_batch_size=1, gradient_accumulation_steps=1, **{field: value}).name
+             for value in (knob.off, *knob.values)}  # fmt: skip
+    assert len(names) == 1 + len(knob.values)

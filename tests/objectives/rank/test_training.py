@@ -10,6 +10,7 @@ import torch
 
 from objectives.rank.device import CpuMeter
 from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer
+from objectives.timing import MidStepRule
 
 
 @pytest.fixture
@@ -90,3 +91,32 @@ def test_a_loss_scale_that_never_settles_is_an_error_that_says_what_to_try() -> 
     with pytest.raises(OverflowedError, match="try bf16"):
         timer(engine, 1, []).run(1)
     assert engine.micro_steps == MAX_SKIPPED_STEPS + 1
+
+
+# CountingMeter's micro-step takes three seconds between its first mark and its last.
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("steps", "whole"), [(20, 0), (4, 2)], ids=["in the first step", "in the third"])
+def test_a_hopeless_step_is_given_up_and_estimated_from_its_micro_steps(steps: int, whole: int) -> None:
+    hopeless = MidStepRule(gradient_accumulation_steps=steps, limit_seconds=2.9 * steps, watched_seconds=1.0)
+    engine = OverflowingEngine(set(), steps)
+    *before, estimate = timer(engine, steps, []).run(3, hopeless)
+    assert len(before) == whole
+    assert all(step.from_micro_steps == 0 for step in before)
+    assert engine.micro_steps == 8 + whole  # those that closed a step were not counted
+    assert estimate == Step(
+        seconds=3.0 * steps,
+        forward_seconds=1.0 * steps,
+        backward_seconds=1.0 * steps,
+        optimizer_seconds=0.0,
+        from_micro_steps=3,
+    )
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("steps", "limit_seconds"), [(20, 60.1), (3, 1.0)], ids=["not hopeless", "few micro-steps"])
+def test_other_steps_run_whole(steps: int, limit_seconds: float) -> None:
+    patient = MidStepRule(gradient_accumulation_steps=steps, limit_seconds=limit_seconds, watched_seconds=1.0)
+    engine = OverflowingEngine(set(), steps)
+    run = timer(engine, steps, []).run(3, patient)
+    assert engine.micro_steps == 3 * steps
+    assert [step.from_micro_steps for step in run] == [0, 0, 0]

@@ -1,0 +1,226 @@
+"""What a Hugging Face configuration says about a model: its sizes and its parameter count, without building it.
+
+Counts are exact for the families in `FAMILIES` (the tests compare them with the real models) and a close guess for any
+other decoder or encoder of the usual shape.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from objectives.errors import UsageError
+from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The sizes that decide bytes and FLOPs."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    gated_mlp: bool
+    """Llama's three matrices rather than GPT-2's two."""
+    unfused_activation: bool
+    """An activation that transformers writes out in Python, each of whose steps keeps a tensor (`gelu_new`)."""
+    rms_norm: bool
+    dropout: bool
+    disentangled_attention: bool
+    """DeBERTa's: three score matrices, and no fused kernel for them."""
+    parameters: int
+    block_parameters: int
+    """Of one transformer block."""
+    is_masked: bool
+    """Trained on masked tokens, by a head that is more than one projection."""
+    is_exact: bool
+    """Whether the count is known to be right for this family."""
+
+    def flops_per_sample(self, seq_len: int) -> float:
+        """Model FLOPs of a sample's forward and backward pass: seq_len × (6N + 12·L·h·s) (PaLM, appendix B)."""
+        return float(seq_len * (6 * self.parameters + 12 * self.layers * self.heads * self.head_dim * seq_len))
+
+
+# What transformers fills in where a configuration leaves a key out; the families' own names for the sizes.
+_NAMES = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden": ("hidden_size", "n_embd", "dim", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "intermediate": ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"),
+    "positions": ("max_position_embeddings", "n_positions"),
+    "vocabulary": ("vocab_size",),
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
+    "llama": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+              "num_attention_heads": 32},
+    "mistral": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 8},
+    "qwen2": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+              "num_attention_heads": 32},
+    "qwen3": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "head_dim": 128},
+    "bert": {"vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2},
+    "roberta": {"vocab_size": 50265, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2},
+    "distilbert": {"vocab_size": 30522, "dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12,
+                   "max_position_embeddings": 512},
+    "deberta-v2": {"vocab_size": 128100, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 24,
+                   "num_attention_heads": 24, "max_position_embeddings": 512, "type_vocab_size": 0},
+}  # fmt: skip
+"""Families whose parameters are counted exactly, with the defaults that matter to the count."""
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+BERT_LIKE = ("bert", "roberta")
+
+
+def architecture_of(workload: Workload) -> Architecture:
+    """The architecture of a workload's model.
+
+    Raises:
+        UsageError: its configuration cannot be had here, or lacks the sizes.
+    """
+    if workload.model in SHIPPED_MODELS:
+        return architecture_from_config(SHIPPED_MODELS[workload.model], workload.model)
+    path = model_config_path(workload.model)
+    document = json.loads(path.read_text()) if path is not None else _from_hub(workload.model)
+    return architecture_from_config(document, workload.model)
+
+
+def _from_hub(model: str) -> Any:
+    # Imported late: it takes a third of a second, and only hub ids need it.
+    import huggingface_hub
+
+    try:
+        return json.loads(open(huggingface_hub.hf_hub_download(model, "config.json")).read())
+    except Exception as error:  # the library raises a dozen kinds, for network, login and missing files
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"--model {model}: its config.json cannot be had from the hub ({said}); name a local folder"
+        ) from error
+
+
+def architecture_from_config(document: Mapping[str, Any], model: str) -> Architecture:
+    """Reads a configuration in transformers' JSON form.
+
+    Raises:
+        UsageError: it lacks the sizes of a transformer.
+    """
+    document = document.get("text_config") or document
+    model_type = str(document.get("model_type", "unknown"))
+    config = {**FAMILIES.get(model_type, {}), **{key: value for key, value in document.items() if value is not None}}
+
+    def size(name: str, default: int | None = None) -> int:
+        found = next((config[key] for key in _NAMES[name] if key in config), default)
+        if not isinstance(found, int) or found < 1:
+            raise UsageError(f"--model {model}: its configuration does not say its {name.replace('_', ' ')}")
+        return found
+
+    hidden, layers, heads, vocabulary = size("hidden"), size("layers"), size("heads"), size("vocabulary")
+    gated = model_type in LLAMA_LIKE or config.get("hidden_act") in ("silu", "swish", "gelu_pytorch_tanh")
+    key_value_heads = size("key_value_heads", heads)
+    head_dim = config.get("head_dim") or hidden // heads
+    intermediate = size("intermediate", 4 * hidden)
+    activation = config.get("activation_function", config.get("hidden_act", config.get("activation", "gelu")))
+    if model_type == "gpt2":
+        activation = config.get("activation_function", "gelu_new")
+    attention = _linear(hidden, heads * head_dim) + 2 * _linear(hidden, key_value_heads * head_dim)
+    attention += _linear(heads * head_dim, hidden)
+    feed_forward = (3 if gated else 2) * _linear(hidden, intermediate)
+    biases_and_norms, outside = _small_parameters(
+        model_type, config, hidden=hidden, intermediate=intermediate, vocabulary=vocabulary,
+        positions=size("positions", 1), layers=layers, query=heads * head_dim, key=key_value_heads * head_dim,
+        head_dim=head_dim, gated=gated,
+    )  # fmt: skip
+    block = attention + feed_forward + biases_and_norms
+    return Architecture(
+        model_type=model_type,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        intermediate=intermediate,
+        vocabulary=vocabulary,
+        gated_mlp=gated,
+        unfused_activation=activation == "gelu_new",
+        rms_norm=gated,
+        dropout=any(
+            config.get(key, 0.1 if model_type in ("gpt2", *BERT_LIKE, "distilbert", "deberta-v2") else 0.0)
+            for key in ("resid_pdrop", "hidden_dropout_prob", "dropout")
+        ),
+        disentangled_attention=model_type.startswith("deberta"),
+        parameters=layers * block + outside,
+        block_parameters=block,
+        is_masked=model_type in (*BERT_LIKE, "distilbert", "deberta-v2"),
+        is_exact=model_type in FAMILIES,
+    )
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs
+
+
+def _small_parameters(
+    model_type: str,
+    config: Mapping[str, Any],
+    *,
+    hidden: int,
+    intermediate: int,
+    vocabulary: int,
+    positions: int,
+    layers: int,
+    query: int,
+    key: int,
+    head_dim: int,
+    gated: bool,
+) -> tuple[int, int]:
+    """(biases, norms and extras of one block, everything outside the blocks), as transformers builds the family."""
+    embedding = vocabulary * hidden
+    if gated:
+        biases = 0
+        if model_type == "qwen2":
+            biases = query + 2 * key
+        elif config.get("attention_bias"):
+            biases = query + 2 * key + hidden
+        if config.get("mlp_bias"):
+            biases += 2 * intermediate + hidden
+        norms = 2 * hidden + (2 * head_dim if model_type == "qwen3" else 0)
+        head = 0 if config.get("tie_word_embeddings", False) else embedding
+        return biases + norms, embedding + hidden + head
+    biases = query + 2 * key + hidden + intermediate + hidden
+    norms = 4 * hidden
+    types = int(config.get("type_vocab_size", 0))
+    # The masked-language-model head: a dense layer, a norm, and a bias for each token; its matrix is the embedding.
+    masked_head = hidden * hidden + hidden + 2 * hidden + vocabulary
+    if model_type in BERT_LIKE or model_type == "distilbert":
+        return biases + norms, embedding + (positions + types) * hidden + 2 * hidden + masked_head
+    if model_type == "deberta-v2":
+        outside = embedding + 2 * hidden + types * hidden + masked_head
+        if config.get("position_biased_input", True):
+            outside += positions * hidden
+        if config.get("relative_attention", False):
+            reach = config.get("max_relative_positions", -1)
+            reach = positions if reach < 1 else reach
+            buckets = config.get("position_buckets", -1)
+            outside += 2 * (buckets if buckets > 0 else reach) * hidden
+            if "layer_norm" in str(config.get("norm_rel_ebd", "none")):
+                outside += 2 * hidden
+        if (kernel := config.get("conv_kernel_size", 0)) > 0:
+            outside += hidden * hidden * kernel // int(config.get("conv_groups", 1)) + 3 * hidden
+        share = config.get("share_att_key", False)
+        kinds = config.get("pos_att_type") or []
+        extra = 0
+        if config.get("relative_attention", False) and not share:
+            extra = sum(hidden * hidden + hidden for kind in ("c2p", "p2c") if kind in kinds)
+        return biases + norms + extra, outside
+    tied = config.get("tie_word_embeddings", True)
+    return biases + norms, embedding * (1 if tied else 2) + positions * hidden + 2 * hidden

@@ -1,0 +1,327 @@
+"""The cost model corrected by measurements: what is left of its errors is a Gaussian process over the configurations.
+
+Speed: log(measured / predicted) is a sum of a common factor, one for each ZeRO stage and each knob, and smooth
+functions of the batch sizes. How far the formulas are to be trusted is not known beforehand: several answers are kept
+side by side, each weighed by how well it explains the measurements (Bayesian model averaging).
+
+Memory: the predicted parts (states, activations) each carry a factor, so that two measurements tell the slope of every
+micro-batch size. A run out of memory says only that the peak is above the capacity: it enters as the Gaussian with the
+moments of the truncated one (assumed-density filtering, Minka 2001).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from objectives.cost_model.model import Floats, Grid
+from objectives.trial import Failure, FailureKind, Measurement, Outcome
+
+RUN_NOISE = 0.01
+"""Relative standard deviation of one run's rate that its own steps don't show."""
+
+MEMORY_NOISE = 0.008
+"""Relative standard deviation of a measured peak about a smooth function: the allocator's fragmentation."""
+
+FRAGMENTATION = 0.02
+"""Of its capacity, an allocator in distress cannot use so much; blocks that fit nowhere."""
+FRAGMENTATION_SPREAD = 0.015
+
+_NORMAL = NormalDist()
+
+Rows = npt.NDArray[np.int64]
+"""Which rows of a grid."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What one trial taught, by its row in the grid."""
+
+    row: int
+    log_rate: float | None = None
+    """None where nothing was timed."""
+    relative_error: float = 0.0
+    """Standard deviation of the mean rate, as far as the trial's own steps show it."""
+    peak_bytes: float | None = None
+    ran_out: bool = False
+    """It ran out of memory: its peak would have been above the capacity."""
+    is_own: bool = True
+    """Of the study that asks, not of an earlier one: only its own trials can be its best."""
+
+
+TIGHT = 0.95
+"""From this fraction of its capacity on, an allocator that searches for room slows a run by up to a fifth."""
+TIGHT_ERROR = 0.2
+
+
+def observation_of(row: int, outcome: Outcome, capacity_bytes: float) -> Observation | None:
+    """What an outcome says about its configuration; None for a crash or a timeout, which say nothing.
+
+    A rate from a run that was tight on memory is the configuration's own, but says little about others.
+    """
+    if isinstance(outcome, Failure):
+        return Observation(row=row, ran_out=True) if outcome.kind is FailureKind.OUT_OF_MEMORY else None
+    assert isinstance(outcome, Measurement)
+    low, high = outcome.samples_per_second_ci95
+    error = min((high - low) / 2 / 1.96 / outcome.samples_per_second, 0.2)
+    if outcome.peak_memory_bytes > TIGHT * capacity_bytes:
+        error = max(error, TIGHT_ERROR)
+    return Observation(
+        row=row,
+        log_rate=math.log(outcome.samples_per_second),
+        relative_error=error,
+        # A trial that ended inside its first step never held what the optimizer step needs.
+        peak_bytes=None if outcome.from_micro_steps else float(outcome.peak_memory_bytes),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """One answer to how far the formulas of speed may be off: standard deviations of log(measured / predicted)."""
+
+    prior_weight: float
+    slope: float
+    """1 to start from the predicted rates, 0 to start from nothing."""
+    common: float
+    stage: float
+    knobs: float
+    parts: float
+    """Of the launch, communication and optimizer seconds each, relative to their prediction."""
+    micro_batch: float
+    accumulation: float
+    interaction: float
+    """Of what the parts above cannot explain."""
+
+
+TRUSTS = (
+    Trust(prior_weight=0.6, slope=1.0, common=0.4, stage=0.06, knobs=0.06, parts=0.5, micro_batch=0.05,
+          accumulation=0.03, interaction=0.02),
+    Trust(prior_weight=0.3, slope=1.0, common=0.8, stage=0.20, knobs=0.20, parts=0.8, micro_batch=0.25,
+          accumulation=0.12, interaction=0.08),
+    Trust(prior_weight=0.1, slope=0.0, common=2.0, stage=0.35, knobs=0.25, parts=0.0, micro_batch=0.80,
+          accumulation=0.50, interaction=0.20),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTrust:
+    """How far the formulas of memory may be off, as relative standard deviations."""
+
+    common: float = 0.08
+    states: float = 0.03
+    stage: float = 0.03
+    activations: float = 0.12
+    knobs: float = 0.10
+    """Of the activations under one combination of the other knobs."""
+    fixed_bytes: float = 0.7e9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RatePosterior:
+    """Predicted rates under each `Trust`; all arrays have a column for each configuration of the grid."""
+
+    weights: Floats
+    means: Floats
+    """Natural logarithms of samples/s: (trusts, configurations), likewise below."""
+    deviations: Floats
+
+    @property
+    def mean(self) -> Floats:
+        return np.asarray(self.weights @ self.means)
+
+    @property
+    def deviation(self) -> Floats:
+        second = self.weights @ (self.deviations**2 + self.means**2)
+        return np.sqrt(np.maximum(second - self.mean**2, 0.0))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryPosterior:
+    """Predicted peaks of all configurations of the grid."""
+
+    mean_bytes: Floats
+    deviation_bytes: Floats
+    capacity_bytes: float
+
+    @property
+    def fits(self) -> Floats:
+        """Probability that each runs without running out of memory."""
+        usable = self.capacity_bytes * (1 - FRAGMENTATION)
+        spread = np.hypot(self.deviation_bytes, FRAGMENTATION_SPREAD * self.capacity_bytes)
+        return normal_cdf((usable - self.mean_bytes) / spread)
+
+    @property
+    def certainly_too_large(self) -> npt.NDArray[np.bool_]:
+        """Which cannot fit, whatever an allocator does: 5% above the capacity and four deviations."""
+        over = self.mean_bytes - self.capacity_bytes
+        return np.asarray(over > np.maximum(0.05 * self.capacity_bytes, 4 * self.deviation_bytes))
+
+
+def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePosterior:
+    """Predicted rates of the whole grid, given what was measured of some of it."""
+    timed = [each for each in observations if each.log_rate is not None]
+    rows = np.array([each.row for each in timed], dtype=int)
+    measured = np.array([each.log_rate for each in timed], dtype=float)
+    noise = np.array([RUN_NOISE**2 + each.relative_error**2 for each in timed])
+    evidences, means, deviations = [], [], []
+    for trust in TRUSTS:
+        # Without the formulas, what rates are about is not known but for the measurements' own level.
+        level = float(np.mean(measured)) if len(rows) else float(np.mean(grid.log_rate))
+        start = grid.log_rate if trust.slope else np.full(len(grid), level)
+        mean, variance, evidence = _condition(_rate_kernel(grid, trust), rows, measured - start[rows], noise)
+        means.append(start + mean)
+        deviations.append(np.sqrt(variance))
+        # Before anything is measured, an answer that starts from nothing has nothing to say.
+        speaks = trust.slope or len(rows)
+        evidences.append(math.log(trust.prior_weight) + evidence if speaks else -math.inf)
+    relative = np.exp(np.array(evidences) - max(evidences))
+    return RatePosterior(relative / relative.sum(), np.array(means), np.array(deviations))
+
+
+def calibrate_memory(
+    grid: Grid, observations: Sequence[Observation], capacity_bytes: float, trust: MemoryTrust | None = None
+) -> MemoryPosterior:
+    """Predicted peaks of the whole grid, given what was measured of some of it."""
+    kernel = _memory_kernel(grid, trust or MemoryTrust())
+    measured = [each for each in observations if each.peak_bytes is not None]
+    rows = np.array([each.row for each in measured], dtype=int)
+    peaks = np.array([each.peak_bytes for each in measured], dtype=float)
+    residuals, noise = peaks - grid.peak_bytes[rows], (MEMORY_NOISE * peaks) ** 2
+    for each in observations:
+        if not each.ran_out:
+            continue
+        mean, variance = _posterior_at(kernel, each.row, rows, residuals, noise)
+        limit = capacity_bytes * (1 - FRAGMENTATION) - grid.peak_bytes[each.row]
+        site = _gaussian_of_excess(mean, variance, limit)
+        if site is not None:
+            rows = np.append(rows, each.row)
+            residuals, noise = np.append(residuals, site[0]), np.append(noise, site[1])
+    mean_bytes, variances, _ = _condition(kernel, rows, residuals, noise)
+    variances = variances + (MEMORY_NOISE * grid.peak_bytes) ** 2
+    return MemoryPosterior(grid.peak_bytes + mean_bytes, np.sqrt(variances), capacity_bytes)
+
+
+def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[float, float] | None:
+    """The (value, variance) whose observation leaves a Gaussian with the moments of itself truncated below `limit`.
+
+    None where the truncation changes next to nothing: the formulas knew.
+    """
+    spread = math.sqrt(variance)
+    above = (limit - mean) / spread
+    # Far in the tail the ratio is that of two vanishing numbers; its asymptote is exact to 1% from 6 on.
+    hazard = above + 1 / above if above > 6 else _NORMAL.pdf(above) / (1 - _NORMAL.cdf(above))
+    shrink = max(1 - hazard * (hazard - above), 0.02)  # of the variance
+    if shrink > 0.999:
+        return None
+    truncated_mean, truncated_variance = mean + spread * hazard, variance * shrink
+    precision = 1 / truncated_variance - 1 / variance
+    return (truncated_mean / truncated_variance - mean / variance) / precision, 1 / precision
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kernel:
+    """What two configurations' errors have in common."""
+
+    between: Callable[[Rows, Rows], Floats]
+    """The covariance of two sets of rows of the grid, as a matrix."""
+    variances: Floats
+    """Of each row alone."""
+
+
+def _rate_kernel(grid: Grid, trust: Trust) -> _Kernel:
+    def between(one: Rows, other: Rows) -> Floats:
+        stage = _same(grid.stage, one, other)
+        knobs = _same(grid.knobs, one, other)
+        micro = _smooth(grid.log2_micro_batch, one, other, length=2.0)
+        accumulation = _smooth(grid.log2_accumulation, one, other, length=2.0)
+        joint = _smooth(grid.log2_micro_batch, one, other, length=1.0)
+        joint = joint * _smooth(grid.log2_accumulation, one, other, length=1.0)
+        return np.asarray(
+            trust.common**2
+            + trust.stage**2 * stage
+            + trust.knobs**2 * knobs
+            + trust.parts**2 * _outer(grid.launch_share, one, other) * (0.5 + 0.25 * stage + 0.25 * knobs)
+            + trust.parts**2 * _outer(grid.communication_share, one, other) * (0.5 + 0.5 * stage)
+            + trust.parts**2 * _outer(grid.optimizer_share, one, other) * (0.5 + 0.5 * stage)
+            # A stage or a knob that is off is off more where launches or communication dominate: small batches.
+            + trust.micro_batch**2 * micro * (0.5 + 0.3 * stage + 0.2 * knobs)
+            + trust.accumulation**2 * accumulation * (0.5 + 0.5 * stage)
+            + trust.interaction**2 * joint * stage * knobs
+        )
+
+    everywhere = (trust.common, trust.stage, trust.knobs, trust.micro_batch, trust.accumulation, trust.interaction)
+    shares = grid.launch_share**2 + grid.communication_share**2 + grid.optimizer_share**2
+    return _Kernel(between, math.fsum(part**2 for part in everywhere) + trust.parts**2 * shares)
+
+
+def _memory_kernel(grid: Grid, trust: MemoryTrust) -> _Kernel:
+    def between(one: Rows, other: Rows) -> Floats:
+        states = _outer(grid.states_bytes, one, other)
+        activations = _outer(grid.activation_bytes, one, other)
+        peaks = _outer(grid.peak_bytes, one, other)
+        return np.asarray(
+            trust.common**2 * peaks
+            + states * (trust.states**2 + trust.stage**2 * _same(grid.stage, one, other))
+            + activations * (trust.activations**2 + trust.knobs**2 * _same(grid.knobs, one, other))
+            + trust.fixed_bytes**2
+        )
+
+    variances = (
+        (trust.common * grid.peak_bytes) ** 2
+        + (trust.states**2 + trust.stage**2) * grid.states_bytes**2
+        + (trust.activations**2 + trust.knobs**2) * grid.activation_bytes**2
+        + trust.fixed_bytes**2
+    )
+    return _Kernel(between, variances)
+
+
+def _outer(values: Floats, one: Rows, other: Rows) -> Floats:
+    return np.multiply.outer(values[one], values[other])
+
+
+def _same(values: npt.NDArray[Any], one: Rows, other: Rows) -> Floats:
+    return np.asarray(np.equal.outer(values[one], values[other]), dtype=np.float64)
+
+
+def _smooth(values: Floats, one: Rows, other: Rows, *, length: float) -> Floats:
+    distance = np.subtract.outer(values[one], values[other]) / length
+    return np.asarray(np.exp(-0.5 * distance**2))
+
+
+def _condition(kernel: _Kernel, rows: Rows, residuals: Floats, noise: Floats) -> tuple[Floats, Floats, float]:
+    """(mean, variance) of the process at all rows of the grid given noisy values at some, and their log evidence."""
+    prior = kernel.variances
+    if len(rows) == 0:
+        return np.zeros_like(prior), prior, 0.0
+    among = kernel.between(rows, rows) + np.diag(noise)
+    lower = np.linalg.cholesky(among)
+    weights = np.linalg.solve(among, residuals)
+    across = kernel.between(rows, np.arange(len(prior)))
+    explained = np.linalg.solve(lower, across)
+    evidence = -0.5 * float(residuals @ weights) - float(np.log(np.diag(lower)).sum())
+    evidence -= 0.5 * len(rows) * math.log(2 * math.pi)
+    return across.T @ weights, np.maximum(prior - (explained**2).sum(axis=0), 1e-9 * prior), evidence
+
+
+def _posterior_at(kernel: _Kernel, row: int, rows: Rows, residuals: Floats, noise: Floats) -> tuple[float, float]:
+    """(mean, variance) at one row."""
+    prior = float(kernel.variances[row])
+    if len(rows) == 0:
+        return 0.0, prior
+    among = kernel.between(rows, rows) + np.diag(noise)
+    across = kernel.between(rows, np.array([row]))[:, 0]
+    weights = np.linalg.solve(among, across)
+    return float(weights @ residuals), max(prior - float(weights @ across), 1e-9 * prior)
+
+
+def normal_cdf(values: Floats) -> Floats:
+    """The standard normal distribution function (Abramowitz and Stegun 7.1.26, error below 2e-7)."""
+    scaled = np.abs(values) / math.sqrt(2)
+    step = 1 / (1 + 0.3275911 * scaled)
+    series = np.polyval([1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0], step)
+    tail = 0.5 * series * np.exp(-(scaled**2))
+    return np.asarray(np.where(values > 0, 1 - tail, tail))

@@ -1,0 +1,199 @@
+"""What accelerators can do: the figures that the formulas of bytes and seconds are made of.
+
+Peaks are the makers' dense figures (data sheets); what training reaches of them is the business of `step_time`.
+"""
+
+import dataclasses
+import re
+
+from objectives.errors import UsageError
+from objectives.machine import GIB, Machine
+
+TERA = 1e12
+GIGA = 1e9
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """One device."""
+
+    name: str
+    memory_bytes: int
+    """What a process can allocate: the data sheet's size less what the driver keeps."""
+    memory_bandwidth: float
+    """Bytes a second."""
+    half_flops: float
+    """FLOP a second of fp16 matrix products that add up in fp32; bf16 too, where there is bf16."""
+    single_flops: float
+    """FLOP a second in fp32; tensor-float-32 is off by default in PyTorch."""
+    link_bandwidth: float
+    """Bytes a second to the other devices of the node, in one direction."""
+    has_bf16: bool = True
+    launch_factor: float = 1.0
+    """How much longer its host takes to launch kernels than an H200's of 2025: processors come in generations too."""
+
+    def peak_flops(self, dtype: str) -> float:
+        """FLOP a second for `fp16`, `bf16` or `fp32`."""
+        return self.single_flops if dtype == "fp32" else self.half_flops
+
+
+def _gpu(
+    name: str,
+    gib: float,
+    bandwidth_gb: float,
+    half: float,
+    single: float,
+    link_gb: float,
+    *,
+    has_bf16: bool = True,
+    launch_factor: float = 1.0,
+) -> Accelerator:
+    return Accelerator(
+        name=name,
+        memory_bytes=int(gib * GIB),
+        memory_bandwidth=bandwidth_gb * GIGA,
+        half_flops=half * TERA,
+        single_flops=single * TERA,
+        link_bandwidth=link_gb * GIGA,
+        has_bf16=has_bf16,
+        launch_factor=launch_factor,
+    )
+
+
+PCIE3, PCIE4, PCIE5 = 10, 20, 40
+"""GB a second that NCCL reaches through the host, of the 16, 32 and 64 of x16 slots."""
+
+CATALOGUE = {
+    accelerator.name: accelerator
+    for accelerator in (
+        _gpu("V100-16GB", 15.7, 900, 125, 15.7, 150, has_bf16=False, launch_factor=2.0),
+        _gpu("V100-32GB", 31.7, 900, 125, 15.7, 150, has_bf16=False, launch_factor=2.0),
+        _gpu("T4", 14.6, 320, 65, 8.1, PCIE3, has_bf16=False, launch_factor=2.0),
+        _gpu("A10", 22.1, 600, 125, 31.2, PCIE4, launch_factor=1.5),
+        _gpu("A100-40GB", 39.4, 1555, 312, 19.5, 300, launch_factor=1.5),
+        _gpu("A100-80GB", 79.1, 2039, 312, 19.5, 300, launch_factor=1.5),
+        _gpu("A6000", 47.4, 768, 155, 38.7, PCIE4, launch_factor=1.5),
+        _gpu("L4", 22.0, 300, 121, 30.3, PCIE4),
+        _gpu("L40S", 44.4, 864, 362, 91.6, PCIE4),
+        _gpu("H100", 79.1, 3350, 989, 67, 450),
+        _gpu("H200", 139.8, 4800, 989, 67, 450),
+        _gpu("B200", 178.0, 8000, 2250, 80, 900),
+        _gpu("RTX3090", 23.6, 936, 71, 35.6, PCIE4, launch_factor=1.5),
+        _gpu("RTX4090", 23.6, 1008, 165, 82.6, PCIE4),
+        _gpu("RTX5090", 31.4, 1792, 210, 104.8, PCIE5),
+    )
+}
+
+# What `nvidia-smi` calls them. The first pattern that matches; memory decides between the sizes of one chip.
+_NAMES = (
+    ("V100", ("V100-16GB", "V100-32GB")),
+    (r"\bA100(?!0)", ("A100-40GB", "A100-80GB")),
+    (r"\bT4\b", ("T4",)),
+    (r"\bA10G?\b", ("A10",)),
+    (r"A6000|\bA40\b", ("A6000",)),
+    (r"L40", ("L40S",)),
+    (r"\bL4\b", ("L4",)),
+    (r"H200|GH200", ("H200",)),
+    (r"H100|H800", ("H100",)),
+    (r"B200|B100", ("B200",)),
+    (r"5090", ("RTX5090",)),
+    (r"4090", ("RTX4090",)),
+    (r"3090", ("RTX3090",)),
+)
+
+CPU_FLOPS_A_RANK = 40 * GIGA
+"""Of one or two cores in fp32; the study's own measurements correct it."""
+
+_SPEC = re.compile(r"(?:(\d+)\s*[x×]\s*)?(.+)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """The devices of one node that a study runs on."""
+
+    accelerator: Accelerator
+    ranks: int
+    capacity_bytes: int
+    """What one rank may use, after any cap."""
+    is_known: bool = True
+    """Whether the accelerator is in the catalogue; figures of others are a guess from their memory."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranks}x{self.accelerator.name}"
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.accelerator.name == "CPU" else "cuda"
+
+
+def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardware:
+    """Hardware from words such as `16xV100-32GB`, `2xH200` or `RTX4090`.
+
+    Raises:
+        UsageError: it is not in the catalogue, or the cap is more than it has.
+    """
+    match = _SPEC.fullmatch(text.strip())
+    count, name = (match[1], match[2]) if match else (None, text)
+    plain = _plain(name)
+    found = [known for known in CATALOGUE.values() if _plain(known.name) == plain]
+    if not found:
+        found = [known for known in CATALOGUE.values() if _plain(known.name).startswith(plain)]
+        if len(found) != 1:
+            known = ", ".join(CATALOGUE)
+            hint = f"say which: {', '.join(each.name for each in found)}" if found else f"known are {known}"
+            raise UsageError(f"--hardware {text}: write a number and a GPU, such as 16xV100-32GB; {hint}")
+    ranks = int(count or 1)
+    if ranks < 1:
+        raise UsageError(f"--hardware {text}: at least one GPU")
+    accelerator = found[0]
+    if memory_cap_bytes is not None and memory_cap_bytes > accelerator.memory_bytes:
+        has = accelerator.memory_bytes / GIB
+        raise UsageError(f"--memory-cap is more than an {accelerator.name} has ({has:.1f} GiB)")
+    return Hardware(accelerator=accelerator, ranks=ranks, capacity_bytes=memory_cap_bytes or accelerator.memory_bytes)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", ""))
+
+
+def hardware_of(machine: Machine) -> Hardware:
+    """The hardware of a machine that was detected or recorded."""
+    if machine.device == "cpu":
+        accelerator = Accelerator(
+            name="CPU",
+            memory_bytes=machine.memory_bytes,
+            memory_bandwidth=10 * GIGA,
+            half_flops=CPU_FLOPS_A_RANK / 4,
+            single_flops=CPU_FLOPS_A_RANK,
+            link_bandwidth=1 * GIGA,
+        )
+        return Hardware(accelerator=accelerator, ranks=machine.ranks, capacity_bytes=machine.capacity_bytes)
+    for pattern, names in _NAMES:
+        if re.search(pattern, machine.name):
+            sizes = [CATALOGUE[name] for name in names]
+            # Where the name says its size it is right: a recording's memory may be that of a cap.
+            named = [size for size in sizes if size.name.split("-")[-1] in machine.name]
+            accelerator = min(named or sizes, key=lambda size: abs(size.memory_bytes - machine.memory_bytes))
+            return Hardware(accelerator=accelerator, ranks=machine.ranks, capacity_bytes=machine.capacity_bytes)
+    nearest = min(CATALOGUE.values(), key=lambda known: abs(known.memory_bytes - machine.memory_bytes))
+    return Hardware(
+        accelerator=dataclasses.replace(nearest, name=machine.name, memory_bytes=machine.memory_bytes),
+        ranks=machine.ranks,
+        capacity_bytes=machine.capacity_bytes,
+        is_known=False,
+    )
+
+
+def machine_of(hardware: Hardware) -> Machine:
+    """The machine that a study on imagined hardware is about."""
+    capped = hardware.capacity_bytes < hardware.accelerator.memory_bytes
+    return Machine(
+        device=hardware.device,
+        name=f"NVIDIA {hardware.accelerator.name}",
+        ranks=hardware.ranks,
+        device_ids=tuple(range(hardware.ranks)),
+        memory_bytes=hardware.accelerator.memory_bytes,
+        memory_cap_bytes=hardware.capacity_bytes if capped else None,
+        compute_capability=None,
+    )

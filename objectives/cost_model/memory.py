@@ -1,0 +1,184 @@
+"""Bytes that a rank needs at its peak, part by part, from a `TrialConfig` and the model's sizes.
+
+Two moments can be the peak: the start of the backward pass, when every activation is alive; and the optimizer step,
+when activations are gone and DeepSpeed holds its gradients in fp32. What is kept of a block is counted tensor by
+tensor (after Korthikanti et al. 2022, "Reducing Activation Recomputation", with what Hugging Face's models keep
+besides); the states follow ZeRO (Rajbhandari et al. 2020) and DeepSpeed 0.19's optimizers.
+"""
+
+import dataclasses
+
+from objectives.cost_model.architecture import Architecture
+from objectives.trial import TrialConfig
+
+DEFAULT_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's `reduce_bucket_size`."""
+
+LIVE_PARAMETER_ELEMENTS = 1_000_000_000
+"""ZeRO-3 keeps at most so many gathered parameters (`stage3_max_live_parameters`)."""
+
+PREFETCH_ELEMENTS = 50_000_000
+"""ZeRO-3 gathers so many ahead (`stage3_prefetch_bucket_size`)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConstants:
+    """What no formula gives; fitted to recorded surfaces (`benchmarks/fit_cost_model.py`)."""
+
+    fixed_bytes: float = 0.3e9
+    """Workspaces and buffers that every configuration has."""
+    process_bytes: float = 0.5e9
+    """The same on a CPU, where the interpreter and its libraries count as well."""
+    activation_factor: float = 1.0
+    """Measured bytes of a sample over the tensors that were counted."""
+    logit_bytes: float | None = None
+    """Of each logit; None for what today's transformers keep, which take the loss in fp32."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Predicted bytes of one rank."""
+
+    parameters: float
+    gradients: float
+    """Those that wait while another micro-step runs: none where there is only one."""
+    optimizer_states: float
+    buckets: float
+    """Those that live through the forward pass: ZeRO-3's; the other stages make theirs in the backward pass."""
+    activations: float
+    """Of one micro-batch, logits and loss not counted."""
+    logits: float
+    """The last layer's output, its fp32 copy and their gradients."""
+    recomputed_block: float
+    """What a checkpointed block holds while it is computed again, when the logits are gone."""
+    step_transient: float
+    """What the optimizer step holds besides parameters and states."""
+    fixed: float
+
+    @property
+    def states_bytes(self) -> float:
+        return self.parameters + self.optimizer_states
+
+    @property
+    def backward_bytes(self) -> float:
+        """At the start of the backward pass."""
+        return self.states_bytes + self.gradients + self.buckets + self.fixed + self.batch_bytes
+
+    @property
+    def batch_bytes(self) -> float:
+        """What grows with the micro-batch."""
+        return self.activations + max(self.logits, self.recomputed_block)
+
+    @property
+    def step_bytes(self) -> float:
+        """In the optimizer step."""
+        return self.states_bytes + self.step_transient + self.fixed
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(self.backward_bytes, self.step_bytes)
+
+
+def predict_memory(
+    config: TrialConfig,
+    architecture: Architecture,
+    *,
+    ranks: int,
+    seq_len: int,
+    dtype: str,
+    device: str = "cuda",
+    attention: str = "sdpa",
+    bucket_elements: int = DEFAULT_BUCKET_ELEMENTS,
+    constants: MemoryConstants | None = None,
+) -> MemoryEstimate:
+    """Predicted peak bytes of a rank.
+
+    Args:
+        ranks: data-parallel ranks, which ZeRO's partitions are spread over.
+        dtype: `fp16`, `bf16` or `fp32`.
+        attention: `sdpa` for a fused kernel, `eager` where the scores of all pairs of positions are kept.
+        bucket_elements: DeepSpeed's `reduce_bucket_size`.
+    """
+    constants = constants or MemoryConstants()
+    stage, count = config.zero_stage, architecture.parameters
+    width = 4 if dtype == "fp32" else 2
+    shard = count / ranks
+    if config.dropout == "none":
+        architecture = dataclasses.replace(architecture, dropout=False)
+    if config.attention != "default":
+        attention = "eager" if config.attention == "eager" else "sdpa"
+    # fp32 master weights and Adam's two moments; in fp32 the weights are their own master.
+    state_width = 8 if dtype == "fp32" else 12
+    offloaded = config.offload_optimizer == "cpu"
+    transient: float
+    if stage == 0 and dtype == "fp32":
+        # Plain torch Adam steps in place, tensor by tensor.
+        transient = width * count
+    elif stage == 0:
+        transient = width * count + 8 * count  # the gradients, their fp32 copies, and these flattened
+    elif stage in (1, 2):
+        transient = 2 * width * shard + 4 * shard  # averaged gradients, flattened, in fp32
+    else:
+        transient = width * shard + 4 * shard + width * min(bucket_elements, count)
+    if offloaded:
+        transient = 2 * width * shard  # fp16 copies on their way to the host and back
+    live = 0.0
+    if stage == 3 and ranks > 1:
+        largest = max(architecture.vocabulary * architecture.hidden, architecture.block_parameters)
+        live = width * min(LIVE_PARAMETER_ELEMENTS, largest + architecture.block_parameters + PREFETCH_ELEMENTS, count)
+    # ZeRO-3's gradient buffer is there from the start.
+    waits = stage == 3 or config.gradient_accumulation_steps > 1
+    waiting = (shard if stage >= 2 else count) if waits else 0.0
+    batch_tokens = config.micro_batch_size * seq_len
+    hidden_tensor = width * batch_tokens * architecture.hidden
+    tensors = _tensors_of_a_block(
+        architecture, seq_len=seq_len, width=width, attention=attention, compiled=config.compile != "off"
+    )
+    block = constants.activation_factor * hidden_tensor * tensors
+    every = config.activation_checkpointing
+    checkpointed = -(-architecture.layers // every) if every else 0
+    # Of a checkpointed block only its input is kept.
+    activations = (architecture.layers - checkpointed) * block + checkpointed * hidden_tensor
+    # The model's output, the copy in fp32 that the loss is taken of, its log-softmax, and the gradient of each.
+    logit_bytes = constants.logit_bytes or (2 * width + 4 + (4 if dtype != "fp32" else 0))
+    logits = batch_tokens * architecture.vocabulary * logit_bytes
+    return MemoryEstimate(
+        parameters=width * (shard if stage == 3 else count) + live,
+        gradients=width * waiting,
+        optimizer_states=0.0 if offloaded else state_width * (count if stage == 0 else shard),
+        buckets=width * min(bucket_elements, count) if stage == 3 else 0.0,
+        activations=activations,
+        logits=logits,
+        recomputed_block=block if every else 0.0,
+        step_transient=transient,
+        fixed=constants.fixed_bytes if device == "cuda" else constants.process_bytes,
+    )
+
+
+def _tensors_of_a_block(
+    architecture: Architecture, *, seq_len: int, width: int, attention: str, compiled: bool
+) -> float:
+    """Tensors that one block keeps, in units of one of shape (mbs, seq_len, hidden) in the training precision.
+
+    A compiled block computes cheap things again in the backward pass: activations, and dropout from its seed.
+    """
+    query = architecture.heads * architecture.head_dim / architecture.hidden
+    key_value = 2 * architecture.key_value_heads * architecture.head_dim / architecture.hidden
+    feed_forward = architecture.intermediate / architecture.hidden
+    mask = 1 / width if architecture.dropout and not compiled else 0.0  # a byte an element
+    norms = 5.0 if compiled else 4.0  # two norms' inputs and outputs; compiled, a residual more
+    if architecture.rms_norm:
+        norms += 2 * 4 / width  # transformers computes RMSNorm in fp32
+    mixing = query + key_value + query + mask
+    if architecture.gated_mlp:
+        mixing += query + key_value / 2  # rotated queries and keys
+    # One tensor of a score for each head and pair of positions.
+    scores = architecture.heads * seq_len / architecture.hidden
+    if architecture.disentangled_attention:
+        mixing += scores * (5 + mask)  # of content and of both relative positions besides
+    elif attention == "eager":
+        mixing += scores * (2 + mask)  # the softmax and what dropout left of it
+    activations = feed_forward * (4 if architecture.gated_mlp else 2) + mask
+    if architecture.unfused_activation and not compiled:
+        activations += 3 * feed_forward  # tanh, half of x, one plus tanh
+    return norms + mixing + activations

@@ -1,0 +1,170 @@
+"""Seconds of one whole optimizer step, part by part.
+
+Compute saturates: below some tokens the host cannot launch kernels fast enough, above it a fraction of the peak is
+reached. Communication follows ZeRO's volumes; what overlaps with compute is hidden. Only a prior: the study's own
+measurements correct it (`objectives.cost_model.calibration`, `tuner.surrogate`).
+"""
+
+import dataclasses
+
+from objectives.cost_model.architecture import Architecture
+from objectives.cost_model.hardware import Hardware
+from objectives.trial import TrialConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepConstants:
+    """What no data sheet says; fitted to recorded surfaces (`benchmarks/fit_cost_model.py`)."""
+
+    efficiency: float = 0.37
+    """Fraction of the peak that a large micro-batch reaches."""
+    single_efficiency: float = 0.75
+    """The same in fp32."""
+    launch_seconds: float = 2.2e-3
+    """Of one block's forward and backward pass, however small the batch."""
+    zero3_launch_factor: float = 4.0
+    """ZeRO-3's hooks around each module, as a multiple of `launch_seconds`."""
+    optimizer_bytes: float = 130.0
+    """Moved for each parameter of a shard, clipping and copies included."""
+    optimizer_launch_seconds: float = 0.9e-3
+    """Of an optimizer step, for each block's tensors, however small."""
+    link_efficiency: float = 0.4
+    """Of the link's data-sheet figure that a collective reaches."""
+    collective_seconds: float = 2e-3
+    """Of a step's collectives however small, a rank more or less."""
+    zero2_reduction: float = 1.5
+    """ZeRO-2's reduction to each bucket's owner, in passes of all parameters over the ring."""
+    zero3_overlap: float = 0.3
+    """Of ZeRO-3's communication that hides behind compute; the other stages' does not, by default."""
+    compiled_compute_factor: float = 0.82
+    """Of a large micro-batch's time when its blocks are compiled: fewer passes over memory between the products."""
+    compiled_launch_factor: float = 0.5
+    """Of the time to launch its kernels: fewer of them."""
+    odd_vocabulary_cost: float = 1.8
+    """How much longer than its share of the FLOPs an output projection takes whose columns are no multiple of 64."""
+    eager_factor: float = 1.15
+    """Of attention written out, on the whole of the compute."""
+    host_bandwidth: float = 20e9
+    """Bytes a second of an optimizer step on the host, and over the bus to it."""
+    overlapped: float = 0.4
+    """Of ZeRO-1's and 2's communication that hides behind compute under `overlap_comm`."""
+    zero3_compute_factor: float = 1.06
+    """What gathering and freeing parameters adds to a large micro-batch."""
+
+
+CPU_CONSTANTS = StepConstants(
+    efficiency=1.0,
+    single_efficiency=1.0,
+    launch_seconds=3e-3,
+    zero3_launch_factor=4.0,
+    optimizer_bytes=60.0,
+    link_efficiency=0.3,
+    zero3_overlap=0.0,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepEstimate:
+    """Predicted seconds of one optimizer step."""
+
+    compute: float
+    launch: float
+    """What the host needs to launch the step; hidden where compute takes longer."""
+    communication: float
+    """What of the communication is not hidden."""
+    optimizer: float
+    samples: int
+    """Of all ranks."""
+
+    @property
+    def seconds(self) -> float:
+        return _at_least(self.compute, self.launch) + self.communication + self.optimizer
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / self.seconds
+
+    @property
+    def launch_share(self) -> float:
+        """How much of the step's relative change a relative change of the launch time makes."""
+        both = _at_least(self.compute, self.launch)
+        return (self.launch / both) ** 3 * self.launch / self.seconds
+
+    @property
+    def bottleneck(self) -> str:
+        """What takes the most: compute, launch, communication or optimizer."""
+        parts = {
+            "compute": self.compute,
+            "launch": self.launch if self.launch > self.compute else 0.0,
+            "communication": self.communication,
+            "optimizer": self.optimizer,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+def predict_step(
+    config: TrialConfig,
+    architecture: Architecture,
+    hardware: Hardware,
+    *,
+    seq_len: int,
+    dtype: str,
+    constants: StepConstants | None = None,
+) -> StepEstimate:
+    """Predicted seconds of one optimizer step on the slowest rank.
+
+    Args:
+        dtype: `fp16`, `bf16` or `fp32`.
+    """
+    constants = constants or (CPU_CONSTANTS if hardware.device == "cpu" else StepConstants())
+    accelerator, ranks, stage = hardware.accelerator, hardware.ranks, config.zero_stage
+    width = 4 if dtype == "fp32" else 2
+    micro_steps = config.gradient_accumulation_steps
+    recomputed = 1 / config.activation_checkpointing / 3 if config.activation_checkpointing else 0.0
+    efficiency = constants.single_efficiency if dtype == "fp32" else constants.efficiency
+    flops = config.micro_batch_size * architecture.flops_per_sample(seq_len) * (1 + recomputed)
+    compute = flops / (efficiency * accelerator.peak_flops(dtype))
+    launch = architecture.layers * constants.launch_seconds * accelerator.launch_factor * (1 + recomputed)
+    on_gpu = hardware.device == "cuda"
+    if config.compile != "off" and on_gpu:
+        compute *= constants.compiled_compute_factor
+        launch *= constants.compiled_launch_factor
+    if config.padded_vocabulary and on_gpu:
+        share = architecture.vocabulary * architecture.hidden / architecture.parameters
+        compute *= max(1 - constants.odd_vocabulary_cost * share, 0.5)
+    if config.attention == "eager":
+        compute *= constants.eager_factor
+    if stage == 3:
+        compute *= constants.zero3_compute_factor
+        launch *= constants.zero3_launch_factor
+    shard = architecture.parameters / (1 if stage == 0 else ranks)
+    optimizer = architecture.layers * constants.optimizer_launch_seconds * accelerator.launch_factor
+    optimizer += constants.optimizer_bytes * shard / accelerator.memory_bandwidth
+    if config.offload_optimizer == "cpu":
+        # fp32 states read and written by the host, gradients and parameters over the bus.
+        optimizer += (28 + 2 * width) * shard / constants.host_bandwidth
+    communication = 0.0
+    if ranks > 1:
+        # One pass of all parameters over the ring, as a reduce-scatter or an all-gather.
+        once = width * architecture.parameters * (ranks - 1) / ranks
+        once = once / (constants.link_efficiency * accelerator.link_bandwidth) + constants.collective_seconds
+        communication = {
+            0: 2 * once,
+            1: 2 * once,
+            2: (micro_steps * constants.zero2_reduction + 1) * once,
+            3: 3 * micro_steps * once * (1 - constants.zero3_overlap),
+        }[stage]
+        if stage in (1, 2) and config.overlap_comm == "on":
+            communication *= 1 - constants.overlapped
+    return StepEstimate(
+        compute=micro_steps * compute,
+        launch=micro_steps * launch,
+        communication=communication,
+        optimizer=optimizer,
+        samples=config.global_batch_size(ranks),
+    )
+
+
+def _at_least(one: float, other: float) -> float:
+    """The larger of two that hide each other, rounded where they are level (a 4-norm)."""
+    return float((one**4 + other**4) ** 0.25)

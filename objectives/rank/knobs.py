@@ -1,0 +1,128 @@
+"""The knobs that change how the model runs: applied before it is built, on it, and on its engine."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+from objectives.errors import UsageError
+from objectives.trial import KNOBS
+
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob",
+            "hidden_dropout", "attention_dropout", "resid_dropout", "embed_dropout", "dropout")  # fmt: skip
+"""What the families of transformers call the probabilities of dropping an activation."""
+
+
+def configure_model(config: transformers.PretrainedConfig, knobs: Mapping[str, Any]) -> transformers.PretrainedConfig:
+    """The model's configuration under these knobs; the one given is left alone."""
+    config = copy.deepcopy(config)
+    if (attention := knobs.get("attention")) is not None:
+        config._attn_implementation = attention
+    if knobs.get("dropout") == "none":
+        for name in DROPOUTS:
+            if isinstance(getattr(config, name, None), float):
+                setattr(config, name, 0.0)
+    return config
+
+
+def apply_to_model(model: torch.nn.Module, knobs: Mapping[str, Any]) -> None:
+    """What is done to a model before its engine is made.
+
+    Raises:
+        UsageError: the model cannot do what a knob asks for.
+    """
+    if every := knobs.get("activation_checkpointing", 0):
+        checkpoint_activations(model, every)
+    if multiple := knobs.get("padded_vocabulary", 0):
+        pad_output_projection(model, multiple)
+    if knobs.get("compile") == "blocks":
+        for block in transformer_blocks(model):
+            # In place: parameters, hooks and names stay what they are.
+            block.compile(dynamic=False)
+
+
+def apply_to_engine(engine: deepspeed.DeepSpeedEngine, knobs: Mapping[str, Any]) -> None:
+    """What is done to an engine before its first step."""
+    if knobs.get("compile") == "model":
+        engine.compile()
+
+
+def transformer_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that repeat, as transformers marks them.
+
+    Raises:
+        UsageError: it marks none in this model.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, transformers.GradientCheckpointingLayer)]
+    if not blocks:
+        raise UsageError(f"transformers marks no repeating block in {type(model).__name__}; leave compile=blocks out")
+    return blocks
+
+
+def checkpoint_activations(model: torch.nn.Module, every: int) -> None:
+    """Has every `every`-th transformer block forget its activations and compute them again in the backward pass.
+
+    Raises:
+        UsageError: transformers has no checkpointing for this model.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UsageError(f"{type(model).__name__} has no activation checkpointing in transformers; leave the knob out")
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    for number, block in enumerate(transformer_blocks(model)):
+        block.gradient_checkpointing = number % every == 0  # type: ignore[assignment]
+
+
+class PaddedLinear(torch.nn.Linear):
+    """A linear layer that computes with its columns padded to a multiple, and gives back those that were asked for.
+
+    Matrix units need sizes that are multiples of 64 or so; GPT-2's 50257 columns take the slow path without it.
+    """
+
+    multiple: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        missing = -self.weight.shape[0] % self.multiple
+        weight = torch.nn.functional.pad(self.weight, (0, 0, 0, missing))
+        bias = torch.nn.functional.pad(self.bias, (0, missing)) if self.bias is not None else None
+        return torch.nn.functional.linear(input, weight, bias)[..., : self.weight.shape[0]]
+
+
+def pad_output_projection(model: torch.nn.Module, multiple: int) -> None:
+    """Pads the model's output projection; its parameter, tied or not, stays as it is.
+
+    Raises:
+        UsageError: the model has no plain output projection.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not torch.nn.Linear:
+        raise UsageError(f"{type(model).__name__} has no plain output projection; leave padded_vocabulary out")
+    # The class and not the module is changed, so that parameters, tying and hooks stay.
+    head.__class__ = PaddedLinear
+    head.multiple = multiple  # type: ignore[assignment]
+
+
+def parse_knobs(words: list[str]) -> dict[str, Any]:
+    """Knobs from NAME=VALUE, as `cmd_optimal.txt` has them.
+
+    Raises:
+        ValueError: there is no such knob of the model, or no such value.
+    """
+    knobs: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        entry = KNOBS.get(name)
+        if entry is None or not entry.in_model:
+            known = ", ".join(field for field, each in KNOBS.items() if each.in_model)
+            raise ValueError(f"--knob {word}: the model's knobs are {known}")
+        if isinstance(entry.off, int):
+            if not text.isdecimal():
+                raise ValueError(f"--knob {word}: {name} takes a whole number")
+            knobs[name] = int(text)
+        elif text in entry.values:
+            knobs[name] = text
+        else:
+            raise ValueError(f"--knob {word}: {name} is one of {', '.join(map(str, entry.values))}")
+    return knobs

@@ -1,0 +1,109 @@
+"""The objective that trains nothing: the cost model answers, with the errors and the noise of a real machine.
+
+What it says is predicted, not measured. So that a search cannot simply read the optimum off the same formulas, each
+simulated machine deviates from them by hidden amounts, drawn once from its seed: as a whole, by ZeRO stage, and a
+little by configuration.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+
+from objectives.cost_model.model import CostModel
+from objectives.machine import GIB, Machine
+from objectives.rank_group import OnPhase
+from objectives.timing import StepPlan, is_hopeless, throughput
+from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+
+# Standard deviations of the logarithm of what the machine does over what the formulas say.
+MACHINE_DEVIATION = 0.10
+STAGE_DEVIATION = 0.05
+CONFIG_DEVIATION = 0.02
+MEMORY_DEVIATION = 0.02
+CONFIG_MEMORY_DEVIATION = 0.005
+STEP_NOISE = 0.015
+
+FRAGMENTATION = (0.01, 0.03)
+"""Of its capacity an allocator cannot use so much: somewhere in this range."""
+
+SETUP_SECONDS = 0.6
+
+
+class SimulatedObjective:
+    """See `Objective`."""
+
+    figures = Figures.SIMULATED
+
+    def __init__(self, model: CostModel, machine: Machine, seed: int, plan: StepPlan | None = None) -> None:
+        self._model = model
+        self._machine = machine
+        self._seed = seed
+        self._plan = plan or StepPlan()
+
+    def prepare(self) -> None:
+        """Nothing to start."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def run(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        on_phase: OnPhase,
+        *,
+        best_samples_per_second: float | None = None,
+    ) -> Outcome:
+        prediction = self._model.predict(config)
+        machine, stage, own = self._random("machine"), self._random(config.zero_stage), self._random(config.name)
+        peak = prediction.memory.peak_bytes
+        peak *= math.exp(MEMORY_DEVIATION * machine.standard_normal() + CONFIG_MEMORY_DEVIATION * own.standard_normal())
+        usable = self._machine.capacity_bytes * (1 - own.uniform(*FRAGMENTATION))
+        if peak > usable:
+            return Failure(
+                kind=FailureKind.OUT_OF_MEMORY,
+                message=f"{peak / GIB:.1f} GiB simulated, {usable / GIB:.1f} GiB usable",
+                phase="backward" if prediction.memory.backward_bytes > prediction.memory.step_bytes else "step",
+                peak_memory_bytes=int(usable),
+                wall_seconds=2 * SETUP_SECONDS,
+            )
+        slower = math.exp(
+            MACHINE_DEVIATION * machine.standard_normal()
+            + STAGE_DEVIATION * stage.standard_normal()
+            + CONFIG_DEVIATION * own.standard_normal()
+        )
+        step = prediction.step
+        samples = config.global_batch_size(self._machine.ranks)
+        best = samples / best_samples_per_second if best_samples_per_second else None
+        steps: list[float] = []
+        while count := self._plan.next_steps(steps, best):
+            steps += [step.seconds * slower * math.exp(STEP_NOISE * own.standard_normal()) for _ in range(count)]
+        rate, interval = throughput(steps, samples)
+        warmup = (step.seconds * slower * 1.2,) * self._plan.warmup(config.zero_stage)
+        compute = (step.seconds - step.optimizer) * slower
+        return Measurement(
+            step_seconds=tuple(steps),
+            samples_per_second=rate,
+            samples_per_second_ci95=interval,
+            forward_seconds=compute / 3,
+            backward_seconds=compute * 2 / 3,
+            optimizer_seconds=step.optimizer * slower,
+            deepspeed_samples_per_second=None,
+            warmup_step_seconds=warmup,
+            skipped_steps=0,
+            stopped_early=best is not None and is_hopeless(steps, best),
+            peak_memory_bytes=int(peak),
+            reserved_memory_bytes=int(min(peak * 1.06, self._machine.capacity_bytes)),
+            alloc_retries=0,
+            setup_seconds=SETUP_SECONDS,
+            wall_seconds=SETUP_SECONDS + math.fsum(warmup) + math.fsum(steps),
+            model_parameters=self._model.architecture.parameters,
+            flops_per_sample=self._model.architecture.flops_per_sample(self._model.workload.seq_len),
+        )
+
+    def _random(self, what: object) -> np.random.Generator:
+        """The same numbers for the same thing on the same simulated machine, in whatever order trials come."""
+        digest = hashlib.sha256(f"{self._seed} {self._model.hardware.name} {what}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "little"))

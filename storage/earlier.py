@@ -1,0 +1,37 @@
+"""What earlier studies in the same storage learned about the same training on the same hardware."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+
+from objectives.trial import Figures
+from storage.records import TrialRecord
+from storage.study_store import IDENTITY, Identity, StudyStore
+
+
+def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:
+    """The finished trials of other studies whose figures are to be compared with this one's.
+
+    Space, seed and memory cap may differ: a rate is what it is, and so is a peak. Only what was measured counts.
+    """
+    if identity.figures is not Figures.MEASURED:
+        return []
+    wanted = _comparable(identity.to_json())
+    found: list[TrialRecord] = []
+    for name in optuna.get_all_study_names(store.storage):
+        if name == store.study.study_name:
+            continue
+        other = optuna.load_study(study_name=name, storage=store.storage)
+        stored = other.user_attrs.get(IDENTITY)
+        if stored is not None and _comparable(stored) == wanted:
+            found += StudyStore(other, store.storage).records()
+    return found
+
+
+def _comparable(identity: Mapping[str, Any]) -> str:
+    """What must be the same in two studies, as text."""
+    hardware = {key: value for key, value in identity["hardware"].items() if key != "memory_cap_bytes"}
+    same = [identity["objective"], identity["workload"], hardware, identity.get("figures", Figures.MEASURED.value)]
+    return json.dumps(same, sort_keys=True)

@@ -1,0 +1,216 @@
+"""DeepSpeed's own autotuner, run for comparison: what is read of its files, and a real run on two CPU ranks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+from objectives.errors import UsageError
+from objectives.machine import GIB, Machine
+from objectives.workload import Workload
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "deepspeed_autotuner.py"
+MARK = "DS_TUNE_TEST"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deepspeed_autotuner", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """What the autotuner leaves: a profile run, an experiment without a figure, two with, and one just begun."""
+
+    def experiment(number: int, mbs: int, throughput: float | None, stderr: str | None = "") -> None:
+        name = f"z0_gas1_tmbspg{mbs}"
+        folder = tmp_path / name
+        folder.mkdir()
+        ds_config = {
+            "zero_optimization": {"stage": 0},
+            "train_micro_batch_size_per_gpu": mbs,
+            "gradient_accumulation_steps": 1,
+            "autotuning": {"enabled": True, "metric_path": f"{folder}/metrics.json"},
+        }
+        (folder / "ds_config.json").write_text(json.dumps(ds_config))
+        (folder / "exp.json").write_text(json.dumps({"name": name, "exp_id": number, "ds_config": ds_config}))
+        if stderr is not None:
+            (folder / "stderr.log").write_text(stderr)
+        if throughput is not None:
+            (folder / "metrics.json").write_text(json.dumps({"latency": 1e6, "throughput": throughput}))
+
+    profile = tmp_path / "profile_model_info"
+    profile.mkdir()
+    (profile / "exp.json").write_text(json.dumps({"name": profile.name, "exp_id": 0, "ds_config": {}}))
+    experiment(10, 2, 20.5)
+    experiment(2, 64, None, "[rank0]: Traceback\n[rank0]: torch.OutOfMemoryError: CUDA out of memory.\n")
+    experiment(3, 1, 12.0)
+    experiment(11, 4, None, None)
+    (tmp_path / "z0_gas1_tmbspg8").mkdir()
+    (tmp_path / "z0_gas1_tmbspg8" / "exp.json").write_text('{"name": "z0_')  # killed while it wrote
+    return tmp_path
+
+
+def test_experiments_are_read_in_order_with_the_metric_or_what_the_autotuner_takes_for_the_error(
+    script: ModuleType, results: Path
+) -> None:
+    rows = script.experiments(results)
+    assert [row["name"] for row in rows] == [
+        "z0_gas1_tmbspg64",
+        "z0_gas1_tmbspg1",
+        "z0_gas1_tmbspg2",
+        "z0_gas1_tmbspg4",
+    ]
+    assert [row["throughput"] for row in rows] == [None, 12.0, 20.5, None]
+    assert [row["error"] for row in rows] == [
+        "[rank0]: torch.OutOfMemoryError: CUDA out of memory.",
+        None,
+        None,
+        None,
+    ]
+    assert rows[2] | {"name": "", "throughput": 0} == {
+        "name": "",
+        "zero_stage": 0,
+        "mbs": 2,
+        "gas": 1,
+        "throughput": 0,
+        "error": None,
+    }
+
+
+def test_before_the_autotuner_has_chosen_the_winner_is_the_best_so_far(script: ModuleType, results: Path) -> None:
+    won = script.winner(results, script.experiments(results))
+    assert (won["name"], won["chosen_by"]) == ("z0_gas1_tmbspg2", "its metric so far")
+    assert won["ds_config"]["train_micro_batch_size_per_gpu"] == 2
+    assert "autotuning" not in won["ds_config"]
+
+
+def test_what_the_autotuner_chose_is_the_winner_also_where_another_was_faster(
+    script: ModuleType, results: Path
+) -> None:
+    chosen = json.loads((results / "z0_gas1_tmbspg1" / "ds_config.json").read_text())
+    del chosen["autotuning"]
+    (results / "ds_config_optimal.json").write_text(json.dumps(chosen))
+    won = script.winner(results, script.experiments(results))
+    assert won == {"name": "z0_gas1_tmbspg1", "chosen_by": "the autotuner", "ds_config": chosen}
+
+
+def test_nothing_measured_has_no_winner(script: ModuleType, tmp_path: Path) -> None:
+    assert script.winner(tmp_path, script.experiments(tmp_path)) is None
+
+
+GPUS = Machine(device="cuda", name="NVIDIA H200", ranks=2, device_ids=(0, 1), memory_bytes=140 * GIB)
+
+
+@pytest.mark.parametrize("stage", ["default", "all"])
+def test_the_autotuner_gets_ds_tune_s_settings_without_those_that_are_tuned(script: ModuleType, stage: str) -> None:
+    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    zero = {} if stage == "default" else {"zero_optimization": {"stage": "all"}}
+    assert script.user_config(workload, GPUS, stage) == {
+        "fp16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1_000_000_000,
+        "autotuning": {"enabled": True, "fast": True},
+        **zero,
+    }
+
+
+def test_gpus_that_the_autotuner_would_not_take_are_refused(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    script.check_visible(GPUS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with pytest.raises(UsageError, match="always takes the machine's first GPUs"):
+        script.check_visible(GPUS)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs the script on two CPU ranks, and sees that nothing of it is left."""
+    mark = uuid.uuid4().hex
+
+    def left() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        # Neither the checkout nor the launcher's folder has to be on a path.
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "--out", tmp_path / "out.json", "--gpus", "0", "--seq-len", "32", *options],
+            env={**environment, MARK: mark, "PATH": os.defpath},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        deadline = time.monotonic() + 5
+        while left() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left() == []
+        return done
+
+    return run
+
+
+def document(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return read
+
+
+@pytest.mark.slow
+def test_it_tunes_and_trains_with_the_winner(run: Run, tmp_path: Path) -> None:
+    done = run("--timeout", "240", "--verify", "1")
+    assert done.returncode == 0, done.stderr
+    told = document(tmp_path)
+    assert told["finished"]
+    assert 30 < told["seconds"] < 240
+    names = [row["name"] for row in told["experiments"]]
+    assert {"z0_gas1_tmbspg1", "z0_gas1_tmbspg16"} <= set(names)
+    assert all(row["throughput"] > 0 for row in told["experiments"])
+    won = told["winner"]
+    assert won["name"] in names
+    assert won["chosen_by"] == "the autotuner"
+    assert won["ds_config"]["zero_optimization"] == {"stage": 0}
+    assert [rate > 0 for rate in told["verified_samples_per_second"]] == [True]
+    assert "Traceback" not in (tmp_path / "out-files" / "autotuner.log").read_text()
+
+
+@pytest.mark.slow
+def test_at_its_timeout_the_autotuner_and_all_it_started_are_killed(run: Run, tmp_path: Path) -> None:
+    done = run("--timeout", "6", "--stage", "all", "--verify", "1")
+    assert done.returncode == 1
+    told = document(tmp_path)
+    assert not told["finished"]
+    assert told["seconds"] < 20
+    assert (told["experiments"], told["winner"], told["verified_samples_per_second"]) == ([], None, [])
+    assert "and 0 experiments: no winner" in done.stdout
+
+
+def test_a_model_that_is_none_is_told_in_one_line(run: Run) -> None:
+    done = run("--model", "gtp2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("deepspeed_autotuner: --model gtp2 is neither")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,162 @@
+"""Hardware is named in words, recognised by what `nvidia-smi` calls it, and never mistaken for another."""
+
+import dataclasses
+
+import pytest
+
+from objectives.cost_model.hardware import CATALOGUE, Hardware, hardware_of, machine_of, parse_hardware
+from objectives.errors import UsageError
+from objectives.machine import GIB, Machine
+
+MIB = 2**20
+
+
+def machine(name: str, mib: int, ranks: int = 1) -> Machine:
+    return Machine(device="cuda", name=name, ranks=ranks, device_ids=tuple(range(ranks)), memory_bytes=mib * MIB)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("16xV100-32GB", "16xV100-32GB"),
+        ("2xH200", "2xH200"),
+        ("H200", "1xH200"),
+        ("8×a100-80gb", "8xA100-80GB"),
+        (" 4 x A100 40GB ", "4xA100-40GB"),
+        ("RTX4090", "1xRTX4090"),
+        ("2xNVIDIA GeForce RTX 4090", "2xRTX4090"),
+        ("L4", "1xL4"),  # not the beginning of L40S
+        ("A10", "1xA10"),  # nor of A100
+        ("L40", "1xL40S"),  # the only one that begins so
+    ],
+)
+def test_a_number_and_a_gpu_are_read_as_people_write_them(text: str, name: str) -> None:
+    hardware = parse_hardware(text)
+    assert hardware.name == name
+    assert hardware.is_known and hardware.device == "cuda"
+    assert hardware.capacity_bytes == CATALOGUE[hardware.accelerator.name].memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "candidates"),
+    [
+        ("16xV100", ["V100-16GB", "V100-32GB"]),
+        ("a100", ["A100-40GB", "A100-80GB"]),
+        ("RTX", ["RTX3090", "RTX4090", "RTX5090"]),
+    ],
+)
+def test_what_could_be_several_is_asked_about_by_name(text: str, candidates: list[str]) -> None:
+    with pytest.raises(UsageError, match=f"--hardware {text}: .*say which: {', '.join(candidates)}$"):
+        parse_hardware(text)
+
+
+@pytest.mark.parametrize("text", ["8xMI300X", "H300", "2*H200", "H200x2", "1.5xH200", "-1xH200", "x", "3x"])
+def test_what_is_not_known_is_answered_with_all_that_is(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_hardware(text)
+    assert str(refused.value).startswith(f"--hardware {text}: write a number and a GPU, such as 16xV100-32GB; ")
+    assert str(refused.value).endswith(f"known are {', '.join(CATALOGUE)}")
+
+
+@pytest.mark.parametrize("text", ["", "nvidia", "0xH200"])
+def test_no_gpu_is_no_hardware(text: str) -> None:
+    with pytest.raises(UsageError, match="--hardware"):
+        parse_hardware(text)
+
+
+def test_a_cap_leaves_a_rank_less_memory_and_the_gpu_as_fast() -> None:
+    capped = parse_hardware("2xH200", memory_cap_bytes=24 * GIB)
+    assert capped.capacity_bytes == 24 * GIB
+    assert capped.accelerator == parse_hardware("2xH200").accelerator
+
+
+def test_a_cap_of_more_than_there_is_is_refused() -> None:
+    has = CATALOGUE["V100-32GB"].memory_bytes
+    assert parse_hardware("V100-32GB", memory_cap_bytes=has).capacity_bytes == has
+    with pytest.raises(UsageError, match=r"--memory-cap is more than an? V100-32GB has \(31\.7 GiB\)"):
+        parse_hardware("V100-32GB", memory_cap_bytes=32 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "known"),
+    [
+        ("NVIDIA H200", 143771, "H200"),
+        ("NVIDIA H100 80GB HBM3", 81559, "H100"),
+        ("NVIDIA H100 PCIe", 81559, "H100"),
+        ("Tesla V100-SXM3-32GB", 32510, "V100-32GB"),
+        ("Tesla V100-SXM2-16GB", 16160, "V100-16GB"),
+        ("Tesla V100-PCIE-32GB", 32510, "V100-32GB"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", 81920, "A100-80GB"),
+        ("NVIDIA A100 80GB PCIe", 81920, "A100-80GB"),
+        ("NVIDIA A10G", 23028, "A10"),
+        ("NVIDIA A10", 23028, "A10"),
+        ("NVIDIA RTX A6000", 49140, "A6000"),
+        ("Tesla T4", 15360, "T4"),
+        ("NVIDIA L4", 23034, "L4"),
+        ("NVIDIA L40S", 46068, "L40S"),
+        ("NVIDIA B200", 183359, "B200"),
+        ("NVIDIA GeForce RTX 3090", 24576, "RTX3090"),
+        ("NVIDIA GeForce RTX 4090", 24564, "RTX4090"),
+        ("NVIDIA GeForce RTX 5090", 32607, "RTX5090"),
+    ],
+)
+def test_the_names_of_nvidia_smi_are_recognised(name: str, mib: int, known: str) -> None:
+    hardware = hardware_of(machine(name, mib, ranks=2))
+    assert hardware.is_known
+    assert hardware.accelerator == CATALOGUE[known]
+    # What the machine has is told by the machine, not by the data sheet.
+    assert (hardware.ranks, hardware.capacity_bytes) == (2, mib * MIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "like"),
+    [
+        ("NVIDIA RTX 6000 Ada Generation", 49140, "A6000"),
+        ("NVIDIA H20", 97871, "A100-80GB"),
+        ("NVIDIA A30", 24576, "RTX3090"),
+        ("AMD Instinct MI300X", 196592, "B200"),
+    ],
+)
+def test_an_unknown_gpu_keeps_its_name_and_is_guessed_to_be_like_the_one_nearest_in_memory(
+    name: str, mib: int, like: str
+) -> None:
+    hardware = hardware_of(machine(name, mib, ranks=4))
+    assert not hardware.is_known
+    assert hardware.name == f"4x{name}"
+    assert hardware.capacity_bytes == mib * MIB
+    assert hardware.accelerator == dataclasses.replace(CATALOGUE[like], name=name, memory_bytes=mib * MIB)
+
+
+def test_a_cpu_is_hardware_too_and_far_slower() -> None:
+    hardware = hardware_of(Machine(device="cpu", name="AMD EPYC", ranks=2, memory_bytes=8 * GIB))
+    assert (hardware.device, hardware.name, hardware.capacity_bytes) == ("cpu", "2xCPU", 8 * GIB)
+    assert hardware.accelerator.peak_flops("fp32") < min(each.single_flops for each in CATALOGUE.values()) / 100
+
+
+@pytest.mark.parametrize("cap_bytes", [None, 8 * GIB], ids=["uncapped", "capped"])
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_imagined_hardware_as_a_machine_is_the_same_hardware_again(name: str, cap_bytes: int | None) -> None:
+    hardware = parse_hardware(f"4x{name}", memory_cap_bytes=cap_bytes)
+    imagined = machine_of(hardware)
+    assert hardware_of(imagined) == hardware
+    assert (imagined.ranks, imagined.capacity_bytes) == (4, hardware.capacity_bytes)
+    assert imagined.memory_cap_bytes == cap_bytes
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_figures_of_the_catalogue_are_of_the_order_of_a_gpus(name: str) -> None:
+    known = CATALOGUE[name]
+    assert 14 * GIB < known.memory_bytes < 200 * GIB
+    assert known.peak_flops("fp16") == known.peak_flops("bf16") > known.peak_flops("fp32") > 1e12
+    assert 1e9 < known.link_bandwidth < known.memory_bandwidth < 1e13
+
+
+def test_only_gpus_before_ampere_lack_bf16() -> None:
+    assert {name for name, known in CATALOGUE.items() if not known.has_bf16} == {"V100-16GB", "V100-32GB", "T4"}
+
+
+def test_a_recording_says_what_a_rank_was_allowed() -> None:
+    """A surface recorded under a cap has no other memory than the cap; the GPU is still that GPU."""
+    recorded = Machine(device="cuda", name="H200", ranks=2, device_ids=(0, 1), memory_bytes=24 * GIB)
+    assert hardware_of(recorded) == Hardware(accelerator=CATALOGUE["H200"], ranks=2, capacity_bytes=24 * GIB)

@@ -1,0 +1,161 @@
+"""Predicted seconds of a step: what saturates, what is amortised, what takes the most."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from objectives.cost_model.architecture import Architecture, architecture_from_config
+from objectives.cost_model.hardware import CATALOGUE, parse_hardware
+from objectives.cost_model.step_time import StepEstimate, predict_step
+from objectives.trial import TrialConfig
+from objectives.workload import SHIPPED_MODELS
+
+XL: Architecture = architecture_from_config(SHIPPED_MODELS["gpt2-xl"], "gpt2-xl")
+
+
+def estimate(
+    stage: int, mbs: int = 1, gas: int = 1, every: int = 0, *, on: str = "1xH200", dtype: str = "fp16"
+) -> StepEstimate:
+    config = TrialConfig(
+        zero_stage=stage,
+        micro_batch_size=mbs,
+        gradient_accumulation_steps=gas,
+        activation_checkpointing=every,
+    )
+    return predict_step(config, XL, parse_hardware(on), seq_len=1024, dtype=dtype)
+
+
+@pytest.mark.parametrize("on", ["1xH200", "16xV100-32GB", "2xRTX4090"])
+@pytest.mark.parametrize("stage", range(4))
+def test_larger_micro_batches_are_faster_with_less_and_less_to_gain(stage: int, on: str) -> None:
+    rates = [estimate(stage, 2**power, on=on).samples_per_second for power in range(9)]
+    gains = [after / before for before, after in itertools.pairwise(rates)]
+    assert all(gain >= 1 for gain in gains)
+    assert gains == sorted(gains, reverse=True)
+    assert gains[0] > 1.2
+    assert gains[-1] < 1.05
+
+
+def test_no_step_is_faster_than_the_peak_allows() -> None:
+    for name, known in CATALOGUE.items():
+        for dtype in ("fp16", "fp32"):
+            found = estimate(0, 64, on=f"1x{name}", dtype=dtype)
+            reached = XL.flops_per_sample(1024) * found.samples_per_second / known.peak_flops(dtype)
+            assert 0.1 < reached < 0.8, (name, dtype)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_smallest_batch_waits_for_the_host_to_launch_kernels(stage: int) -> None:
+    one, two = estimate(stage, 1), estimate(stage, 2)
+    assert one.bottleneck == "launch"
+    # Another sample costs next to nothing there.
+    assert one.seconds < two.seconds < 1.25 * one.seconds
+    assert estimate(stage, 64).bottleneck == "compute"
+
+
+def test_zero_3_launches_longest() -> None:
+    plain, hooked = estimate(2, 1), estimate(3, 1)
+    assert hooked.launch > 2 * plain.launch
+    assert hooked.samples_per_second < 0.5 * plain.samples_per_second
+    large = estimate(3, 64).samples_per_second / estimate(2, 64).samples_per_second
+    assert 0.85 < large < 1
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_accumulation_pays_the_optimizer_once(stage: int) -> None:
+    once, accumulated = estimate(stage, 8, gas=1), estimate(stage, 8, gas=8)
+    assert accumulated.optimizer == once.optimizer
+    assert accumulated.compute == pytest.approx(8 * once.compute)
+    assert accumulated.launch == pytest.approx(8 * once.launch)
+    assert accumulated.samples == 8 * once.samples
+    assert accumulated.samples_per_second > once.samples_per_second
+
+
+@pytest.mark.parametrize(
+    ("stage", "pays_each_micro_step"), [(0, False), (1, False), (2, True), (3, True)], ids=lambda value: str(value)
+)
+def test_stages_0_and_1_communicate_once_a_step_and_2_and_3_each_micro_step(
+    stage: int, pays_each_micro_step: bool
+) -> None:
+    once, accumulated = (estimate(stage, 8, gas=gas, on="8xA100-80GB").communication for gas in (1, 8))
+    if pays_each_micro_step:
+        assert 4 * once < accumulated <= 8 * once
+    else:
+        assert accumulated == once
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_one_rank_has_nobody_to_talk_to(stage: int) -> None:
+    assert estimate(stage, 8).communication == 0
+    assert estimate(stage, 8, on="2xH200").communication > 0
+
+
+def test_zero_3_moves_half_as_much_again() -> None:
+    """Three passes of the parameters over the ring where stages 0 and 1 need two; a part of them is hidden."""
+    plain, gathered = (estimate(stage, 8, on="8xA100-80GB").communication for stage in (1, 3))
+    assert plain < gathered <= 1.5 * plain
+
+
+def test_a_slower_link_costs_communication_alone() -> None:
+    fast = parse_hardware("8xA100-80GB")
+    slow = dataclasses.replace(fast, accelerator=dataclasses.replace(fast.accelerator, link_bandwidth=20e9))
+    config = TrialConfig(zero_stage=2, micro_batch_size=8, gradient_accumulation_steps=1)
+    one, other = (predict_step(config, XL, hardware, seq_len=1024, dtype="fp16") for hardware in (fast, slow))
+    assert other.communication > 5 * one.communication
+    assert (other.compute, other.launch, other.optimizer) == (one.compute, one.launch, one.optimizer)
+
+
+@pytest.mark.parametrize(("every", "factor"), [(1, 4 / 3), (2, 7 / 6), (4, 13 / 12)])
+def test_checkpointing_runs_the_forward_pass_again(every: int, factor: float) -> None:
+    plain, recomputed = estimate(1, 32), estimate(1, 32, every=every)
+    assert recomputed.compute == pytest.approx(factor * plain.compute)
+    assert recomputed.launch == pytest.approx(factor * plain.launch)
+    assert (recomputed.optimizer, recomputed.communication) == (plain.optimizer, plain.communication)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_more_ranks_share_the_optimizer_step(stage: int) -> None:
+    seconds = [estimate(stage, 8, on=f"{ranks}xH200").optimizer for ranks in (1, 2, 8)]
+    assert seconds == sorted(seconds, reverse=True)
+    assert estimate(0, 8, on="8xH200").optimizer == estimate(0, 8).optimizer
+
+
+def test_the_samples_are_those_of_all_ranks() -> None:
+    found = estimate(1, 4, gas=3, on="16xV100-32GB")
+    assert found.samples == 4 * 3 * 16
+    assert found.samples_per_second == pytest.approx(4 * 3 * 16 / found.seconds)
+
+
+def test_fp32_has_a_slower_peak_of_its_own() -> None:
+    half, single = (estimate(1, 32, dtype=dtype).samples_per_second for dtype in ("fp16", "fp32"))
+    assert single < half / 3
+
+
+def step(**seconds: float) -> StepEstimate:
+    parts = {"compute": 0.1, "launch": 0.1, "communication": 0.1, "optimizer": 0.1, **seconds}
+    return StepEstimate(**parts, samples=8)
+
+
+@pytest.mark.parametrize("part", ["compute", "launch", "communication", "optimizer"])
+def test_the_bottleneck_is_named_after_the_longest_part(part: str) -> None:
+    assert step(**{part: 1.0}).bottleneck == part
+
+
+def test_launching_that_hides_behind_compute_is_no_bottleneck() -> None:
+    hidden = step(compute=0.5, launch=0.49)
+    assert hidden.bottleneck == "compute"
+    assert hidden.seconds < 0.5 + 0.49
+
+
+def test_where_links_are_slow_and_batches_small_communication_is_the_bottleneck() -> None:
+    assert estimate(3, 1, gas=1, on="8xRTX4090").bottleneck == "communication"
+
+
+@pytest.mark.parametrize(("compute", "launch"), [(0.01, 0.3), (0.1, 0.1), (0.3, 0.2), (0.5, 0.01)])
+def test_the_launch_share_says_how_much_of_a_change_of_launching_the_step_takes_over(
+    compute: float, launch: float
+) -> None:
+    before, after = step(compute=compute, launch=launch), step(compute=compute, launch=launch * 1.001)
+    assert (after.seconds / before.seconds - 1) / 0.001 == pytest.approx(before.launch_share, abs=2e-3)
+    assert 0 <= before.launch_share <= 1

@@ -1,0 +1,229 @@
+"""`ds-tune plan`: what would fit and how fast it is predicted to be, on hardware that need not be here."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+
+from objectives.cost_model.calibration import FRAGMENTATION, calibrate_memory, calibrate_rates
+from objectives.cost_model.forecast import Forecast
+from objectives.cost_model.hardware import Hardware, hardware_of, parse_hardware
+from objectives.cost_model.model import CostModel, Prediction
+from objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
+from objectives.trial import TrialConfig
+from objectives.workload import Workload
+from tuner.proposer import Proposer
+from tuner.space import Space
+
+CERTAIN_ENOUGH = 0.5
+"""A configuration is said to fit when that is likelier than not."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """One configuration of the plan."""
+
+    config: TrialConfig
+    forecast: Forecast
+    prediction: Prediction
+
+    def reason(self, capacity_bytes: int) -> str:
+        """Why it does not fit: what it needs of what there is, and what needs the most."""
+        memory = self.prediction.memory
+        if memory.step_bytes > memory.backward_bytes:
+            parts = {
+                "parameters": memory.parameters,
+                "optimizer states": memory.optimizer_states,
+                "the optimizer step's copies": memory.step_transient,
+            }
+        else:
+            parts = {
+                "parameters": memory.parameters,
+                "optimizer states": memory.optimizer_states,
+                "gradients": memory.gradients,
+                "activations": memory.activations,
+                "logits and loss": memory.logits,
+            }
+        largest = sorted(parts, key=lambda name: -parts[name])[:2]
+        needs = " and ".join(f"{parts[name] / GIB:.1f} GiB of {name}" for name in largest)
+        usable = capacity_bytes * (1 - FRAGMENTATION) / GIB
+        return (
+            f"needs {self.forecast.peak_memory_bytes / GIB:.1f} of the {usable:.1f} GiB that an allocator can use, "
+            f"among them {needs}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        low, high = self.forecast.samples_per_second_ci95
+        memory = dataclasses.asdict(self.prediction.memory)
+        return {
+            "name": self.config.name,
+            "config": self.config.to_json(),
+            "predicted_samples_per_second": self.forecast.samples_per_second,
+            "predicted_samples_per_second_ci95": [low, high],
+            "predicted_peak_memory_bytes": self.forecast.peak_memory_bytes,
+            "probability_of_fitting": self.forecast.probability_of_fitting,
+            "bottleneck": self.prediction.step.bottleneck,
+            "memory_bytes": memory,
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is predicted of a workload on some hardware."""
+
+    workload: Workload
+    hardware: Hardware
+    parameters: int
+    is_exact: bool
+    fitting: Sequence[PlanRow]
+    """Those that are likely to fit, the fastest first."""
+    refused: Sequence[PlanRow]
+    """For each combination of the other knobs the smallest micro-batch that does not fit."""
+    configurations: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "figures": "predicted",
+            "workload": self.workload.description,
+            "hardware": self.hardware.name,
+            "capacity_bytes": self.hardware.capacity_bytes,
+            "model_parameters": self.parameters,
+            "configurations": self.configurations,
+            "fitting": [row.to_json() for row in self.fitting],
+            "not_fitting": [
+                {**row.to_json(), "reason": row.reason(self.hardware.capacity_bytes)} for row in self.refused
+            ],
+        }
+
+
+def hardware_asked_for(arguments: argparse.Namespace, memory_cap_bytes: int | None) -> Hardware:
+    """The hardware that `--hardware` names, or this machine's.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if arguments.hardware is not None:
+        return parse_hardware(arguments.hardware, memory_cap_bytes=memory_cap_bytes)
+    machine = detect_machine(gpus=None, cpu_ranks=DEFAULT_CPU_RANKS, memory_cap_bytes=memory_cap_bytes)
+    return hardware_of(machine)
+
+
+def make_plan(model: CostModel, space: Space, *, best: int, each_accumulation: bool = True) -> Plan:
+    """Predicts every configuration of the space and keeps the `best` fastest that fit.
+
+    Args:
+        each_accumulation: keep all gas of a micro-batch, and not only the best: they differ by fractions of a percent.
+    """
+    proposer = Proposer(model, space.legal)
+    grid = proposer.grid
+    rates = calibrate_rates(grid, [])
+    memory = calibrate_memory(grid, [], float(model.hardware.capacity_bytes))
+
+    def row(number: int) -> PlanRow:
+        return PlanRow(
+            config=grid.configs[number],
+            forecast=proposer.forecast(number, rates, memory),
+            prediction=model.predict(grid.configs[number]),
+        )
+
+    fits = memory.fits >= CERTAIN_ENOUGH
+    order = sorted((int(number) for number in fits.nonzero()[0]), key=lambda number: -rates.mean[number])
+    if not each_accumulation:
+        # Backwards, so that the fastest of each is the one that stays.
+        chosen = {(_kind(config := grid.configs[number]), config.micro_batch_size): number for number in order[::-1]}
+        order = sorted(chosen.values(), key=order.index)
+    smallest: dict[tuple[Any, ...], int] = {}
+    for number in (~fits).nonzero()[0]:
+        config = grid.configs[number]
+        kind = _kind(config)
+        held = smallest.get(kind)
+        if held is None or _size(config) < _size(grid.configs[held]):
+            smallest[kind] = int(number)
+    return Plan(
+        workload=model.workload,
+        hardware=model.hardware,
+        parameters=model.architecture.parameters,
+        is_exact=model.architecture.is_exact,
+        fitting=[row(number) for number in order[:best]],
+        refused=[row(smallest[kind]) for kind in sorted(smallest)],
+        configurations=len(grid),
+    )
+
+
+def _kind(config: TrialConfig) -> tuple[Any, ...]:
+    """Everything but the batch sizes."""
+    return config.zero_stage, str(config.knobs_on)
+
+
+def _size(config: TrialConfig) -> tuple[int, int]:
+    return config.micro_batch_size, config.gradient_accumulation_steps
+
+
+def print_plan(plan: Plan, console: rich.console.Console) -> None:
+    """The plan as two tables."""
+    capacity = plan.hardware.capacity_bytes / GIB
+    exactly = "" if plan.is_exact else "about "
+    console.print(
+        f"{plan.workload.description} on {plan.hardware.name} ({capacity:.1f} GiB a rank), "
+        f"{exactly}{plan.parameters / 1e6:.0f}M parameters; {plan.configurations} configurations. "
+        "Every figure is predicted.",
+        soft_wrap=True,
+    )
+    if plan.fitting:
+        console.print(_speed_table(plan.fitting))
+        console.print(_memory_table("Their memory a rank, GiB", plan.fitting))
+    else:
+        console.print("Nothing is predicted to fit, not even one sample a rank.")
+    if plan.refused:
+        console.print(_memory_table("Does not fit: the smallest micro-batch of each kind, GiB", plan.refused))
+        for row in plan.refused:
+            console.print(f"{row.config.name} {row.reason(plan.hardware.capacity_bytes)}", soft_wrap=True)
+
+
+def _speed_table(rows: Sequence[PlanRow]) -> rich.table.Table:
+    table = rich.table.Table(title="Predicted to fit, the fastest first", title_justify="left", box=rich.box.SIMPLE)
+    table.add_column("configuration", no_wrap=True)
+    table.add_column("global batch", justify="right")
+    table.add_column("samples/s (95%)", justify="right", no_wrap=True)
+    table.add_column("bound by")
+    table.add_column("fits", justify="right")
+    for row in rows:
+        low, high = row.forecast.samples_per_second_ci95
+        table.add_row(
+            row.config.name,
+            str(row.prediction.step.samples),
+            f"{_short(row.forecast.samples_per_second)} ({_short(low)}–{_short(high)})",
+            row.prediction.step.bottleneck,
+            f"{row.forecast.probability_of_fitting:.0%}",
+        )
+    return table
+
+
+def _memory_table(title: str, rows: Sequence[PlanRow]) -> rich.table.Table:
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE)
+    table.add_column("configuration", no_wrap=True)
+    for heading in ("params", "grads", "states", "activations", "logits", "step", "peak"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        memory = row.prediction.memory
+        parts = (
+            memory.parameters,
+            memory.gradients + memory.buckets,
+            memory.optimizer_states,
+            memory.activations,
+            memory.logits,
+            memory.step_transient,
+            row.forecast.peak_memory_bytes,
+        )
+        table.add_row(row.config.name, *(f"{part / GIB:.1f}" for part in parts))
+    return table
+
+
+def _short(value: float) -> str:
+    """Three significant digits."""
+    digits = max(2 - math.floor(math.log10(value)), 0) if value > 0 else 0
+    return f"{value:.{digits}f}"
