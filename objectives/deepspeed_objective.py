@@ -12,6 +12,7 @@ from objectives.errors import EnvironmentFault
 from objectives.files import result_file
 from objectives.launcher import Launcher
 from objectives.machine import Machine
+from objectives.numerics import STEPS, LossCurve
 from objectives.rank_group import OnPhase, RankGroup
 from objectives.timing import StepPlan, throughput
 from objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
@@ -71,6 +72,31 @@ class DeepSpeedObjective:
         best_samples_per_second: float | None = None,
     ) -> Outcome:
         started = time.monotonic()
+        answer = self._command(config, folder, on_phase, best_samples_per_second=best_samples_per_second)
+        start_seconds, self._start_seconds = self._start_seconds, 0.0
+        wall_seconds = time.monotonic() - started
+        if isinstance(answer, Failure):
+            return dataclasses.replace(answer, wall_seconds=wall_seconds)
+        measured = combine_ranks(answer, config=config, start_seconds=start_seconds, wall_seconds=wall_seconds)
+        seconds_per_sample = self._machine.ranks / measured.samples_per_second
+        self._seconds_per_sample = max(seconds_per_sample, self._seconds_per_sample or 0.0)
+        return measured
+
+    def losses(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> LossCurve | Failure:
+        """The losses of a configuration's first steps; see `objectives.numerics`."""
+        answer = self._command(config, folder, on_phase, losses=STEPS)
+        return answer if isinstance(answer, Failure) else LossCurve.from_json(answer[0])
+
+    def _command(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        on_phase: OnPhase,
+        *,
+        best_samples_per_second: float | None = None,
+        losses: int = 0,
+    ) -> list[dict[str, Any]] | Failure:
+        """Has the ranks run one configuration, and replaces them where it left them unfit."""
         folder = folder.resolve()
         shutil.rmtree(result_file(folder, 0).parent, ignore_errors=True)
         result_file(folder, 0).parent.mkdir(parents=True)
@@ -80,7 +106,7 @@ class DeepSpeedObjective:
             on_phase("start")
             failure = self._start()
             if failure is not None:
-                return dataclasses.replace(failure, wall_seconds=time.monotonic() - started)
+                return failure
         assert self._group is not None
         try:
             answer = self._group.run(
@@ -88,6 +114,7 @@ class DeepSpeedObjective:
                     "config": config.to_json(),
                     "seconds_per_sample": self._seconds_per_sample,
                     "best_samples_per_second": best_samples_per_second,
+                    "losses": losses,
                 },
                 folder,
                 seconds=self._trial_seconds,
@@ -101,14 +128,7 @@ class DeepSpeedObjective:
             self.close()
         if unfit is not None:
             self._notice(f"New training processes after {config.name}: {unfit}.")
-        start_seconds, self._start_seconds = self._start_seconds, 0.0
-        wall_seconds = time.monotonic() - started
-        if isinstance(answer, Failure):
-            return dataclasses.replace(answer, wall_seconds=wall_seconds)
-        measured = combine_ranks(answer, config=config, start_seconds=start_seconds, wall_seconds=wall_seconds)
-        seconds_per_sample = self._machine.ranks / measured.samples_per_second
-        self._seconds_per_sample = max(seconds_per_sample, self._seconds_per_sample or 0.0)
-        return measured
+        return answer
 
     @property
     def left_bytes(self) -> Mapping[str, int] | None:

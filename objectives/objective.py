@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Protocol
 
+from objectives.numerics import LossCurve
 from objectives.rank_group import OnPhase
-from objectives.trial import Figures, Outcome, TrialConfig
+from objectives.trial import Failure, Figures, Outcome, TrialConfig
 
 
 class Objective(Protocol):
@@ -38,3 +39,14 @@ class Objective(Protocol):
 
     def close(self) -> None:
         """Gives everything back; nothing that was started is left."""
+
+
+class TrainingObjective(Objective, Protocol):
+    """An objective that really trains."""
+
+    def losses(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> LossCurve | Failure:
+        """What a configuration's first steps make of the loss; see `objectives.numerics`.
+
+        Args:
+            folder: exists; whatever files the run makes are there.
+        """

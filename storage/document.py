@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from objectives.numerics import NumericsCheck
 from objectives.trial import Measurement
 from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord
@@ -25,9 +26,25 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "best": _trial(best, summary) if best else None,
         "baseline": _trial(baseline, summary) if baseline else None,
         "tied": list(summary.tied),
+        "numerics": [_numerics(name, found) for name, found in summary.numerics.items()],
         "not_launched": [each.to_json() for each in summary.excluded],
         "forecast_errors": dataclasses.asdict(errors) if (errors := forecast_errors(summary)) else None,
         "speedup": {"factor": speedup.factor, "ci95": list(speedup.ci95)} if speedup else None,
+    }
+
+
+def _numerics(name: str, found: NumericsCheck | str) -> dict[str, Any]:
+    if isinstance(found, str):
+        return {"name": name, "passed": None, "reason": found}
+    return {
+        "name": name,
+        "passed": found.fault is None,
+        "reason": found.fault,
+        "reference": found.reference,
+        "losses": list(found.curve.losses),
+        "reference_losses": list(found.reference_curve.losses),
+        "skipped_steps": found.curve.skipped_steps,
+        "reference_skipped_steps": found.reference_curve.skipped_steps,
     }
 
 

@@ -40,6 +40,10 @@ class ResultsFolder:
         """For the last of a finalist's runs in fresh processes."""
         return self.trial(config) / "verification"
 
+    def numerics(self, config: TrialConfig, compared: TrialConfig) -> Path:
+        """Where one of the two runs that compare a configuration's losses has its logs."""
+        return self.trial(config) / "numerics" / compared.name
+
     @property
     def summary_text(self) -> Path:
         return self.root / "summary.txt"

@@ -5,6 +5,7 @@ import datetime
 import tabulate
 
 from objectives.machine import GIB
+from objectives.numerics import NumericsCheck
 from objectives.trial import KNOBS, Figures, Measurement
 from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord
@@ -29,6 +30,7 @@ def summary_markdown(summary: StudySummary) -> str:
         f"\n{closing_line(summary)}",
         "\n## Trials\n",
         trial_table(summary),
+        *_numerics(summary),
         *_cost_model(summary),
         "\n## How this was measured\n",
         _method(summary),
@@ -83,6 +85,18 @@ def improvement_words(summary: StudySummary) -> str:
         return summary.figures.mark("1.00× (nothing tried was faster than the baseline)")
     low, high = speedup.ci95
     return summary.figures.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
+
+
+def numerics_words(name: str, found: NumericsCheck | str) -> str:
+    """What the comparison of a configuration's losses with untuned training says, in one sentence."""
+    if isinstance(found, str):
+        return f"Numbers of {name}: {found}."
+    if found.fault is not None:
+        return f"{name} is not the winner, for it trains something else: {found.fault}."
+    return (
+        f"{name} trains as {found.reference} does: from the same seed and data, over {len(found.curve.losses)} steps, "
+        f"their losses differ by at most {max(found.learned_error, 1e-6):.2g} of what was learned."
+    )
 
 
 def throughput_table(summary: StudySummary) -> str:
@@ -151,6 +165,20 @@ def trial_table(summary: StudySummary) -> str:
     knobs = ["stage", "mbs", "gas", *(KNOBS[field].short for field in shown)]
     headers = ["#", "name", *knobs, "global batch", rate, peak, "state", "note"]
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _numerics(summary: StudySummary) -> list[str]:
+    """Whether the finalists train what the baseline trains."""
+    if not summary.numerics:
+        return []
+    lines = [f"- {numerics_words(name, found)}" for name, found in summary.numerics.items()]
+    for found in summary.numerics.values():
+        if isinstance(found, NumericsCheck) and (skipped := found.curve.skipped_steps):
+            lines.append(
+                f"- fp16 overflow skipped {skipped} of its steps and {found.reference_curve.skipped_steps} of "
+                f"{found.reference}'s; they were repeated."
+            )
+    return ["\n## Numerics\n\n" + "\n".join(lines)]
 
 
 def _cost_model(summary: StudySummary) -> list[str]:

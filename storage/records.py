@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.machine import GIB, Machine
+from objectives.numerics import NumericsCheck
 from objectives.timing import speedup_ci95
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
@@ -156,6 +157,8 @@ class StudySummary:
     """The configuration that the verification found to be the best."""
     tied: Sequence[str] = ()
     """Those that the winner is not settled to be faster than."""
+    numerics: Mapping[str, NumericsCheck | str] = dataclasses.field(default_factory=dict)
+    """What the finalists' losses showed, or why they could not be compared, by the configuration's name."""
     excluded: Sequence[Excluded] = ()
     """What was not launched because it certainly does not fit."""
 
@@ -196,9 +199,19 @@ class StudySummary:
 
     @property
     def fastest(self) -> TrialRecord | None:
-        """The trial with the highest throughput in the search."""
+        """The trial with the highest throughput in the search, of those that train what the baseline trains."""
+        return max(self.eligible, key=lambda record: record.samples_per_second or -math.inf, default=None)
+
+    @property
+    def eligible(self) -> list[TrialRecord]:
+        """The complete trials whose losses were not found to be others than the baseline's."""
         complete = [record for record in self.records if record.state is TrialState.COMPLETE]
-        return max(complete, key=lambda record: record.samples_per_second or -math.inf, default=None)
+        return [record for record in complete if self.numerics_fault(record) is None]
+
+    def numerics_fault(self, record: TrialRecord) -> str | None:
+        """Why a trial's configuration does not train what the baseline trains; None as far as is known."""
+        found = self.numerics.get(record.config.name)
+        return found.fault if isinstance(found, NumericsCheck) else None
 
     @property
     def baseline(self) -> TrialRecord | None:

@@ -19,6 +19,7 @@ import sqlalchemy.exc
 from objectives.cost_model.forecast import Excluded
 from objectives.errors import EnvironmentFault, UsageError
 from objectives.machine import GIB, Machine
+from objectives.numerics import NumericsCheck
 from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, StudySummary, TrialRecord, TrialState
@@ -36,6 +37,7 @@ VERSIONS = "ds_tune:versions"
 WINNER = "ds_tune:winner"
 VERIFICATION = "ds_tune:verification:"
 EXCLUDED = "ds_tune:excluded"
+NUMERICS = "ds_tune:numerics:"
 RECORD = "record"
 SOURCE = "source"
 
@@ -225,6 +227,11 @@ class StudyStore:
             },
             winner=(attributes.get(WINNER) or {}).get("name"),
             tied=(attributes.get(WINNER) or {}).get("tied", ()),
+            numerics={
+                key.removeprefix(NUMERICS): _numerics_from_json(json.loads(value))
+                for key, value in attributes.items()
+                if key.startswith(NUMERICS)
+            },
             excluded=[Excluded.from_json(each) for each in json.loads(attributes.get(EXCLUDED, "[]"))],
         )
 
@@ -252,6 +259,11 @@ class StudyStore:
 
     def set_winner(self, name: str, tied: Sequence[str]) -> None:
         self.study.set_user_attr(WINNER, {"name": name, "tied": list(tied)})
+
+    def set_numerics(self, name: str, found: NumericsCheck | str) -> None:
+        """Stores what a finalist's losses showed, or why they could not be compared."""
+        document = {"unchecked": found} if isinstance(found, str) else found.to_json()
+        self.study.set_user_attr(f"{NUMERICS}{name}", json.dumps(document))
 
     def set_excluded(self, excluded: Sequence[Excluded]) -> None:
         """What was not launched because it certainly does not fit."""
@@ -356,6 +368,10 @@ class StudyStore:
         """Ends a trial that was stopped from outside; it has no record and counts for nothing."""
         trial.set_user_attr("reason", "interrupted")
         self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+
+
+def _numerics_from_json(document: Mapping[str, Any]) -> NumericsCheck | str:
+    return str(document["unchecked"]) if "unchecked" in document else NumericsCheck.from_json(document)
 
 
 def storage_fault(error: BaseException, storage_url: str) -> EnvironmentFault:

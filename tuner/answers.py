@@ -22,10 +22,11 @@ from objectives.surface import Surface, read_surface
 from objectives.trial import Failure, TrialConfig
 from objectives.workload import SHIPPED_MODELS, Workload, check_workload, load_base_ds_config
 from tuner.arguments import TRAINING_OPTIONS, given
+from tuner.finals import Verification
 from tuner.spec import DEFAULTS, StudySpec, parse_memory
 
-Objectives: TypeAlias = tuple[Objective, Objective | None]
-"""The one that the search asks, and the one that verifies; None where there is nothing that could run again."""
+Objectives: TypeAlias = tuple[Objective, Verification | None]
+"""Whom the search asks, and who verifies; None where there is nothing that could run again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,7 @@ def _measured(arguments: argparse.Namespace) -> Answers:
             )
             for fresh_ranks in (arguments.fresh_ranks, True)
         )
-        return searching, verifying
+        return searching, Verification(fresh=verifying, training=searching)
 
     return Answers(
         machine=machine,

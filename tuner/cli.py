@@ -49,12 +49,12 @@ def tune(arguments: argparse.Namespace) -> int:
     for line in answers.notes:
         console.say(line)
     spec, model = _with_cost_model(spec, console)
-    objective, verifier = answers.objectives(spec, console.say)
+    objective, verification = answers.objectives(spec, console.say)
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))
     try:
         with stop, console:
-            Study(spec, objective, verifier, console, stop, model).run()
+            Study(spec, objective, verification, console, stop, model).run()
         interrupted = stop.requested
     except StopNow:
         interrupted = True
@@ -67,7 +67,7 @@ def tune(arguments: argparse.Namespace) -> int:
     if summary.state is not StudyState.UNFINISHED:
         store.set_more_pending(False)
     _print_document(arguments, summary)
-    verifying = spec.verify and verifier is not None
+    verifying = spec.verify and verification is not None
     if interrupted and (summary.state is StudyState.UNFINISHED or (verifying and summary.winner is None)):
         console.say("Interrupted; the same command goes on from here.")
         return EXIT_INTERRUPTED

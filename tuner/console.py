@@ -12,9 +12,17 @@ import rich.table
 import rich.text
 
 from objectives.machine import GIB
+from objectives.numerics import NumericsCheck
 from objectives.trial import Figures, Measurement, Outcome, TrialConfig
 from storage.forecasts import forecast_errors
-from storage.markdown import duration_words, improvement_words, rate_words, tuning_words, verified_words
+from storage.markdown import (
+    duration_words,
+    improvement_words,
+    numerics_words,
+    rate_words,
+    tuning_words,
+    verified_words,
+)
 from storage.records import StudySummary, TrialRecord, TrialState
 from tuner.space import DIMENSIONS
 
@@ -96,6 +104,15 @@ class Console:
         else:
             self.say(f"     {record.config.name} again, in fresh processes: {outcome.kind.value.replace('_', ' ')}")
 
+    def numerics_started(self, record: TrialRecord, compared: TrialConfig, summary: StudySummary) -> None:
+        self._running = _RunningTrial(compared, summary)
+        self._running.title = f"losses of {record.config.name}, compared:"
+
+    def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
+        self._running = None
+        if isinstance(found, NumericsCheck) and found.fault is not None:
+            self.say(f"     {numerics_words(record.config.name, found)}")
+
     def _live_line(self) -> rich.text.Text:
         running = self._running
         if running is None:
@@ -121,6 +138,8 @@ class Console:
             if summary.tied:
                 self.say(f"Level with {', '.join(summary.tied)}; of these it leaves the most memory free.")
             self._say_batch_difference(summary)
+        for name, found in summary.numerics.items():
+            self.say(numerics_words(name, found))
         if summary.ended is not None and summary.best is not None:
             self.say(f"Stopped after {summary.finished_trials} of {summary.trials_total} trials: {summary.ended}.")
         for line in forecast_lines(summary):

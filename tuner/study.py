@@ -3,8 +3,6 @@
 import datetime
 import json
 import time
-from collections.abc import Sequence
-from typing import Protocol
 
 import optuna
 
@@ -13,41 +11,25 @@ from objectives.errors import EnvironmentFault, UsageError
 from objectives.files import write_atomically
 from objectives.machine import software_versions
 from objectives.objective import Objective
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from objectives.trial import Failure, FailureKind, TrialConfig
 from storage.earlier import earlier_records
 from storage.export import write_trial_inputs
 from storage.lock import StudyLock
 from storage.markdown import summary_markdown
-from storage.records import Source, StudyState, StudySummary, TrialRecord, TrialState
+from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.study_store import SOURCE, Identity, StudyStore
+from tuner.finals import Finals, Verification
+from tuner.observer import Observer
 from tuner.proposer import ENOUGH_GAIN
 from tuner.sampler import CostModelSampler, make_sampler, unvisited
 from tuner.space import study_space
 from tuner.spec import StudySpec
 from tuner.stopping import StopSignals
-from tuner.verification import candidates, judge, next_runs, verified_rates
 
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
 
 OBJECTIVE = "samples_per_second, end to end"
-
-
-class Observer(Protocol):
-    """Who is told how a study goes."""
-
-    def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
-        """The study is open; `again` names interrupted configurations that will run again."""
-
-    def trial_started(self, number: int, config: TrialConfig, summary: StudySummary) -> None: ...
-
-    def phase(self, phase: str) -> None: ...
-
-    def trial_finished(self, record: TrialRecord, summary: StudySummary) -> None: ...
-
-    def verification_started(self, record: TrialRecord, summary: StudySummary) -> None: ...
-
-    def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None: ...
 
 
 class Study:
@@ -57,7 +39,7 @@ class Study:
         self,
         spec: StudySpec,
         objective: Objective,
-        verifier: Objective | None,
+        verification: Verification | None,
         observer: Observer,
         stop: StopSignals,
         model: CostModel | None = None,
@@ -65,12 +47,12 @@ class Study:
         """
         Args:
             model: what ds-tune's own sampler asks; no other needs it.
-            verifier: answers as `objective` does, with nothing that an earlier trial could have left; None where there
-                is nothing to run again: the best is then the winner of the search.
+            verification: who runs the finalists again; None where there is nothing to run: the best is then the winner
+                of the search.
         """
         self._spec = spec
         self._objective = objective
-        self._verifier = verifier
+        self._verification = verification
         self._observer = observer
         self._stop = stop
         self._space = study_space(
@@ -119,11 +101,8 @@ class Study:
             sampler = self._sampler
             trials = store.study.get_trials(deepcopy=False)
             store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
-            if spec.verify and self._verifier is not None:
-                try:
-                    self._verify(store, self._verifier)
-                finally:
-                    self._verifier.close()
+            if spec.verify and self._verification is not None:
+                Finals(store, spec.results, self._verification, self._observer, self._stop).run()
             store.note(summary_markdown(store.summary()))
             return store.summary()
 
@@ -194,35 +173,6 @@ class Study:
         store.save(trial, record)
         store.tell(trial, record)
         return record
-
-    def _verify(self, store: StudyStore, verifier: Objective) -> None:
-        """Runs the finalists again, interleaved, until their order is settled; where it stopped, it goes on."""
-        failed: set[str] = set()
-        while not self._stop.requested:
-            summary = store.summary()
-            if summary.state is StudyState.UNFINISHED or summary.winner is not None:
-                return
-            turn = next_runs(summary, summary.verification, frozenset(failed))
-            for record in turn:
-                if self._stop.requested:
-                    return
-                self._observer.verification_started(record, summary)
-                folder = self._spec.results.verification(record.config)
-                folder.mkdir(parents=True, exist_ok=True)
-                outcome = verifier.run(record.config, folder, self._observer.phase)
-                if isinstance(outcome, Measurement):
-                    store.add_verification(record.config.name, outcome)
-                else:
-                    failed.add(record.config.name)
-                self._observer.verification_finished(record, outcome)
-            if not turn:
-                field = candidates(summary) if summary.fastest else []
-                field = [record for record in field if record.config.name not in failed]
-                rates = verified_rates(field, summary.verification)
-                if rates:
-                    verdict = judge(rates)
-                    store.set_winner(verdict.leader, verdict.tied)
-                return
 
     def _queue_baseline(self, store: StudyStore, summary: StudySummary) -> str | None:
         """Has the untuned configuration, or the smallest one that fits, run before anything is searched.

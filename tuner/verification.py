@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from objectives.trial import Measurement
-from storage.records import StudySummary, TrialRecord, TrialState
+from storage.records import StudySummary, TrialRecord
 from storage.verification import VerifiedRate, verified_rate
 
 CANDIDATES = 3
@@ -26,7 +26,7 @@ class Verdict:
 
 def candidates(summary: StudySummary) -> list[TrialRecord]:
     """The trials that may be the fastest: at most three, the fastest of the search first."""
-    complete = [record for record in summary.records if record.state is TrialState.COMPLETE]
+    complete = summary.eligible
     complete.sort(key=lambda record: record.samples_per_second or 0.0, reverse=True)
     fastest = complete[0].samples_per_second or 0.0
     return [record for record in complete[:CANDIDATES] if (record.samples_per_second or 0.0) >= fastest * (1 - CLOSE)]

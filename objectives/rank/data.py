@@ -109,13 +109,14 @@ def batches(
         sampler=sampler,
         drop_last=True,
         pin_memory=pin,
-        collate_fn=_collate,
+        collate_fn=collate,
     )
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         yield from loader
 
 
-def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows of the dataset as one micro-batch, which is its own label: models shift it themselves."""
     input_ids = torch.stack([row["input_ids"] for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}

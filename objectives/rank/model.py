@@ -72,15 +72,48 @@ def build_model(
     auto_class = model_class(config)
     partition = contextlib.nullcontext()
     if ds_config["zero_optimization"]["stage"] == 3 and not workload.pretrained:
-        partition = deepspeed.zero.Init(config_dict_or_path=dict(ds_config), dtype=dtype)
+        # The precision is the configuration's: an argument `dtype` is not heeded on CPUs, where it makes fp32 bf16.
+        partition = deepspeed.zero.Init(config_dict_or_path=dict(ds_config))
     with partition, device:
         model: torch.nn.Module
         if workload.pretrained:
             model = auto_class.from_pretrained(workload.model, config=config, dtype=dtype)
         else:
             model = auto_class.from_config(config, dtype=dtype)
+    if not workload.pretrained:
+        initialize_weights(model)
     model.train()
     return model
+
+
+def initialize_weights(model: torch.nn.Module) -> None:
+    """Gives a new model its initial weights, the same in every ZeRO stage and on every rank.
+
+    transformers has done so already, but for nothing under `deepspeed.zero.Init`, where the parameters were partitioned
+    and empty by then: what is left is torch's own initialization, with which GPT-2's first loss is 87 and not 8. Its
+    `initialize_weights_zero3` gathers the parameters of one module at a time, and so misses those that a module sets in
+    its children, as GPT-2's attention does. Here a whole transformer block is gathered.
+    """
+    owners = {
+        module: owner
+        for owner in model.modules()
+        if isinstance(owner, transformers.PreTrainedModel)
+        for module in owner.modules()
+    }
+    blocks = [module for module in model.modules() if isinstance(module, transformers.GradientCheckpointingLayer)]
+    in_blocks = {module for block in blocks for module in block.modules()}
+    units = [list(block.modules()) for block in blocks]
+    units.append([module for module in model.modules() if module not in in_blocks])
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    torch.manual_seed(0)
+    for modules in units:
+        # A tied parameter belongs to several modules, and DeepSpeed gathers it once.
+        parameters = {id(each): each for module in modules for each in module.parameters(recurse=False)}
+        gathered = deepspeed.zero.GatheredParameters(parameters.values(), modifier_rank=0, enabled=partitioned)
+        with torch.no_grad(), gathered:
+            if not partitioned or torch.distributed.get_rank() == 0:
+                for module in reversed(modules):  # children before their parents
+                    owners[module]._init_weights(module)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -63,19 +63,8 @@ def run_trial(
         This rank's result document; `objectives.deepspeed_objective.combine_ranks` reads it.
     """
     started = time.perf_counter()
+    engine, parameters = build_engine(config, {}, workload, machine, model_config, device, progress, engines)
     rank = torch.distributed.get_rank()
-    progress.announce("config", seconds=BUILD_SECONDS["config"])
-    ds_config = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
-    deepspeed.DeepSpeedConfig(ds_config)  # a mistake is found here, before a model is built
-    progress.announce("model", seconds=BUILD_SECONDS["model"])
-    knobs = config.model_knobs
-    model = build_model(workload, configure_model(model_config, knobs), ds_config, device)
-    apply_to_model(model, knobs)
-    parameters = count_parameters(model)
-    progress.announce("engine", seconds=BUILD_SECONDS["engine"])
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
-    engines.append(engine)
-    apply_to_engine(engine, knobs)
     progress.enter("data")
     micro_batches = batches(blocks, config.micro_batch_size, rank=rank, ranks=machine.ranks, pin=device.type == "cuda")
     timer = StepTimer(engine, micro_batches, config.gradient_accumulation_steps, device, meter, progress)
@@ -132,6 +121,37 @@ def run_trial(
         "model_parameters": parameters,
         "flops_per_sample": flops,
     }
+
+
+def build_engine(
+    config: TrialConfig,
+    knobs: Mapping[str, Any],
+    workload: Workload,
+    machine: Machine,
+    model_config: transformers.PretrainedConfig,
+    device: torch.device,
+    progress: Progress,
+    engines: list[deepspeed.DeepSpeedEngine],
+) -> tuple[deepspeed.DeepSpeedEngine, int]:
+    """The model of a configuration in its engine, and how many parameters it has.
+
+    Args:
+        knobs: of the model, laid over the configuration's own.
+        engines: the engine is put here as soon as it exists.
+    """
+    progress.announce("config", seconds=BUILD_SECONDS["config"])
+    ds_config = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
+    deepspeed.DeepSpeedConfig(ds_config)  # a mistake is found here, before a model is built
+    progress.announce("model", seconds=BUILD_SECONDS["model"])
+    knobs = {**config.model_knobs, **knobs}
+    model = build_model(workload, configure_model(model_config, knobs), ds_config, device)
+    apply_to_model(model, knobs)
+    parameters = count_parameters(model)
+    progress.announce("engine", seconds=BUILD_SECONDS["engine"])
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
+    engines.append(engine)
+    apply_to_engine(engine, knobs)
+    return engine, parameters
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from objectives.rank.cleanup import collectives_issued, release_trial
 from objectives.rank.data import load_blocks
 from objectives.rank.device import cap_memory, claim_device, lift_cap, local_rank, meter_for, resident_bytes
 from objectives.rank.distributed import connect_ranks
+from objectives.rank.loss_curve import run_losses
 from objectives.rank.model import load_config
 from objectives.rank.ops import load_optimizer_op
 from objectives.rank.progress import Progress
@@ -65,27 +66,38 @@ class Worker:
         *,
         seconds_per_sample: float | None,
         best_samples_per_second: float | None,
+        losses: int,
     ) -> None:
-        """Runs one trial and leaves its result, or why there is none, in this rank's result file."""
+        """Runs one trial and leaves its result, or why there is none, in this rank's result file.
+
+        Args:
+            losses: above zero, not the time of steps is wanted but the loss of so many.
+        """
         _log_to(folder)
         self._meter.reset_peaks()
         self._progress.phase = "start"
         engines: list[deepspeed.DeepSpeedEngine] = []
+        shared: dict[str, Any] = {
+            "seconds_per_sample": seconds_per_sample,
+            "workload": self._workload,
+            "machine": self._machine,
+            "model_config": self._model_config,
+            "blocks": self._blocks,
+            "device": self._device,
+            "progress": self._progress,
+            "engines": engines,
+        }
         try:
-            document = run_trial(
-                config,
-                seconds_per_sample=seconds_per_sample,
-                best_samples_per_second=best_samples_per_second,
-                workload=self._workload,
-                machine=self._machine,
-                model_config=self._model_config,
-                blocks=self._blocks,
-                plan=self._plan,
-                device=self._device,
-                meter=self._meter,
-                progress=self._progress,
-                engines=engines,
-            )
+            if losses:
+                document = run_losses(config, losses, **shared)
+            else:
+                document = run_trial(
+                    config,
+                    best_samples_per_second=best_samples_per_second,
+                    plan=self._plan,
+                    meter=self._meter,
+                    **shared,
+                )
         except Exception as error:
             lift_cap(self._machine)
             traceback.print_exc()
@@ -144,6 +156,7 @@ def main() -> None:
             Path(command["folder"]),
             seconds_per_sample=command["seconds_per_sample"],
             best_samples_per_second=command["best_samples_per_second"],
+            losses=command["losses"],
         )
 
 

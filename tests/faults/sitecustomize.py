@@ -85,6 +85,27 @@ def inspect() -> None:
     )
 
 
+def cut_projection() -> None:
+    """A padded output projection that gives zeros for the later half of the vocabulary."""
+    import torch
+
+    from objectives.rank.knobs import PaddedLinear
+
+    def forward(self: Any, input: Any) -> Any:
+        logits = torch.nn.functional.linear(input, self.weight)
+        half = logits.shape[-1] // 2
+        return torch.cat([logits[..., :half], torch.zeros_like(logits[..., half:])], dim=-1)
+
+    PaddedLinear.forward = forward  # type: ignore[method-assign]
+
+
+def own_gradients() -> None:
+    """ZeRO-1 and 2 whose ranks keep to their own gradients."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    DeepSpeedZeroOptimizer.average_tensor = lambda self, *arguments, **keywords: None
+
+
 def note(document: dict[str, Any]) -> None:
     """Writes to FAULT_FILE, each rank to one of its own."""
     path = Path(f"{os.environ['FAULT_FILE']}.{os.environ['RANK']}")
@@ -102,6 +123,8 @@ KINDS = {
     "stubborn": stubborn,
     "child_and_hang": child_and_hang,
     "inspect": inspect,
+    "cut_projection": cut_projection,
+    "own_gradients": own_gradients,
 }
 
 

@@ -28,13 +28,17 @@ import tuner.cli
 import tuner.study
 from objectives.files import result_file, write_atomically
 from objectives.machine import GIB, Machine
+from objectives.numerics import STEPS, LossCurve
 from objectives.rank_group import OnPhase
 from objectives.timing import throughput
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 from storage.study_store import StudyStore
 
-ANSWERS = ("formula", "stage 0 does not fit", "nothing fits", "crash", "first crashes", "invalid", "hang")
+ANSWERS = (
+    "formula", "stage 0 does not fit", "nothing fits", "crash", "first crashes", "invalid", "hang",
+    "stage 2 is fastest", "stage 2 is fastest and wrong", "stage 2 is fastest and cannot be compared",
+)  # fmt: skip
 
 
 def samples_per_second(config: TrialConfig) -> float:
@@ -84,6 +88,13 @@ class AnalyticObjective:
             write_atomically(path, "{}")
         return outcome
 
+    def losses(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> LossCurve | Failure:
+        on_phase("numerics")
+        if self._answer == "stage 2 is fastest and cannot be compared" and config.zero_stage == 0:
+            return self._failure(config, FailureKind.CRASH, "rank 1 was killed by SIGSEGV in forward")
+        wrong = self._answer == "stage 2 is fastest and wrong" and config.zero_stage == 2
+        return LossCurve(losses=tuple((9.0 if wrong else 8.0) - 0.1 * step for step in range(STEPS)), skipped_steps=0)
+
     def _outcome(self, config: TrialConfig) -> Outcome:
         if self._answer == "invalid":
             return self._failure(config, FailureKind.INVALID_CONFIG, "rank 0 in engine: ValidationError: bad key")
@@ -95,7 +106,8 @@ class AnalyticObjective:
         if too_much or self._answer == "nothing fits":
             return self._failure(config, FailureKind.OUT_OF_MEMORY, "rank 0 in forward: OutOfMemoryError")
         samples = config.global_batch_size(self._machine.ranks)
-        mean = samples / samples_per_second(config)
+        faster = 1.3 if self._answer.startswith("stage 2 is fastest") and config.zero_stage == 2 else 1.0
+        mean = samples / samples_per_second(config) / faster
         step_seconds = tuple(mean * (1 + ripple) for ripple in (-0.02, 0.01, 0.0, 0.02, -0.01))
         rate, interval = throughput(step_seconds, samples)
         return Measurement(
@@ -149,6 +161,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "interrupted trial queued, not failed": (StudyStore, "interrupt", "before"),
     "reason for the end stored": (StudyStore, "set_ended", "after"),
     "verified run stored": (StudyStore, "add_verification", "after"),
+    "losses compared": (StudyStore, "set_numerics", "after"),
     "winner found": (StudyStore, "set_winner", "before"),
     "finished, not exported": (tuner.cli, "export", "before"),
 }

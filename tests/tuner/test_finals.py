@@ -1,0 +1,146 @@
+"""Behind the search: the winner has to train what the baseline trains."""
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import jsonschema
+
+from objectives.machine import GIB, Machine
+from objectives.numerics import LossCurve, NumericsCheck
+from objectives.trial import Measurement, TrialConfig
+from objectives.workload import Workload
+from storage.records import Source, StudySummary, TrialRecord
+from tuner.finals import compared
+
+Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "storage" / "study.schema.json").read_text())
+MACHINE = Machine(device="cuda", name="a GPU", ranks=1, memory_bytes=80 * GIB)
+TRAINS = Measurement(
+    step_seconds=(1.0, 1.0, 1.0), samples_per_second=1.0, samples_per_second_ci95=(0.99, 1.01), forward_seconds=0.3,
+    backward_seconds=0.6, optimizer_seconds=0.1, deepspeed_samples_per_second=None, warmup_step_seconds=(1.0,),
+    skipped_steps=0, peak_memory_bytes=GIB, reserved_memory_bytes=GIB, alloc_retries=0, setup_seconds=1.0,
+    wall_seconds=5.0, model_parameters=1, flops_per_sample=1.0,
+)  # fmt: skip
+
+
+def config(stage: int, mbs: int, gas: int = 1, **knobs: int | str) -> TrialConfig:
+    return TrialConfig(
+        zero_stage=stage, micro_batch_size=mbs, gradient_accumulation_steps=gas, **knobs  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def summary(baseline: TrialConfig, *others: TrialConfig) -> StudySummary:
+    records: Sequence[TrialRecord] = [
+        TrialRecord(
+            number=number,
+            config=each,
+            outcome=dataclasses.replace(TRAINS, samples_per_second=1.0 + number),
+            source=Source.SEARCH if number else Source.BASELINE,
+            started_at="2026-11-24T00:00:00+00:00",
+            machine=MACHINE,
+            versions={},
+        )
+        for number, each in enumerate((baseline, *others))
+    ]
+    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    return StudySummary(
+        study="s", workload=workload, machine=MACHINE, versions={}, trials_total=len(records), tuning_seconds=1.0,
+        ended=None, records=records,
+    )  # fmt: skip
+
+
+def names(configs: Sequence[TrialConfig]) -> list[str]:
+    return [each.name for each in configs]
+
+
+def test_the_reference_is_untuned_and_takes_the_same_samples_a_step() -> None:
+    winner = config(1, 6, 8, compile="blocks")
+    gated, references = compared(winner, summary(config(0, 1), winner))
+    assert gated == config(1, 6, 2, compile="blocks")
+    assert names(references) == ["z0_gas12_tmbspg1"]
+
+
+def test_the_reference_is_as_large_as_trials_have_shown_to_fit_and_what_is_smaller_follows() -> None:
+    winner = config(3, 8)
+    _, references = compared(winner, summary(config(0, 1), config(0, 5), config(0, 8, compile="blocks"), winner))
+    assert names(references) == ["z0_gas2_tmbspg4", "z0_gas4_tmbspg2", "z0_gas8_tmbspg1"]
+
+
+def test_where_the_baseline_is_partitioned_so_is_the_reference() -> None:
+    winner = config(3, 4)
+    _, references = compared(winner, summary(config(2, 1), winner))
+    assert names(references) == ["z2_gas4_tmbspg1"]
+
+
+def test_larger_batches_alone_are_not_compared() -> None:
+    winner = config(0, 8, 4)
+    assert compared(winner, summary(config(0, 1), winner))[1] == []
+
+
+def test_what_was_allowed_to_change_the_numbers_is_in_the_reference_too() -> None:
+    winner = config(1, 1, dropout="none", padded_vocabulary=64)
+    _, references = compared(winner, summary(config(0, 1), winner))
+    assert names(references) == ["z0_dropout-none_gas1_tmbspg1"]
+
+
+def test_a_trial_that_trains_something_else_is_not_eligible() -> None:
+    study = summary(config(0, 1), config(0, 2), config(1, 2))
+    right = LossCurve(losses=(8.0, 7.0), skipped_steps=0)
+    wrong = NumericsCheck(
+        reference="z0_gas2_tmbspg1", dtype="fp16", curve=LossCurve(losses=(9.0, 8.0), skipped_steps=0),
+        reference_curve=right,
+    )  # fmt: skip
+    study = dataclasses.replace(study, numerics={"z1_gas1_tmbspg2": wrong, "z0_gas1_tmbspg2": "not compared"})
+    assert study.best is not None
+    assert study.best.config.name == "z0_gas1_tmbspg2"
+
+
+def test_a_winner_that_trains_as_the_baseline_does_says_so(tune: Tune, tmp_path: Path) -> None:
+    finished = tune("--trials", "9", "--seed", "1", "--json", answer="stage 2 is fastest")
+    document = json.loads(finished.stdout)
+    jsonschema.validate(document, SCHEMA)
+    assert document["best"]["config"]["zero_stage"] == 2
+    [found] = document["numerics"]
+    assert (found["name"], found["passed"], found["reason"]) == (document["best"]["name"], True, None)
+    assert found["losses"] == found["reference_losses"]
+    words = f"{found['name']} trains as {found['reference']} does: from the same seed and data, over 20 steps"
+    assert words in finished.stderr
+    assert words in (tmp_path / "autotuning_results" / "summary.md").read_text()
+    logs = tmp_path / "autotuning_results" / found["name"] / "numerics"
+    assert len(list(logs.iterdir())) == 2
+
+
+def test_the_fastest_is_not_the_winner_if_it_trains_something_else(tune: Tune) -> None:
+    finished = tune("--trials", "9", "--seed", "1", "--json", answer="stage 2 is fastest and wrong")
+    document = json.loads(finished.stdout)
+    jsonschema.validate(document, SCHEMA)
+    wrong = [found for found in document["numerics"] if found["passed"] is False]
+    assert wrong and all(found["name"].startswith("z2") for found in wrong)
+    assert document["best"]["config"]["zero_stage"] != 2
+    fastest = max(document["trials"], key=lambda trial: trial["samples_per_second"])
+    assert fastest["name"] in [found["name"] for found in wrong]
+    assert f"{fastest['name']} is not the winner, for it trains something else: its first loss is" in finished.stderr
+
+
+def test_a_comparison_that_cannot_be_made_is_said_and_costs_nobody_the_victory(tune: Tune) -> None:
+    finished = tune("--trials", "9", "--seed", "1", "--json", answer="stage 2 is fastest and cannot be compared")
+    document = json.loads(finished.stdout)
+    jsonschema.validate(document, SCHEMA)
+    assert document["best"]["config"]["zero_stage"] == 2
+    [found] = document["numerics"]
+    assert found["passed"] is None
+    assert "to compare with, could not be had: rank 1 was killed by SIGSEGV" in found["reason"]
+    assert found["reason"] in finished.stderr
+
+
+def test_killed_after_the_comparison_it_is_not_made_again(tune: Tune) -> None:
+    command = ("--trials", "9", "--seed", "1", "--json")
+    assert tune(*command, answer="stage 2 is fastest", kill="losses compared:1").returncode != 0
+    again = tune(*command, answer="stage 2 is fastest")
+    assert "again, in fresh processes" not in again.stderr
+    assert json.loads(again.stdout)["numerics"][0]["passed"] is True

@@ -1,0 +1,153 @@
+"""What comes behind the search: the finalists run again, and the winner's losses are compared with untuned training."""
+
+import dataclasses
+
+from objectives.numerics import LossCurve, NumericsCheck
+from objectives.objective import Objective, TrainingObjective
+from objectives.trial import KNOBS, Failure, FailureKind, Measurement, TrialConfig
+from storage.layout import ResultsFolder
+from storage.records import StudyState, StudySummary, TrialRecord
+from storage.study_store import StudyStore
+from tuner.observer import Observer
+from tuner.stopping import StopSignals
+from tuner.verification import candidates, judge, next_runs, verified_rates
+
+COMPARED_ACCUMULATION = 2
+"""More micro-steps a step show nothing that two do not; the comparison is spared them."""
+
+AS_UNTUNED = "nothing in it can change the numbers: only its batch sizes are not the baseline's"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """Who runs the finalists again."""
+
+    fresh: Objective
+    """With nothing that an earlier run could have left."""
+    training: TrainingObjective
+    """For what is not timed."""
+
+
+class Finals:
+    """Finds the winner of a study whose search is over; where an interruption stopped it, it goes on."""
+
+    def __init__(
+        self,
+        store: StudyStore,
+        results: ResultsFolder,
+        verification: Verification,
+        observer: Observer,
+        stop: StopSignals,
+    ) -> None:
+        self._store = store
+        self._results = results
+        self._verification = verification
+        self._observer = observer
+        self._stop = stop
+
+    def run(self) -> None:
+        """Until there is a winner that trains what the baseline trains, nobody is left, or told to stop."""
+        failed: set[str] = set()
+        while not self._stop.requested:
+            summary = self._store.summary()
+            if summary.state is StudyState.UNFINISHED or summary.winner is not None or summary.fastest is None:
+                return
+            turn = next_runs(summary, summary.verification, frozenset(failed))
+            if turn:
+                self._run_again(turn, summary, failed)
+                continue
+            field = [record for record in candidates(summary) if record.config.name not in failed]
+            rates = verified_rates(field, summary.verification)
+            if not rates:
+                return
+            verdict = judge(rates)
+            [leader] = [record for record in field if record.config.name == verdict.leader]
+            if verdict.leader in summary.numerics:  # and without a fault, or it would be no candidate
+                self._store.set_winner(verdict.leader, verdict.tied)
+                return
+            self._check_numerics(leader, summary)
+
+    def _run_again(self, turn: list[TrialRecord], summary: StudySummary, failed: set[str]) -> None:
+        """One round of verification; who does not run again is put into `failed`."""
+        fresh = self._verification.fresh
+        try:
+            for record in turn:
+                if self._stop.requested:
+                    return
+                self._observer.verification_started(record, summary)
+                folder = self._results.verification(record.config)
+                folder.mkdir(parents=True, exist_ok=True)
+                outcome = fresh.run(record.config, folder, self._observer.phase)
+                if isinstance(outcome, Measurement):
+                    self._store.add_verification(record.config.name, outcome)
+                else:
+                    failed.add(record.config.name)
+                self._observer.verification_finished(record, outcome)
+        finally:
+            fresh.close()
+
+    def _check_numerics(self, record: TrialRecord, summary: StudySummary) -> None:
+        """Compares a configuration's losses with those of untuned training, and stores what they show."""
+        try:
+            found = self._compare(record, summary)
+        finally:
+            self._verification.training.close()
+        self._store.set_numerics(record.config.name, found)
+        self._observer.numerics_finished(record, found)
+
+    def _compare(self, record: TrialRecord, summary: StudySummary) -> NumericsCheck | str:
+        config, references = compared(record.config, summary)
+        if not references:
+            return AS_UNTUNED
+        curve = self._losses(record, config, summary)
+        if isinstance(curve, Failure):
+            return f"its losses could not be had: {curve.message}"
+        for reference in references:
+            theirs = self._losses(record, reference, summary)
+            if isinstance(theirs, LossCurve):
+                return NumericsCheck(
+                    reference=reference.name, dtype=summary.workload.dtype, curve=curve, reference_curve=theirs
+                )
+            why = f"the losses of {reference.name}, to compare with, could not be had: {theirs.message}"
+            if theirs.kind is not FailureKind.OUT_OF_MEMORY:
+                break
+        return why
+
+    def _losses(self, record: TrialRecord, config: TrialConfig, summary: StudySummary) -> LossCurve | Failure:
+        self._observer.numerics_started(record, config, summary)
+        folder = self._results.numerics(record.config, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        return self._verification.training.losses(config, folder, self._observer.phase)
+
+
+def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, list[TrialConfig]]:
+    """What of a configuration is compared, and with what: untuned, on the same samples a step.
+
+    Returns:
+        The configuration with no more micro-steps than show everything; and the references in the order to try them,
+        each smaller than the one before it. None where the configuration is itself untuned. What was allowed to change
+        the numbers is in the references, too.
+    """
+    baseline = summary.baseline
+    stage = baseline.config.zero_stage if baseline is not None else winner.zero_stage
+    accumulation = min(winner.gradient_accumulation_steps, COMPARED_ACCUMULATION)
+    config = dataclasses.replace(winner, gradient_accumulation_steps=accumulation)
+    knobs_kept = {field: value for field, value in winner.knobs_on.items() if KNOBS[field].numerics is not None}
+    if winner.zero_stage == stage and knobs_kept == winner.knobs_on:
+        return config, []
+    fitted = [
+        record.config.micro_batch_size
+        for record in summary.eligible
+        if record.config.zero_stage == stage and not record.config.knobs_on
+    ]
+    largest = max(fitted, default=1)
+    sizes = [
+        size
+        for size in range(winner.micro_batch_size, 0, -1)
+        if winner.micro_batch_size % size == 0 and (size <= largest or size == 1)
+    ]
+    samples = winner.micro_batch_size * accumulation
+    return config, [
+        TrialConfig(zero_stage=stage, micro_batch_size=size, gradient_accumulation_steps=samples // size, **knobs_kept)
+        for size in sizes
+    ]

@@ -1,0 +1,31 @@
+"""Who is told how a study goes."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from objectives.numerics import NumericsCheck
+from objectives.trial import Outcome, TrialConfig
+from storage.records import StudySummary, TrialRecord
+
+
+class Observer(Protocol):
+    """Who is told how a study goes."""
+
+    def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
+        """The study is open; `again` names interrupted configurations that will run again."""
+
+    def trial_started(self, number: int, config: TrialConfig, summary: StudySummary) -> None: ...
+
+    def phase(self, phase: str) -> None: ...
+
+    def trial_finished(self, record: TrialRecord, summary: StudySummary) -> None: ...
+
+    def verification_started(self, record: TrialRecord, summary: StudySummary) -> None: ...
+
+    def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None: ...
+
+    def numerics_started(self, record: TrialRecord, compared: TrialConfig, summary: StudySummary) -> None:
+        """A finalist's losses are compared; `compared` runs now, the finalist or what it is compared with."""
+
+    def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
+        """What they showed, or why they could not be compared."""
