@@ -5,6 +5,7 @@ from typing import Any
 
 from objectives.numerics import NumericsCheck
 from objectives.trial import Measurement
+from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord
 
@@ -26,6 +27,8 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "best": _trial(best, summary) if best else None,
         "baseline": _trial(baseline, summary) if baseline else None,
         "tied": list(summary.tied),
+        "contributions": summary.contributions.to_json() if summary.contributions else None,
+        "explanation": explanation_lines(summary),
         "numerics": [_numerics(name, found) for name, found in summary.numerics.items()],
         "not_launched": [each.to_json() for each in summary.excluded],
         "forecast_errors": dataclasses.asdict(errors) if (errors := forecast_errors(summary)) else None,

@@ -44,6 +44,10 @@ class ResultsFolder:
         """Where one of the two runs that compare a configuration's losses has its logs."""
         return self.trial(config) / "numerics" / compared.name
 
+    def ablation(self, winner: TrialConfig, config: TrialConfig) -> Path:
+        """For a run of the winner without one of its settings."""
+        return self.trial(winner) / "ablations" / config.name
+
     @property
     def summary_text(self) -> Path:
         return self.root / "summary.txt"

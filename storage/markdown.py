@@ -7,6 +7,7 @@ import tabulate
 from objectives.machine import GIB
 from objectives.numerics import NumericsCheck
 from objectives.trial import KNOBS, Figures, Measurement
+from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord
 
@@ -30,6 +31,7 @@ def summary_markdown(summary: StudySummary) -> str:
         f"\n{closing_line(summary)}",
         "\n## Trials\n",
         trial_table(summary),
+        *_explanation(summary),
         *_numerics(summary),
         *_cost_model(summary),
         "\n## How this was measured\n",
@@ -165,6 +167,12 @@ def trial_table(summary: StudySummary) -> str:
     knobs = ["stage", "mbs", "gas", *(KNOBS[field].short for field in shown)]
     headers = ["#", "name", *knobs, "global batch", rate, peak, "state", "note"]
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _explanation(summary: StudySummary) -> list[str]:
+    """Why the best is as fast as it is, and what would make it faster."""
+    lines = explanation_lines(summary)
+    return ["\n## Why\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def _numerics(summary: StudySummary) -> list[str]:

@@ -12,6 +12,7 @@ from objectives.numerics import NumericsCheck
 from objectives.timing import speedup_ci95
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
+from storage.ablations import Contributions
 from storage.verification import VerifiedRate, verified_rate
 
 RECORD_VERSION = 1
@@ -159,6 +160,8 @@ class StudySummary:
     """Those that the winner is not settled to be faster than."""
     numerics: Mapping[str, NumericsCheck | str] = dataclasses.field(default_factory=dict)
     """What the finalists' losses showed, or why they could not be compared, by the configuration's name."""
+    contributions: Contributions | None = None
+    """What each setting of the winner brings; None before it was measured."""
     excluded: Sequence[Excluded] = ()
     """What was not launched because it certainly does not fit."""
 

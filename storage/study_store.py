@@ -22,6 +22,7 @@ from objectives.machine import GIB, Machine
 from objectives.numerics import NumericsCheck
 from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
+from storage.ablations import Contributions
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
 
@@ -38,6 +39,7 @@ WINNER = "ds_tune:winner"
 VERIFICATION = "ds_tune:verification:"
 EXCLUDED = "ds_tune:excluded"
 NUMERICS = "ds_tune:numerics:"
+CONTRIBUTIONS = "ds_tune:contributions"
 RECORD = "record"
 SOURCE = "source"
 
@@ -232,6 +234,9 @@ class StudyStore:
                 for key, value in attributes.items()
                 if key.startswith(NUMERICS)
             },
+            contributions=Contributions.from_json(json.loads(attributes[CONTRIBUTIONS]))
+            if CONTRIBUTIONS in attributes
+            else None,
             excluded=[Excluded.from_json(each) for each in json.loads(attributes.get(EXCLUDED, "[]"))],
         )
 
@@ -264,6 +269,20 @@ class StudyStore:
         """Stores what a finalist's losses showed, or why they could not be compared."""
         document = {"unchecked": found} if isinstance(found, str) else found.to_json()
         self.study.set_user_attr(f"{NUMERICS}{name}", json.dumps(document))
+
+    def set_contributions(self, found: Contributions) -> None:
+        """What each setting of the winner brings."""
+        self.study.set_user_attr(CONTRIBUTIONS, json.dumps(found.to_json()))
+
+    def importances(self) -> dict[str, float]:
+        """Optuna's share of each parameter in the differences of throughput, the largest first; empty if it has none.
+
+        Its evaluators need some complete trials that differ.
+        """
+        try:
+            return optuna.importance.get_param_importances(self.study)
+        except (ValueError, RuntimeError):
+            return {}
 
     def set_excluded(self, excluded: Sequence[Excluded]) -> None:
         """What was not launched because it certainly does not fit."""

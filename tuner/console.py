@@ -14,6 +14,7 @@ import rich.text
 from objectives.machine import GIB
 from objectives.numerics import NumericsCheck
 from objectives.trial import Figures, Measurement, Outcome, TrialConfig
+from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
 from storage.markdown import (
     duration_words,
@@ -113,6 +114,10 @@ class Console:
         if isinstance(found, NumericsCheck) and found.fault is not None:
             self.say(f"     {numerics_words(record.config.name, found)}")
 
+    def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> None:
+        self._running = _RunningTrial(config, summary)
+        self._running.title = f"why {winner.config.name} is fast:"
+
     def _live_line(self) -> rich.text.Text:
         running = self._running
         if running is None:
@@ -140,6 +145,8 @@ class Console:
             self._say_batch_difference(summary)
         for name, found in summary.numerics.items():
             self.say(numerics_words(name, found))
+        for line in explanation_lines(summary):
+            self.say(line)
         if summary.ended is not None and summary.best is not None:
             self.say(f"Stopped after {summary.finished_trials} of {summary.trials_total} trials: {summary.ended}.")
         for line in forecast_lines(summary):

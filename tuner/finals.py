@@ -1,10 +1,13 @@
-"""What comes behind the search: the finalists run again, and the winner's losses are compared with untuned training."""
+"""What comes behind the search: who really is the fastest, whether it trains what it should, and why it is fast."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 
 from objectives.numerics import LossCurve, NumericsCheck
 from objectives.objective import Objective, TrainingObjective
-from objectives.trial import KNOBS, Failure, FailureKind, Measurement, TrialConfig
+from objectives.trial import CORE_FIELDS, KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from storage.ablations import Ablation, Contributions
 from storage.layout import ResultsFolder
 from storage.records import StudyState, StudySummary, TrialRecord
 from storage.study_store import StudyStore
@@ -14,6 +17,10 @@ from tuner.verification import candidates, judge, next_runs, verified_rates
 
 COMPARED_ACCUMULATION = 2
 """More micro-steps a step show nothing that two do not; the comparison is spared them."""
+
+MIN_ABLATION_SECONDS = 20.0
+ABLATION_SHARE = 0.5
+"""Of the time that the search took: so much may be spent on saying why its winner is fast."""
 
 AS_UNTUNED = "nothing in it can change the numbers: only its batch sizes are not the baseline's"
 
@@ -29,7 +36,7 @@ class Verification:
 
 
 class Finals:
-    """Finds the winner of a study whose search is over; where an interruption stopped it, it goes on."""
+    """Finds and explains the winner of a study whose search is over; where an interruption stopped it, it goes on."""
 
     def __init__(
         self,
@@ -38,7 +45,13 @@ class Finals:
         verification: Verification,
         observer: Observer,
         stop: StopSignals,
+        is_legal: Callable[[TrialConfig], bool],
     ) -> None:
+        """
+        Args:
+            is_legal: whether the study could have proposed a configuration.
+        """
+        self._is_legal = is_legal
         self._store = store
         self._results = results
         self._verification = verification
@@ -46,11 +59,14 @@ class Finals:
         self._stop = stop
 
     def run(self) -> None:
-        """Until there is a winner that trains what the baseline trains, nobody is left, or told to stop."""
+        """Until there is a winner that trains what the baseline trains, and its explanation, or nobody is left."""
         failed: set[str] = set()
         while not self._stop.requested:
             summary = self._store.summary()
-            if summary.state is StudyState.UNFINISHED or summary.winner is not None or summary.fastest is None:
+            if summary.state is StudyState.UNFINISHED or summary.fastest is None:
+                return
+            if summary.winner is not None:
+                self._ablate(summary)
                 return
             turn = next_runs(summary, summary.verification, frozenset(failed))
             if turn:
@@ -64,7 +80,7 @@ class Finals:
             [leader] = [record for record in field if record.config.name == verdict.leader]
             if verdict.leader in summary.numerics:  # and without a fault, or it would be no candidate
                 self._store.set_winner(verdict.leader, verdict.tied)
-                return
+                continue
             self._check_numerics(leader, summary)
 
     def _run_again(self, turn: list[TrialRecord], summary: StudySummary, failed: set[str]) -> None:
@@ -118,6 +134,61 @@ class Finals:
         folder = self._results.numerics(record.config, config)
         folder.mkdir(parents=True, exist_ok=True)
         return self._verification.training.losses(config, folder, self._observer.phase)
+
+    def _ablate(self, summary: StudySummary) -> None:
+        """Runs the winner without each of its settings in turn, as far as the study's trials do not tell."""
+        winner, before = summary.best, summary.contributions
+        if winner is None or (before is not None and before.winner == winner.config.name):
+            return
+        known = {record.config: record.outcome for record in summary.records}
+        started, affordable = time.monotonic(), max(MIN_ABLATION_SECONDS, ABLATION_SHARE * summary.tuning_seconds)
+        ablations, missing = [], False
+        try:
+            for field, config in ablated(winner.config, summary, self._is_legal):
+                outcome = known.get(config)
+                if outcome is None:
+                    if self._stop.requested:
+                        return
+                    missing = time.monotonic() - started >= affordable
+                    if missing:
+                        break
+                    outcome = self._run_ablation(winner, config, summary)
+                ablations.append(Ablation.of(field, config, outcome))
+        finally:
+            self._verification.training.close()
+        self._store.set_contributions(
+            Contributions(
+                winner=winner.config.name,
+                ablations=tuple(ablations),
+                importances=self._store.importances() if missing else {},
+            )
+        )
+
+    def _run_ablation(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> Outcome:
+        self._observer.ablation_started(winner, config, summary)
+        folder = self._results.ablation(winner.config, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        # What is much slower is given up early, as in the search: an estimate of it is enough.
+        return self._verification.training.run(
+            config, folder, self._observer.phase, best_samples_per_second=winner.samples_per_second
+        )
+
+
+def ablated(
+    winner: TrialConfig, summary: StudySummary, is_legal: Callable[[TrialConfig], bool]
+) -> list[tuple[str, TrialConfig]]:
+    """The winner less each of its settings: a knob off, or stage or batch sizes as the baseline has them.
+
+    What the study could not have proposed is left out, such as another batch size where the global batch is fixed.
+    """
+    changes: list[tuple[str, int | str]] = [(field, KNOBS[field].off) for field in winner.knobs_on]
+    if summary.baseline is not None:
+        for field in CORE_FIELDS:
+            value = getattr(summary.baseline.config, field)
+            if value != getattr(winner, field):
+                changes.append((field, value))
+    configs = [(field, TrialConfig.from_json({**winner.to_json(), field: value})) for field, value in changes]
+    return [(field, config) for field, config in configs if is_legal(config)]
 
 
 def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, list[TrialConfig]]:

@@ -29,3 +29,6 @@ class Observer(Protocol):
 
     def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
         """What they showed, or why they could not be compared."""
+
+    def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> None:
+        """The winner runs without one of its settings, to see what that brings."""

@@ -102,7 +102,8 @@ class Study:
             trials = store.study.get_trials(deepcopy=False)
             store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
             if spec.verify and self._verification is not None:
-                Finals(store, spec.results, self._verification, self._observer, self._stop).run()
+                legal = frozenset(self._space.legal)
+                Finals(store, spec.results, self._verification, self._observer, self._stop, legal.__contains__).run()
             store.note(summary_markdown(store.summary()))
             return store.summary()
 

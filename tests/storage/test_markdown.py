@@ -30,6 +30,7 @@ def test_it_has_the_published_sections_in_their_order(finished: StudySummary) ->
         "## Throughput",
         "## Detailed result summary",
         "## Trials",
+        "## Why",
         "## How this was measured",
     ]
 

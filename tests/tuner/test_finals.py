@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 import jsonschema
+import pytest
 
 from objectives.machine import GIB, Machine
 from objectives.numerics import LossCurve, NumericsCheck
 from objectives.trial import Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, StudySummary, TrialRecord
-from tuner.finals import compared
+from tuner.finals import ablated, compared
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -86,6 +87,51 @@ def test_what_was_allowed_to_change_the_numbers_is_in_the_reference_too() -> Non
     winner = config(1, 1, dropout="none", padded_vocabulary=64)
     _, references = compared(winner, summary(config(0, 1), winner))
     assert names(references) == ["z0_dropout-none_gas1_tmbspg1"]
+
+
+def test_each_setting_is_taken_back_by_itself() -> None:
+    winner = config(1, 8, 2, compile="blocks", overlap_comm="on")
+    found = ablated(winner, summary(config(0, 1), winner), lambda config: True)
+    assert [(field, each.name) for field, each in found] == [
+        ("compile", "z1_overlap-on_gas2_tmbspg8"),
+        ("overlap_comm", "z1_compile-blocks_gas2_tmbspg8"),
+        ("zero_stage", "z0_compile-blocks_overlap-on_gas2_tmbspg8"),
+        ("micro_batch_size", "z1_compile-blocks_overlap-on_gas2_tmbspg1"),
+        ("gradient_accumulation_steps", "z1_compile-blocks_overlap-on_gas1_tmbspg8"),
+    ]
+    # ZeRO-0 overlaps nothing, and a fixed global batch leaves no other batch sizes.
+    legal = {config(1, 8, 2, overlap_comm="on"), config(1, 8, 2, compile="blocks")}
+    assert [field for field, _ in ablated(winner, summary(config(0, 1), winner), legal.__contains__)] == [
+        "compile",
+        "overlap_comm",
+    ]
+
+
+def test_what_each_setting_brings_is_measured_once_and_reported(tune: Tune, tmp_path: Path) -> None:
+    finished = tune("--trials", "9", "--seed", "1", "--json", answer="stage 2 is fastest")
+    document = json.loads(finished.stdout)
+    found = document["contributions"]
+    best = document["best"]
+    assert found["winner"] == best["name"]
+    by_field = {each["field"]: each for each in found["ablations"]}
+    stage = by_field["zero_stage"]
+    assert (stage["value"], stage["reason"]) == (0, None)
+    # 1.3 times as fast as the formula has it, whose stages cost 4% each.
+    gain = best["samples_per_second"] / stage["samples_per_second"] - 1
+    assert gain == pytest.approx(1.3 * 0.92 - 1, abs=1e-3)
+    words = f"zero_stage 2 rather than 0 brings {gain:+.1%} ({stage['name']}: {stage['samples_per_second']:.2f}"
+    assert words in finished.stderr
+    assert words in (tmp_path / "autotuning_results" / "summary.md").read_text()
+    tried = {trial["name"] for trial in document["trials"]}
+    launched = {path.name for path in (tmp_path / "autotuning_results" / best["name"] / "ablations").iterdir()}
+    assert launched == {each["name"] for each in found["ablations"]} - tried
+    assert json.loads(tune("--trials", "9", "--seed", "1", "--json").stdout)["contributions"] == found
+
+
+def test_without_verification_nothing_is_explained_by_runs(tune: Tune) -> None:
+    document = json.loads(tune("--trials", "3", "--json", "--no-verify").stdout)
+    assert document["contributions"] is None
+    assert document["numerics"] == []
 
 
 def test_a_trial_that_trains_something_else_is_not_eligible() -> None:

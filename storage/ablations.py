@@ -1,0 +1,66 @@
+"""What each setting of the winner contributes: the winner again, with that one setting as in the baseline."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation:
+    """The winner less one setting."""
+
+    field: str
+    """Of `TrialConfig`."""
+    name: str
+    """The configuration's."""
+    value: int | str
+    """What the field has in it."""
+    samples_per_second: float | None
+    """None where it did not run."""
+    reason: str | None
+    """Why it did not."""
+
+    @classmethod
+    def of(cls, field: str, config: TrialConfig, outcome: Outcome) -> Self:
+        """From what that configuration did, in the study or behind it."""
+        rate = outcome.samples_per_second if isinstance(outcome, Measurement) else None
+        reason = outcome.message if isinstance(outcome, Failure) else None
+        if isinstance(outcome, Failure) and outcome.kind is FailureKind.OUT_OF_MEMORY:
+            reason = "out of memory"
+        return cls(
+            field=field, name=config.name, value=getattr(config, field), samples_per_second=rate, reason=reason
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        return cls(**document)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Contributions:
+    """Why the winner is fast: measured, or where that is too dear, as the study's trials let it be estimated."""
+
+    winner: str
+    ablations: tuple[Ablation, ...]
+    importances: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Optuna's share of each searched field in the differences of throughput, where not all was ablated."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "winner": self.winner,
+            "ablations": [each.to_json() for each in self.ablations],
+            "importances": dict(self.importances),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        return cls(
+            winner=document["winner"],
+            ablations=tuple(Ablation.from_json(each) for each in document["ablations"]),
+            importances=document["importances"],
+        )

@@ -1,0 +1,140 @@
+"""Why the best is fast, in sentences."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import pytest
+
+from objectives.machine import GIB, Machine
+from objectives.trial import Figures, Measurement, TrialConfig
+from objectives.workload import Workload
+from storage.ablations import Ablation, Contributions
+from storage.explanation import explanation_lines, first_steps_seconds, first_steps_words
+from storage.records import Source, StudySummary, TrialRecord
+
+H200 = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB, compute_capability="9.0")
+WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+
+
+def measurement(rate: float, samples: int, *, warmup: Sequence[float] = ()) -> Measurement:
+    step = samples / rate
+    return Measurement(
+        step_seconds=(step,) * 4,
+        samples_per_second=rate,
+        samples_per_second_ci95=(rate * 0.99, rate * 1.01),
+        forward_seconds=0.3 * step,
+        backward_seconds=0.6 * step,
+        optimizer_seconds=0.1 * step,
+        deepspeed_samples_per_second=None,
+        warmup_step_seconds=tuple(warmup),
+        skipped_steps=0,
+        peak_memory_bytes=60 * GIB,
+        reserved_memory_bytes=60 * GIB,
+        alloc_retries=0,
+        setup_seconds=5.0,
+        wall_seconds=10.0,
+        model_parameters=1_557_611_200,
+        flops_per_sample=1.0e13,
+    )
+
+
+def config(stage: int, mbs: int, gas: int = 1, **knobs: int | str) -> TrialConfig:
+    return TrialConfig(
+        zero_stage=stage, micro_batch_size=mbs, gradient_accumulation_steps=gas, **knobs  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+BASELINE, BEST = config(0, 1), config(1, 16, 2, compile="blocks")
+
+
+def summary(
+    *,
+    best: TrialConfig = BEST,
+    warmup: Sequence[float] = (),
+    machine: Machine = H200,
+    workload: Workload = WORKLOAD,
+    **changes: object,
+) -> StudySummary:
+    records = [
+        TrialRecord(
+            number=number, config=each, outcome=outcome, source=source, started_at="2026-11-24T00:00:00+00:00",
+            machine=machine, versions={},
+        )
+        for number, (each, outcome, source) in enumerate(
+            (
+                (BASELINE, measurement(20.0, 2), Source.BASELINE),
+                (best, measurement(80.0, best.global_batch_size(2), warmup=warmup), Source.SEARCH),
+            )
+        )
+    ]  # fmt: skip
+    study = StudySummary(
+        study="s", workload=workload, machine=machine, versions={}, trials_total=2, tuning_seconds=60.0, ended=None,
+        records=records,
+    )  # fmt: skip
+    return dataclasses.replace(study, **changes)  # type: ignore[arg-type]
+
+
+def test_it_begins_with_what_most_of_a_step_goes_to() -> None:
+    first = explanation_lines(summary())[0]
+    assert first.startswith("Most of a step of z1_compile-blocks_gas2_tmbspg16, about ")
+    assert "goes to computing; each GPU does 400 of its 989 TFLOP/s." in first
+
+
+def test_tiny_micro_batches_wait_for_the_host() -> None:
+    assert "goes to launching kernels, for which the GPU waits" in explanation_lines(summary(best=config(3, 1, 2)))[0]
+
+
+def test_without_a_formula_for_the_model_the_rest_is_still_said() -> None:
+    contributions = Contributions(winner=BEST.name, ablations=(
+        Ablation(field="compile", name="z1_gas2_tmbspg16", value="off", samples_per_second=64.0, reason=None),
+        Ablation(field="zero_stage", name="z0_x", value=0, samples_per_second=None, reason="out of memory"),
+    ))  # fmt: skip
+    unknown = dataclasses.replace(WORKLOAD, model="/nonesuch")
+    lines = explanation_lines(summary(workload=unknown, contributions=contributions))
+    assert lines == [
+        "compile blocks rather than off brings +25.0% (z1_gas2_tmbspg16: 64.00 samples/s).",
+        "zero_stage 1 rather than 0 makes it run (z0_x: out of memory).",
+    ]
+
+
+def test_where_not_all_was_measured_optunas_importance_stands_in_and_says_so() -> None:
+    contributions = Contributions(winner=BEST.name, ablations=(), importances={"micro_batch_size": 0.7, "compile": 0.3})
+    lines = explanation_lines(summary(contributions=contributions))
+    assert (
+        "Not all of it was measured one by one; by Optuna's importance of the trials: micro_batch_size 70%, "
+        "compile 30%."
+    ) in lines
+
+
+def test_contributions_to_another_winner_are_left_out() -> None:
+    other = Contributions(winner="z0_gas1_tmbspg1", ablations=(), importances={"zero_stage": 1.0})
+    assert not any("importance" in line for line in explanation_lines(summary(contributions=other)))
+
+
+def test_slow_first_steps_pay_off_after_so_many() -> None:
+    """64 samples take 3.2 s at 20 a second and 0.8 s at 80: each step makes up for 2.4 of the 29.2 s."""
+    assert first_steps_words(summary(warmup=(30.0,))) == (
+        "Its first steps take 29 s longer than later ones (compilation), which pays off after 13 steps."
+    )
+    assert first_steps_words(summary(warmup=(0.9, 0.8))) is None
+
+
+def test_a_compilation_found_in_a_cache_later_still_counts() -> None:
+    cold, cached = measurement(80.0, 64, warmup=(30.8,)), measurement(80.0, 64, warmup=(1.8,))
+    assert first_steps_seconds([cached, cold]) == pytest.approx(30.0)
+
+
+def test_the_next_steps_are_predictions_of_hardware() -> None:
+    lines = explanation_lines(summary(best=config(1, 16)))
+    assert any(re.match(r"Twice the GPUs are predicted to train [12]\.\d\d times as fast", line) for line in lines), lines
+    assert any(line.startswith("Memory is the limit: a micro-batch of 32 is predicted to bring +") for line in lines)
+
+
+def test_figures_that_nobody_measured_say_so_in_every_sentence() -> None:
+    lines = explanation_lines(summary(figures=Figures.SIMULATED))
+    assert lines and all(line.endswith(", simulated.") for line in lines), lines
+
+
+def test_a_study_without_a_best_explains_nothing() -> None:
+    assert explanation_lines(summary(records=[])) == []
