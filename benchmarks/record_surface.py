@@ -7,6 +7,7 @@ off. Beyond half as much again as a micro-batch that ran out of memory, larger o
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from objectives.deepspeed_objective import DeepSpeedObjective
+from objectives.knobs import Site
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine, detect_machine, software_versions
 from objectives.timing import StepPlan
 from objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
+from tuner.space import site_of
 from tuner.spec import DEFAULTS, parse_memory
 
 PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005)
@@ -80,9 +83,12 @@ def line(config: TrialConfig, outcome: Outcome, trial_s: float) -> dict[str, Any
     return row
 
 
-def grid(arguments: argparse.Namespace) -> list[TrialConfig]:
-    """All configurations in the order given: gas slowest, so that a record that is cut off is still a full grid."""
-    return [
+def grid(arguments: argparse.Namespace, site: Site) -> list[TrialConfig]:
+    """All configurations in the order given: gas slowest, so that a record that is cut off is still a full grid.
+
+    Those with a knob that has no meaning there are left out: without it they are other lines of the grid.
+    """
+    configs = [
         TrialConfig(
             zero_stage=stage,
             micro_batch_size=mbs,
@@ -94,6 +100,11 @@ def grid(arguments: argparse.Namespace) -> list[TrialConfig]:
             arguments.gas, arguments.knobs, arguments.ckpt, arguments.stage, arguments.mbs
         )
         if mbs * gas <= arguments.max_samples
+    ]
+    return [
+        config
+        for config in configs
+        if all(KNOBS[field].exists(dataclasses.asdict(config), site) for field in config.knobs_on)
     ]
 
 
@@ -173,7 +184,7 @@ def main() -> int:
         objective.prepare()
         warm = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
         objective.run(warm, folder, lambda phase: None)  # the first trial of a process takes seconds longer
-        for config in grid(arguments):
+        for config in grid(arguments, site_of(workload, machine)):
             kind = str((config.zero_stage, config.knobs_on))
             key = (kind, config.micro_batch_size, config.gradient_accumulation_steps)
             if key in known or beyond(config, rows):

@@ -315,6 +315,22 @@ class Space:
         return document
 
 
+def site_of(workload: Workload, machine: Machine) -> Site:
+    """What decides on this machine, for this model, which knobs have a meaning."""
+    try:
+        architecture = architecture_of(workload)
+        vocabulary = 0 if architecture.is_masked else architecture.vocabulary
+    except UsageError:
+        vocabulary = 0
+    capability = machine.compute_capability or "0.0"
+    return Site(
+        device=machine.device,
+        ranks=machine.ranks,
+        vocabulary=vocabulary,
+        flash_attention=int(capability.split(".")[0]) >= 8 and importlib.util.find_spec("flash_attn") is not None,
+    )
+
+
 def study_space(
     limits: Limits,
     *,
@@ -331,16 +347,4 @@ def study_space(
     """
     if only is not None:
         return Space(limits, only=only)
-    try:
-        architecture = architecture_of(workload)
-        vocabulary = 0 if architecture.is_masked else architecture.vocabulary
-    except UsageError:
-        vocabulary = 0
-    capability = machine.compute_capability or "0.0"
-    site = Site(
-        device=machine.device,
-        ranks=limits.ranks,
-        vocabulary=vocabulary,
-        flash_attention=int(capability.split(".")[0]) >= 8 and importlib.util.find_spec("flash_attn") is not None,
-    )
-    return Space(limits, dimensions_of(preset, allowed), site=site)
+    return Space(limits, dimensions_of(preset, allowed), site=site_of(workload, machine))

@@ -189,6 +189,20 @@ def test_more_goes_on_though_nothing_is_expected_to_be_faster(tune: Run, search:
     assert "Stopped after" not in output
 
 
+@both
+def test_more_of_a_study_that_ended_before_its_total_adds_to_the_trials_it_has(
+    tune: Run, search: Search, answers: list[str]
+) -> None:
+    search(answers)
+    settled = summary()
+    assert settled.ended is not None and settled.finished_trials < settled.trials_total
+    status, output, _ = tune(*answers, "--more", "2")
+    assert status == 0
+    count = settled.finished_trials
+    assert f"trial {count + 2}/{count + 2}: " in output
+    assert len(summary().records) == count + 2
+
+
 def test_a_search_of_what_cannot_fit_ends(tune: Run, folder: Path) -> None:
     header, *lines = [json.loads(line) for line in RECORDED.read_text().splitlines()]
     small = next(line for line in lines if (line["stage"], line["mbs"], line["gas"], line["ckpt"]) == (0, 1, 1, 0))

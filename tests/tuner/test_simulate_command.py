@@ -290,3 +290,12 @@ def test_other_imagined_hardware_is_another_study(simulate: Run, folder: Path) -
     assert status == 2
     assert "hardware name NVIDIA H100 there, NVIDIA H200 here" in error
     assert len(names(folder)) == 2
+
+
+def test_another_seed_is_another_machine(simulate: Run, folder: Path) -> None:
+    """Its deviations from the formulas are drawn from the seed: figures of two seeds cannot be compared."""
+    simulate("--trials", "2", "--model", "gpt2", "--seed", "1", hardware="2xH100")
+    status, _, error = simulate("--trials", "4", "--model", "gpt2", "--seed", "2", hardware="2xH100")
+    assert status == 2
+    assert "recording simulated machine 1 there, simulated machine 2 here" in error
+    assert len(names(folder)) == 2

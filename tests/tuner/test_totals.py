@@ -100,6 +100,12 @@ def test_nothing_fits(tune: Tune, tmp_path: Path) -> None:
     assert finished_trials(tmp_path) == 4
 
 
+def test_nothing_has_fitted_as_far_as_was_asked(tune: Tune, tmp_path: Path) -> None:
+    done = tune("--trials", "2", answer="nothing fits")
+    assert done.returncode == 3
+    assert "Nothing has fitted so far: none of 2 trials did; --more M tries M more." in done.stdout
+
+
 def test_crashes_in_a_row_end_the_tuner_with_what_was_logged(tune: Tune, tmp_path: Path) -> None:
     done = tune("--trials", "9", answer="crash")
     assert done.returncode == 1
