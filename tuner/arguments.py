@@ -158,6 +158,12 @@ def _add_space_options(parser: argparse.ArgumentParser) -> None:
         help="core: ZeRO stage, mbs and gas; speed: and what usually pays; full: every knob (default core)",
     )
     space.add_argument(
+        "--space",
+        type=Path,
+        metavar="FILE",
+        help="your own space instead of a preset: values, ranges and constraints in TOML or YAML (docs/knobs.md)",
+    )
+    space.add_argument(
         "--allow",
         action="append",
         default=[],

@@ -17,6 +17,9 @@ import sqlalchemy.exc
 from objectives.cost_model.hardware import hardware_of, machine_of
 from objectives.cost_model.model import CostModel
 from objectives.errors import DsTuneError, UsageError
+from objectives.machine import Machine
+from objectives.trial import TrialConfig
+from objectives.workload import Workload
 from storage.document import study_document
 from storage.export import export
 from storage.layout import ResultsFolder
@@ -28,7 +31,8 @@ from tuner.answers import Answers, answers_for, imagined_workload
 from tuner.arguments import NUMERICS, dashboard_parser, export_parser, plan_parser, report_parser, tune_parser
 from tuner.console import Console
 from tuner.plan import hardware_asked_for, make_plan, print_plan
-from tuner.space import Limits, study_space
+from tuner.space import Limits, site_of, study_space
+from tuner.space_file import SpaceFile
 from tuner.spec import DEFAULT_SAMPLER, DEFAULT_TRIAL_SECONDS, DEFAULTS, StudySpec, parse_memory, results_folder
 from tuner.stopping import StopNow, StopSignals
 from tuner.study import Study, quiet_optuna
@@ -104,10 +108,12 @@ def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
         max_global_batch=arguments.max_global_batch or answers.max_global_batch,
         global_batch=arguments.global_batch,
     )
+    if arguments.space is not None and answers.only is not None:
+        raise UsageError("--space does not go with --replay, whose space is what was recorded; leave out one")
     preset, allowed = _preset(arguments)
+    only = answers.only or _listed_space(arguments, limits, answers.workload, answers.machine, allowed)
     study_space(
-        limits, preset=preset, allowed=allowed, workload=answers.workload, machine=answers.machine,
-        only=answers.only,
+        limits, preset=preset, allowed=allowed, workload=answers.workload, machine=answers.machine, only=only
     )  # fmt: skip
     if arguments.storage is not None:
         check_storage_url(arguments.storage)
@@ -127,7 +133,7 @@ def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
         allowed=allowed,
         sampler=arguments.sampler,
         verify=not arguments.no_verify,
-        only=answers.only,
+        only=only,
         recording=answers.recording,
         versions=answers.versions,
     )
@@ -145,6 +151,22 @@ def _preset(arguments: argparse.Namespace) -> tuple[str, frozenset[str]]:
     return arguments.preset or "core", frozenset(word.removeprefix("numerics:") for word in arguments.allow)
 
 
+def _listed_space(
+    arguments: argparse.Namespace, limits: Limits, workload: Workload, machine: Machine, allowed: frozenset[str]
+) -> Sequence[TrialConfig] | None:
+    """The configurations of `--space FILE`; None without one.
+
+    Raises:
+        UsageError: the file is not to be understood, or describes nothing that could be tried.
+    """
+    if arguments.space is None:
+        return None
+    if arguments.preset is not None:
+        raise UsageError("--space does not go with --preset: the file can name one itself; leave out one")
+    limits.check()
+    return SpaceFile.read(arguments.space).configurations(limits, site_of(workload, machine), allowed)
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Predicts, without running anything."""
     cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
@@ -158,7 +180,11 @@ def plan(arguments: argparse.Namespace) -> int:
         global_batch=arguments.global_batch,
     )
     preset, allowed = _preset(arguments)
-    space = study_space(limits, preset=preset, allowed=allowed, workload=model.workload, machine=machine_of(hardware))
+    machine = machine_of(hardware)
+    only = _listed_space(arguments, limits, model.workload, machine, allowed)
+    space = study_space(
+        limits, preset=preset, allowed=allowed, workload=model.workload, machine=machine, only=only
+    )  # fmt: skip
     found = make_plan(model, space, best=arguments.best, each_accumulation=arguments.json)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))

@@ -102,6 +102,16 @@ def knob_dimension(field: str, values: Sequence[Scalar]) -> Dimension:
 PRESETS = ("core", "speed", "full")
 
 
+def knob_values(preset: str, allowed: Collection[str] = ()) -> dict[str, tuple[Scalar, ...]]:
+    """What a preset has of each knob, beside off; see `dimensions_of`."""
+    found: dict[str, tuple[Scalar, ...]] = {}
+    for field, knob in KNOBS.items():
+        found[field] = {"core": (), "speed": knob.speed, "full": knob.values}[preset]
+        if knob.numerics is not None:
+            found[field] = knob.values if field in allowed else ()
+    return found
+
+
 def dimensions_of(preset: str, allowed: Collection[str] = ()) -> tuple[Dimension, ...]:
     """The dimensions of a preset.
 
@@ -109,12 +119,7 @@ def dimensions_of(preset: str, allowed: Collection[str] = ()) -> tuple[Dimension
         preset: `core` (stage, mbs, gas), `speed` (and what usually pays) or `full` (all that keeps the numbers).
         allowed: knobs that change the numbers training produces, and are to be searched all the same.
     """
-    knobs = []
-    for field, knob in KNOBS.items():
-        values = {"core": (), "speed": knob.speed, "full": knob.values}[preset]
-        if knob.numerics is not None:
-            values = knob.values if field in allowed else ()
-        knobs.append(knob_dimension(field, values))
+    knobs = [knob_dimension(field, values) for field, values in knob_values(preset, allowed).items()]
     return (*DIMENSIONS[:3], *knobs)
 
 

@@ -196,7 +196,7 @@ class Study:
         known = [tried[config.name] for config in self._space.baselines() if config.name in tried]
         if any(record.state is TrialState.FAILED for record in known):
             return None  # a crash says nothing about memory
-        smallest = "one sample a rank" if self._space.only is None else "the smallest recorded configuration"
+        smallest = "one sample a rank" if self._space.only is None else "the smallest configuration there is"
         return f"not even {smallest} fits, in any ZeRO stage"
 
     def _is_in_vain(self, store: StudyStore, config: TrialConfig) -> bool:

@@ -1,0 +1,254 @@
+"""`--space FILE`: a search space in the user's own words, in TOML or YAML.
+
+    preset = "core"                                  # what is not listed below: core or speed
+    [search]
+    zero_stage = [1, 2]
+    micro_batch_size = {min = 4, max = 32, step = 4}
+    compile = ["off", "blocks"]
+    [fixed]
+    activation_checkpointing = 1
+
+with `constraints = ["micro_batch_size * gradient_accumulation_steps <= 64"]` above the first table. A file becomes the
+list of its configurations, and the study's space is restricted to these.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from objectives.errors import UsageError
+from objectives.knobs import Scalar, Site
+from objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
+from tuner.conditions import Condition
+from tuner.space import COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values
+
+FIELDS = (*CORE_FIELDS, *KNOBS)
+PRESETS_TO_EXTEND = ("core", "speed")
+"""All combinations of what `full` has are millions."""
+
+MAX_CONFIGURATIONS = 100_000
+"""The search looks at each of them before every trial."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SpaceFile:
+    """What such a file says, checked as far as the file alone allows."""
+
+    path: Path
+    preset: str
+    values: Mapping[str, tuple[Scalar, ...]]
+    """Of each field listed, in the file's order."""
+    conditions: tuple[Condition, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """
+        Raises:
+            UsageError: there is no such file, or something in it is not to be understood.
+        """
+        document = _parse(path)
+        for key in document:
+            if key not in ("preset", "search", "fixed", "constraints"):
+                raise _refusal(path, f"{_unknown(key, ('preset', 'search', 'fixed', 'constraints'))}")
+        preset = document.get("preset", "core")
+        if preset not in PRESETS_TO_EXTEND:
+            raise _refusal(path, f"preset is {' or '.join(PRESETS_TO_EXTEND)}, not {preset!r}")
+        values: dict[str, tuple[Scalar, ...]] = {}
+        for table in ("search", "fixed"):
+            entries = document.get(table, {})
+            if not isinstance(entries, Mapping):
+                raise _refusal(path, f"{table} is a table of fields, such as zero_stage = 1")
+            for field, entry in entries.items():
+                if field not in FIELDS:
+                    raise _refusal(path, f"{table}: {_unknown(str(field), FIELDS)}")
+                if field in values:
+                    raise _refusal(path, f"{field} is under search and under fixed; leave out one")
+                listed = _listed(path, field, entry) if table == "search" else [entry]
+                values[field] = tuple(dict.fromkeys(_value(path, field, each) for each in listed))
+        constraints = document.get("constraints", [])
+        if not isinstance(constraints, list) or not all(isinstance(text, str) for text in constraints):
+            raise _refusal(path, 'constraints is a list of conditions in quotes, such as ["micro_batch_size >= 4"]')
+        try:
+            conditions = tuple(Condition(text, (*FIELDS, "ranks", "global_batch_size")) for text in constraints)
+        except ValueError as error:
+            raise _refusal(path, f"constraints: {error}") from None
+        return cls(path=path, preset=preset, values=values, conditions=conditions)
+
+    def configurations(self, limits: Limits, site: Site, allowed: Collection[str]) -> tuple[TrialConfig, ...]:
+        """All that it describes.
+
+        Args:
+            site: what decides which knobs have a meaning; where one has none it is off.
+            allowed: knobs that may change the numbers.
+
+        Raises:
+            UsageError: none is left, they are too many, or a knob has no meaning in any.
+        """
+        for field in self.values:
+            if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
+                raise _refusal(self.path, f"{field} changes the numbers of training: add --allow numerics:{field}")
+        kinds: list[dict[str, Any]] = [{}]
+        for field, choices in self._choices(allowed).items():
+            kinds = [{**kind, field: value} for kind in kinds for value in _meaningful(kind, field, choices, site)]
+            self._check_number(len(kinds))
+        sizes = self._batch_sizes(limits)
+        self._check_number(len(kinds) * len(sizes))
+        every = [
+            TrialConfig(**kind, micro_batch_size=size, gradient_accumulation_steps=accumulation)
+            for kind in kinds
+            for size, accumulation in sizes
+        ]
+        try:
+            configs = tuple(config for config in every if self._holds(config, limits))
+        except ValueError as error:
+            raise _refusal(self.path, f"constraints: {error}") from None
+        if not configs:
+            raise _refusal(
+                self.path,
+                f"none of its {len(every)} configurations keeps to its constraints and the limits of the batch sizes",
+            )
+        for field, listed in self.values.items():
+            if field in KNOBS and not any(getattr(config, field) in listed for config in configs):
+                raise _refusal(
+                    self.path, f"{field} has no meaning in any configuration left on this machine (docs/knobs.md)"
+                )
+        return configs
+
+    def _choices(self, allowed: Collection[str]) -> dict[str, tuple[Scalar, ...]]:
+        """Stage and knobs with their values, in the order of `TrialConfig`."""
+        choices: dict[str, tuple[Scalar, ...]] = {"zero_stage": ZERO_STAGES}
+        for field, values in knob_values(self.preset, allowed).items():
+            choices[field] = (KNOBS[field].off, *values)
+        return {field: self.values.get(field, values) for field, values in choices.items()}
+
+    def _batch_sizes(self, limits: Limits) -> list[tuple[int, int]]:
+        """Pairs of mbs and gas within the limits; what is not listed follows from the global batch, or is coarse."""
+        samples = (limits.global_batch or limits.max_global_batch) // limits.ranks
+        powers = tuple(2**power for power in range(samples.bit_length()))
+        sizes = [int(size) for size in self.values.get("micro_batch_size", COARSE_MICRO_BATCHES)]
+        steps = [int(step) for step in self.values.get("gradient_accumulation_steps", powers)]
+        if limits.global_batch is not None and "gradient_accumulation_steps" not in self.values:
+            return [(size, samples // size) for size in sizes if samples % size == 0]
+        return [(size, step) for size in sizes for step in steps if size * step <= samples]
+
+    def _holds(self, config: TrialConfig, limits: Limits) -> bool:
+        names = {field: getattr(config, field) for field in FIELDS}
+        names |= {"ranks": limits.ranks, "global_batch_size": config.global_batch_size(limits.ranks)}
+        return limits.allow(config) and all(condition.holds(names) for condition in self.conditions)
+
+    def _check_number(self, count: int) -> None:
+        if count > MAX_CONFIGURATIONS:
+            raise _refusal(
+                self.path, f"it describes more than {MAX_CONFIGURATIONS} configurations; list fewer values or fix some"
+            )
+
+
+def _meaningful(kind: Mapping[str, Any], field: str, choices: Sequence[Scalar], site: Site) -> Sequence[Scalar]:
+    """Those of a field's values that have a meaning beside the others; off, where none has."""
+    if field not in KNOBS:
+        return choices
+    knob = KNOBS[field]
+    found = [value for value in choices if value == knob.off or knob.exists({**kind, field: value}, site)]
+    return found or [knob.off]
+
+
+def _parse(path: Path) -> Mapping[str, Any]:
+    """The document of a TOML or YAML file, by its suffix."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UsageError(f"--space {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise _refusal(path, "it is not a text file") from None
+    try:
+        if path.suffix == ".toml":
+            document: Any = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            document = yaml.safe_load(text)
+        else:
+            raise _refusal(path, "name it .toml, .yaml or .yml, after what is in it")
+    except tomllib.TOMLDecodeError as error:
+        raise _refusal(path, f"not TOML: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise _refusal(path, f"not YAML: {getattr(error, 'problem', None) or error}{where}") from None
+    if not isinstance(document, Mapping) or not document:
+        raise _refusal(path, "it says nothing; list fields under search or fixed")
+    return document
+
+
+def _listed(path: Path, field: str, entry: Any) -> list[Any]:
+    """The values of an entry of `search`: a list, or a range of whole numbers."""
+    if isinstance(entry, list):
+        if not entry:
+            raise _refusal(path, f"search.{field} is empty; list its values, or leave it out")
+        return entry
+    if not isinstance(entry, Mapping):
+        raise _refusal(
+            path, f"search.{field} is a list of values or a range {{min, max}}; one value belongs under fixed"
+        )
+    off = KNOBS[field].off if field in KNOBS else 0
+    if not isinstance(off, int):
+        raise _refusal(path, f"search.{field} has no range; list its values")
+    numbers = {key: _whole(path, f"search.{field}.{key}", value) for key, value in entry.items()}
+    if not {"min", "max"} <= set(numbers) <= {"min", "max", "step", "factor"} or {"step", "factor"} <= set(numbers):
+        raise _refusal(path, f"search.{field} as a range has min, max and perhaps a step or a factor")
+    low, high = numbers["min"], numbers["max"]
+    if low > high:
+        raise _refusal(path, f"search.{field}: min {low} is more than max {high}")
+    if "factor" in numbers:
+        factor = numbers["factor"]
+        if factor < 2 or low < 1:
+            raise _refusal(path, f"search.{field}: a factor is at least 2, from a min of at least 1")
+        count = 1 + math.floor(math.log(high / low, factor) + 1e-9)
+        return [low * factor**power for power in range(count)]
+    step = numbers.get("step", 1)
+    if step < 1:
+        raise _refusal(path, f"search.{field}: a step is at least 1")
+    if (high - low) // step >= MAX_CONFIGURATIONS:
+        raise _refusal(path, f"search.{field} has more than {MAX_CONFIGURATIONS} values; give it a larger step")
+    return list(range(low, high + 1, step))
+
+
+def _value(path: Path, field: str, value: Any) -> Scalar:
+    """One value of a field, checked."""
+    if field in CORE_FIELDS:
+        number = _whole(path, field, value)
+        if field == "zero_stage" and number not in ZERO_STAGES:
+            raise _refusal(path, f"zero_stage is 0, 1, 2 or 3, not {number}")
+        if field != "zero_stage" and number < 1:
+            raise _refusal(path, f"{field} is at least 1, not {number}")
+        return number
+    knob = KNOBS[field]
+    if isinstance(knob.off, int):
+        number = _whole(path, field, value)
+        if number < 0:
+            raise _refusal(path, f"{field} is 0 for off, or more, not {number}")
+        return number
+    # YAML reads the words on and off as true and false.
+    word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+    if word not in (knob.off, *knob.values):
+        raise _refusal(path, f"{field} is one of {', '.join(map(str, (knob.off, *knob.values)))}, not {word}")
+    return str(word)
+
+
+def _whole(path: Path, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _refusal(path, f"{name} takes whole numbers, not {value!r}")
+    return value
+
+
+def _unknown(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"there is no {word}; " + (f"is {near[0]} meant?" if near else f"there are {', '.join(known)}")
+
+
+def _refusal(path: Path, why: str) -> UsageError:
+    return UsageError(f"--space {path}: {why}")
