@@ -37,6 +37,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # ds-tune need not be installed to be compared with
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from autotuner_results import experiments, winner
 
 from objectives import guard
 from objectives.ds_config import deepspeed_config
@@ -56,6 +59,27 @@ GROUP_ENDS_SECONDS = 10.0
 TRAIN = """\
 from objectives.train import main
 
+main()
+"""
+
+# What DeepSpeedObjective's ranks do; the libraries come first, as they do there.
+TRAIN_CAPPED = """\
+import json, os
+from objectives.train import main
+from objectives.machine import Machine
+from objectives.rank.device import cap_memory
+machine = Machine.from_json(json.loads({machine!r}))
+if machine.device == "cuda":
+    import torch
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+cap_memory(machine)
+main()
+"""
+
+TUNE_CAPPED = """\
+from deepspeed.accelerator import get_accelerator
+get_accelerator().total_memory = lambda device_index=None: {capacity}
+from deepspeed.launcher.runner import main
 main()
 """
 
@@ -88,6 +112,8 @@ class Bench:
     machine: Machine
     stage: str
     """`default`, which leaves the ZeRO stage to the autotuner (it then tries stage 0 only), or `all`."""
+    global_batch: int | None = None
+    """The largest train batch; the autotuner cannot be held to one."""
 
     @property
     def ds_config_path(self) -> Path:
@@ -97,17 +123,21 @@ class Bench:
     def results(self) -> Path:
         return self.folder / "autotuning_results"
 
-    def write_files(self) -> None:
-        """Everything that the autotuner finds in its folder, and nothing of an earlier run."""
-        for left in (self.results, self.folder / "autotuning_exps"):
+    def write_files(self, *, resume: bool = False) -> None:
+        """Everything that the autotuner finds in its folder; of an earlier run only what it is to build on."""
+        for left in () if resume else (self.results, self.folder / "autotuning_exps"):
             shutil.rmtree(left, ignore_errors=True)
         programs = self.folder / "bin"
         programs.mkdir(parents=True, exist_ok=True)
         for name, text in {"deepspeed": DEEPSPEED.format(python=sys.executable), "pdsh": PDSH}.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        (self.folder / "train.py").write_text(TRAIN)
-        self.ds_config_path.write_text(json.dumps(user_config(self.workload, self.machine, self.stage), indent=2))
+        capped = TRAIN_CAPPED.format(machine=json.dumps(self.machine.to_json()))
+        (self.folder / "train.py").write_text(TRAIN if self.machine.memory_cap_bytes is None else capped)
+        (self.folder / "tune.py").write_text(TUNE_CAPPED.format(capacity=self.machine.capacity_bytes))
+        document = user_config(self.workload, self.machine, self.stage, self.global_batch)
+        document["autotuning"]["overwrite"] = not resume  # else it clears its folder before it begins
+        self.ds_config_path.write_text(json.dumps(document, indent=2))
 
     def environment(self) -> dict[str, str]:
         """See the head of this file."""
@@ -126,7 +156,10 @@ class Bench:
         """The launcher's command line; `extra` are arguments of the training script."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--master_port", str(port)]
+        # What the autotuner takes for a GPU's memory has to be the cap, or it would try what cannot fit.
+        tuning_capped = "--autotuning" in options and self.machine.memory_cap_bytes is not None
+        program = ["tune.py"] if tuning_capped else ["-m", "deepspeed.launcher.runner"]
+        launcher = [sys.executable, *program, *options, "--master_port", str(port)]
         script = ["train.py", "--model", self.workload.model, "--seq-len", str(self.workload.seq_len), *extra]
         return [*launcher, *script, "--deepspeed", "--deepspeed_config", str(ds_config)]
 
@@ -157,7 +190,7 @@ class Bench:
         return float(json.loads(figures.read_text())["samples_per_second"])
 
 
-def user_config(workload: Workload, machine: Machine, stage: str) -> dict[str, Any]:
+def user_config(workload: Workload, machine: Machine, stage: str, global_batch: int | None = None) -> dict[str, Any]:
     """What a user would hand to the autotuner: the settings of ds-tune's trials, less what is to be tuned."""
     config = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
     document = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
@@ -168,18 +201,31 @@ def user_config(workload: Workload, machine: Machine, stage: str) -> dict[str, A
     document["autotuning"] = {"enabled": True, "fast": True}
     if machine.device == "cpu":
         document["autotuning"]["max_train_micro_batch_size_per_gpu"] = DEFAULTS["cpu"].max_micro_batch
+    if global_batch is not None:
+        document["autotuning"]["max_train_batch_size"] = global_batch
     return document
 
 
 def run_alone(
-    command: Sequence[str], folder: Path, environment: dict[str, str], log: Path, seconds: float
+    command: Sequence[str],
+    folder: Path,
+    environment: dict[str, str],
+    log: Path,
+    seconds: float,
+    *,
+    grace_seconds: float = 0.0,
 ) -> int | None:
-    """The exit status of a command, or None where it was killed after so many seconds; nothing of it is left."""
+    """The exit status of a command, or None where it was killed after so many seconds; nothing of it is left.
+
+    Args:
+        log: its output is appended there.
+        grace_seconds: how long it may take to end by itself, once told to, before it is killed.
+    """
     # The guard leads the process group: if this script is killed, so is all that it started.
     leader = subprocess.Popen([sys.executable, "-I", "-S", guard.__file__], stdin=subprocess.PIPE, process_group=0)
     process = None
     try:
-        with log.open("wb") as out:
+        with log.open("ab") as out:
             process = subprocess.Popen(
                 command,
                 cwd=folder,
@@ -193,6 +239,10 @@ def run_alone(
     except subprocess.TimeoutExpired:
         return None
     finally:
+        if process is not None and process.poll() is None and grace_seconds:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=grace_seconds)
         os.killpg(leader.pid, signal.SIGKILL)
         if process is not None:
             process.wait()
@@ -207,65 +257,6 @@ def wait_for_group(leader: subprocess.Popen[bytes]) -> None:
         while time.monotonic() < deadline:
             os.killpg(leader.pid, 0)
             time.sleep(0.1)
-
-
-def experiments(results: Path) -> list[dict[str, Any]]:
-    """What the autotuner has begun so far, in its order; `throughput` is None for what gave no figure.
-
-    `error` is then the line for which the autotuner takes an experiment for failed, if there is one.
-    """
-    found = []
-    for path in results.glob("*/exp.json"):
-        with contextlib.suppress(ValueError):  # half written when it was stopped
-            found.append((path.parent, json.loads(path.read_text())))
-    rows = []
-    for folder, experiment in sorted(found, key=lambda pair: pair[1]["exp_id"]):
-        if experiment["name"] == "profile_model_info":
-            continue
-        ds_config = experiment["ds_config"]
-        throughput = metric(folder / "metrics.json")
-        rows.append(
-            {
-                "name": experiment["name"],
-                "zero_stage": ds_config["zero_optimization"]["stage"],
-                "mbs": ds_config["train_micro_batch_size_per_gpu"],
-                "gas": ds_config["gradient_accumulation_steps"],
-                "throughput": throughput,
-                "error": error_line(folder / "stderr.log") if throughput is None else None,
-            }
-        )
-    return rows
-
-
-def metric(path: Path) -> float | None:
-    try:
-        return float(json.loads(path.read_text())["throughput"])
-    except (OSError, ValueError):
-        return None
-
-
-def error_line(path: Path) -> str | None:
-    """The first line with the word, in the three ways that the autotuner looks for."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return next((line.strip()[:300] for line in lines if any(w in line for w in ("Error", "error", "ERROR"))), None)
-
-
-def winner(results: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The autotuner's choice; before it has made one, the best by its metric so far; None without any figure."""
-    optimal = results / "ds_config_optimal.json"
-    configs = {}
-    for row in rows:
-        configs[row["name"]] = json.loads((results / row["name"] / "ds_config.json").read_text())
-        configs[row["name"]].pop("autotuning", None)
-    if optimal.exists():
-        chosen = json.loads(optimal.read_text())
-        name = next((name for name, config in configs.items() if config == chosen), None)
-        return {"name": name, "chosen_by": "the autotuner", "ds_config": chosen}
-    measured = [row for row in rows if row["throughput"] is not None]
-    if not measured:
-        return None
-    name = max(measured, key=lambda row: float(row["throughput"]))["name"]
-    return {"name": name, "chosen_by": "its metric so far", "ds_config": configs[name]}
 
 
 def tail(path: Path, lines: int = 20) -> str:

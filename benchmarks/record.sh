@@ -3,6 +3,8 @@
 # table of warm ranks. Cut off at any point, the same command goes on. All output also lands in FOLDER.
 #
 #   benchmarks/record.sh FOLDER [options of tune, such as --memory-cap 80GiB]
+#
+# DeepSpeed's autotuner beside ds-tune takes calls of its own: head_to_head.py.
 set -eu
 python=${PYTHON:-python3}
 here=$(dirname "$(readlink -f "$0")")

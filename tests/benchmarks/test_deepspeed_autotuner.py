@@ -1,18 +1,14 @@
 """DeepSpeed's own autotuner, run for comparison: what is read of its files, and a real run on two CPU ranks."""
 
+import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
-import sys
-import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 
 from objectives.errors import UsageError
@@ -20,7 +16,6 @@ from objectives.machine import GIB, Machine
 from objectives.workload import Workload
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "deepspeed_autotuner.py"
-MARK = "DS_TUNE_TEST"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -90,7 +85,9 @@ def test_experiments_are_read_in_order_with_the_metric_or_what_the_autotuner_tak
         "gas": 1,
         "throughput": 0,
         "error": None,
+        "out_of_memory": False,
     }
+    assert [row["out_of_memory"] for row in rows] == [True, False, False, False]
 
 
 def test_before_the_autotuner_has_chosen_the_winner_is_the_best_so_far(script: ModuleType, results: Path) -> None:
@@ -131,6 +128,43 @@ def test_the_autotuner_gets_ds_tune_s_settings_without_those_that_are_tuned(scri
     }
 
 
+def test_a_global_batch_is_the_largest_that_the_autotuner_may_use(script: ModuleType) -> None:
+    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    assert script.user_config(workload, GPUS, "all", 64)["autotuning"] == {
+        "enabled": True,
+        "fast": True,
+        "max_train_batch_size": 64,
+    }
+
+
+def test_a_memory_cap_holds_for_the_experiments_and_for_what_the_autotuner_believes(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    capped = dataclasses.replace(GPUS, memory_cap_bytes=80 * GIB)
+    bench = script.Bench(folder=tmp_path, workload=workload, machine=capped, stage="all")
+    bench.write_files()
+    assert f"total_memory = lambda device_index=None: {80 * GIB}" in (tmp_path / "tune.py").read_text()
+    assert "cap_memory(machine)" in (tmp_path / "train.py").read_text()
+    assert bench.launch(["--autotuning", "tune"], bench.ds_config_path)[1] == "tune.py"
+    for name in ("train.py", "tune.py"):
+        compile((tmp_path / name).read_text(), name, "exec")
+
+
+def test_it_clears_its_folder_unless_it_is_to_go_on(script: ModuleType, tmp_path: Path) -> None:
+    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    bench = script.Bench(folder=tmp_path, workload=workload, machine=GPUS, stage="all")
+    done = tmp_path / "autotuning_results" / "z0_gas1_tmbspg1" / "metrics.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    bench.write_files(resume=True)
+    assert json.loads(bench.ds_config_path.read_text())["autotuning"]["overwrite"] is False
+    assert done.exists()
+    bench.write_files()
+    assert json.loads(bench.ds_config_path.read_text())["autotuning"]["overwrite"] is True
+    assert not done.exists()
+
+
 def test_gpus_that_the_autotuner_would_not_take_are_refused(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,35 +176,11 @@ def test_gpus_that_the_autotuner_would_not_take_are_refused(
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs the script on two CPU ranks, and sees that nothing of it is left."""
-    mark = uuid.uuid4().hex
-
-    def left() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+def run(run_script: Run, tmp_path: Path) -> Run:
+    """Runs the script on two CPU ranks."""
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        # Neither the checkout nor the launcher's folder has to be on a path.
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        done = subprocess.run(
-            [sys.executable, SCRIPT, "--out", tmp_path / "out.json", "--gpus", "0", "--seq-len", "32", *options],
-            env={**environment, MARK: mark, "PATH": os.defpath},
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-        deadline = time.monotonic() + 5
-        while left() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert left() == []
-        return done
+        return run_script(SCRIPT, "--out", str(tmp_path / "out.json"), "--gpus", "0", "--seq-len", "32", *options)
 
     return run
 
