@@ -40,9 +40,10 @@ def explanation_lines(summary: StudySummary) -> list[str]:
     lines += contribution_lines(best, summary)
     if (words := first_steps_words(summary)) is not None:
         lines.append(words)
+    lines = [f"{summary.figures.mark(line.removesuffix('.'))}." for line in lines]
     if model is not None:
         lines += next_step_lines(best.config, model)
-    return [f"{summary.figures.mark(line.removesuffix('.'))}." for line in lines]
+    return lines
 
 
 def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel) -> str:
@@ -59,7 +60,9 @@ def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel)
     largest = max(shares, key=lambda name: shares[name])
     words = f"Most of a step of {best.config.name}, about {shares[largest]:.0%}, goes to {BOTTLENECKS[largest]}"
     if model.hardware.device == "cuda" and model.hardware.is_known:
-        reached = measured.samples_per_second * measured.flops_per_sample / model.hardware.ranks
+        # A recording does not tell it.
+        flops = measured.flops_per_sample or model.architecture.flops_per_sample(model.workload.seq_len)
+        reached = measured.samples_per_second * flops / model.hardware.ranks
         peak = model.hardware.accelerator.peak_flops(model.workload.dtype)
         words += f"; each GPU does {reached / 1e12:.0f} of its {peak / 1e12:.0f} TFLOP/s"
     return f"{words}."

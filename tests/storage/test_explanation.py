@@ -81,6 +81,16 @@ def test_it_begins_with_what_most_of_a_step_goes_to() -> None:
     assert "goes to computing; each GPU does 400 of its 989 TFLOP/s." in first
 
 
+def test_a_recording_that_tells_no_flops_has_those_of_the_model() -> None:
+    study = summary()
+    records = [
+        dataclasses.replace(record, outcome=dataclasses.replace(record.outcome, flops_per_sample=0.0))  # type: ignore[type-var]
+        for record in study.records
+    ]
+    # 80 samples of 1024 tokens and 10.3 GFLOP each, on two GPUs.
+    assert "each GPU does 42" in explanation_lines(dataclasses.replace(study, records=records))[0]
+
+
 def test_tiny_micro_batches_wait_for_the_host() -> None:
     assert "goes to launching kernels, for which the GPU waits" in explanation_lines(summary(best=config(3, 1, 2)))[0]
 
@@ -133,7 +143,7 @@ def test_the_next_steps_are_predictions_of_hardware() -> None:
 
 def test_figures_that_nobody_measured_say_so_in_every_sentence() -> None:
     lines = explanation_lines(summary(figures=Figures.SIMULATED))
-    assert lines and all(line.endswith(", simulated.") for line in lines), lines
+    assert lines and all(line.endswith(", simulated.") or " predicted to " in line for line in lines), lines
 
 
 def test_a_study_without_a_best_explains_nothing() -> None:
