@@ -19,19 +19,26 @@ class Ablation:
     """What the field has in it."""
     samples_per_second: float | None
     """None where it did not run."""
+    winner_samples_per_second: float
+    """The winner's in the same processes: two sessions on one machine may differ by more than a setting brings."""
     reason: str | None
-    """Why it did not."""
+    """Why it did not run."""
 
     @classmethod
-    def of(cls, field: str, config: TrialConfig, outcome: Outcome) -> Self:
+    def of(cls, field: str, config: TrialConfig, outcome: Outcome, *, winner_samples_per_second: float) -> Self:
         """From what that configuration did, in the study or behind it."""
         rate = outcome.samples_per_second if isinstance(outcome, Measurement) else None
         reason = outcome.message if isinstance(outcome, Failure) else None
         if isinstance(outcome, Failure) and outcome.kind is FailureKind.OUT_OF_MEMORY:
             reason = "out of memory"
         return cls(
-            field=field, name=config.name, value=getattr(config, field), samples_per_second=rate, reason=reason
-        )  # fmt: skip
+            field=field,
+            name=config.name,
+            value=getattr(config, field),
+            samples_per_second=rate,
+            winner_samples_per_second=winner_samples_per_second,
+            reason=reason,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

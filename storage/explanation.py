@@ -71,7 +71,7 @@ def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel)
 def contribution_lines(best: TrialRecord, summary: StudySummary) -> list[str]:
     """What each setting of the winner brings, measured where it was."""
     found = summary.contributions
-    if found is None or found.winner != best.config.name or not best.samples_per_second:
+    if found is None or found.winner != best.config.name:
         return []
     lines = []
     for each in found.ablations:
@@ -80,8 +80,9 @@ def contribution_lines(best: TrialRecord, summary: StudySummary) -> list[str]:
         if each.samples_per_second is None:
             lines.append(f"{setting} makes it run ({each.name}: {each.reason}).")
         else:
-            gain = best.samples_per_second / each.samples_per_second - 1
-            lines.append(f"{setting} brings {gain:+.1%} ({each.name}: {each.samples_per_second:.2f} samples/s).")
+            gain = each.winner_samples_per_second / each.samples_per_second - 1
+            rates = f"{each.winner_samples_per_second:.2f} samples/s, {each.name} {each.samples_per_second:.2f}"
+            lines.append(f"{setting} brings {gain:+.1%} ({rates}).")
     if found.importances:
         shares = ", ".join(f"{field} {share:.0%}" for field, share in found.importances.items())
         lines.append(f"Not all of it was measured one by one; by Optuna's importance of the trials: {shares}.")

@@ -122,7 +122,10 @@ class Finals:
             theirs = self._losses(record, reference, summary)
             if isinstance(theirs, LossCurve):
                 return NumericsCheck(
-                    reference=reference.name, dtype=summary.workload.dtype, curve=curve, reference_curve=theirs
+                    reference=reference.name,
+                    dtype=config.trained_dtype(summary.workload.dtype),
+                    curve=curve,
+                    reference_curve=theirs,
                 )
             why = f"the losses of {reference.name}, to compare with, could not be had: {theirs.message}"
             if theirs.kind is not FailureKind.OUT_OF_MEMORY:
@@ -141,19 +144,24 @@ class Finals:
         if winner is None or (before is not None and before.winner == winner.config.name):
             return
         known = {record.config: record.outcome for record in summary.records}
+        in_search = winner.samples_per_second or 0.0
+        again: float | None = None  # the winner's rate in the processes that the others run in here
         started, affordable = time.monotonic(), max(MIN_ABLATION_SECONDS, ABLATION_SHARE * summary.tuning_seconds)
         ablations, missing = [], False
         try:
             for field, config in ablated(winner.config, summary, self._is_legal):
-                outcome = known.get(config)
+                outcome, against = known.get(config), in_search
                 if outcome is None:
-                    if self._stop.requested:
-                        return
                     missing = time.monotonic() - started >= affordable
                     if missing:
                         break
-                    outcome = self._run_ablation(winner, config, summary)
-                ablations.append(Ablation.of(field, config, outcome))
+                    if again is None:
+                        rerun = self._run_ablation(winner, winner.config, summary)
+                        again = rerun.samples_per_second if isinstance(rerun, Measurement) else in_search
+                    if self._stop.requested:
+                        return
+                    outcome, against = self._run_ablation(winner, config, summary, best_samples_per_second=again), again
+                ablations.append(Ablation.of(field, config, outcome, winner_samples_per_second=against))
         finally:
             self._verification.training.close()
         self._store.set_contributions(
@@ -164,13 +172,20 @@ class Finals:
             )
         )
 
-    def _run_ablation(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> Outcome:
+    def _run_ablation(
+        self,
+        winner: TrialRecord,
+        config: TrialConfig,
+        summary: StudySummary,
+        *,
+        best_samples_per_second: float | None = None,
+    ) -> Outcome:
+        """One warm run; what is much slower than the best is given up early, as in the search."""
         self._observer.ablation_started(winner, config, summary)
         folder = self._results.ablation(winner.config, config)
         folder.mkdir(parents=True, exist_ok=True)
-        # What is much slower is given up early, as in the search: an estimate of it is enough.
         return self._verification.training.run(
-            config, folder, self._observer.phase, best_samples_per_second=winner.samples_per_second
+            config, folder, self._observer.phase, best_samples_per_second=best_samples_per_second
         )
 
 
@@ -204,6 +219,8 @@ def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, l
     accumulation = min(winner.gradient_accumulation_steps, COMPARED_ACCUMULATION)
     config = dataclasses.replace(winner, gradient_accumulation_steps=accumulation)
     knobs_kept = {field: value for field, value in winner.knobs_on.items() if KNOBS[field].numerics is not None}
+    if "quantized_weights" in knobs_kept:
+        stage = winner.zero_stage  # only there are weights gathered, and rounded
     if winner.zero_stage == stage and knobs_kept == winner.knobs_on:
         return config, []
     fitted = [

@@ -97,13 +97,19 @@ def test_tiny_micro_batches_wait_for_the_host() -> None:
 
 def test_without_a_formula_for_the_model_the_rest_is_still_said() -> None:
     contributions = Contributions(winner=BEST.name, ablations=(
-        Ablation(field="compile", name="z1_gas2_tmbspg16", value="off", samples_per_second=64.0, reason=None),
-        Ablation(field="zero_stage", name="z0_x", value=0, samples_per_second=None, reason="out of memory"),
+        Ablation(
+            field="compile", name="z1_gas2_tmbspg16", value="off", samples_per_second=64.0,
+            winner_samples_per_second=78.4, reason=None,
+        ),
+        Ablation(
+            field="zero_stage", name="z0_x", value=0, samples_per_second=None, winner_samples_per_second=80.0,
+            reason="out of memory",
+        ),
     ))  # fmt: skip
     unknown = dataclasses.replace(WORKLOAD, model="/nonesuch")
     lines = explanation_lines(summary(workload=unknown, contributions=contributions))
     assert lines == [
-        "compile blocks rather than off brings +25.0% (z1_gas2_tmbspg16: 64.00 samples/s).",
+        "compile blocks rather than off brings +22.5% (78.40 samples/s, z1_gas2_tmbspg16 64.00).",
         "zero_stage 1 rather than 0 makes it run (z0_x: out of memory).",
     ]
 
