@@ -24,7 +24,7 @@ HOPELESS_MARGIN = 0.05
 the best runs again in the verification anyway."""
 
 FALLING = 0.9
-"""A last step below this fraction of the mean says that steps still get faster."""
+"""Last steps below this fraction of the mean say that steps still get faster."""
 
 SETTLING_MICRO_STEPS = 2
 """The first micro-steps of a trial say nothing of the rest. Recorded on an H200: in stages 0 to 2 the first takes up to
@@ -225,7 +225,10 @@ def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool
 def _is_above(step_seconds: Sequence[float], limit: float) -> bool:
     """See `is_hopeless`."""
     steady = step_seconds[warmup_length(step_seconds) :]
-    if len(steady) < 3 or min(step_seconds) <= limit or step_seconds[-1] < FALLING * statistics.fmean(step_seconds):
+    if len(steady) < 3 or min(step_seconds) <= limit:
+        return False
+    last = step_seconds[-max(len(step_seconds) // 4, 1) :]  # of many, a single one is mostly noise
+    if statistics.fmean(last) < FALLING * statistics.fmean(step_seconds):
         return False
     size = effective_size(steady)
     error = statistics.stdev(steady) / math.sqrt(size)
