@@ -48,6 +48,11 @@ def deepspeed_config(config: TrialConfig, workload: Workload, *, ranks: int, dev
     return document
 
 
+def dtype_of(document: Mapping[str, Any]) -> str:
+    """The precision that a DeepSpeed configuration trains in: `fp16`, `bf16` or `fp32`."""
+    return next((name for name in ("fp16", "bf16") if document.get(name, {}).get("enabled")), "fp32")
+
+
 def _merge(document: dict[str, Any], settings: Mapping[str, Any]) -> None:
     """Lays settings over a document, block by block."""
     for key, value in settings.items():

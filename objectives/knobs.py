@@ -22,6 +22,18 @@ class Site:
     """Columns of the output projection; 0 where they are not known."""
     flash_attention: bool = False
     """The FlashAttention-2 package is installed and the GPUs can run it (compute capability 8.0 and up)."""
+    liger: bool = False
+    """The package liger-kernel is installed."""
+    compute_capability: tuple[int, int] = (0, 0)
+    """Of the GPUs, such as (9, 0) for an H200; (0, 0) where it is not known."""
+    dtype: str = "fp16"
+    """The workload's precision."""
+    model_type: str = ""
+    """As transformers calls the model's family; empty where it is not known."""
+    grouped_queries: bool = False
+    """Several heads of its attention share a key and a value."""
+    pretrained: bool = False
+    """Its weights are loaded, so that their shapes are given."""
 
 
 Exists: TypeAlias = Callable[[Mapping[str, Any], Site], bool]
@@ -116,8 +128,13 @@ def has_states_apart(config: Mapping[str, Any], site: Site) -> bool:
     return bool(config["zero_stage"] >= 1 and site.device == "cuda")
 
 
-def keeps_its_blocks_whole(config: Mapping[str, Any], site: Site) -> bool:
-    """ZeRO-3's hooks around each module break a compiled block into pieces."""
+def can_compile(config: Mapping[str, Any], site: Site) -> bool:
+    """ZeRO-3's hooks around each module break a compiled block into pieces; DeepCompile writes them into the graph.
+
+    DeepSpeed 0.19 has DeepCompile for CUDA and for stages with partitions.
+    """
+    if config["compile"] == "deepcompile":
+        return bool(config["zero_stage"] >= 1 and site.device == "cuda")
     return bool(config["zero_stage"] != 3)
 
 
@@ -126,10 +143,68 @@ def has_an_odd_vocabulary(config: Mapping[str, Any], site: Site) -> bool:
     return site.vocabulary % 64 != 0
 
 
+def can_enlarge_vocabulary(config: Mapping[str, Any], site: Site) -> bool:
+    """Either the model's own columns are more, or they are padded; loaded weights have as many as they have."""
+    return has_an_odd_vocabulary(config, site) and not site.pretrained and not config.get("padded_vocabulary")
+
+
 def on_a_gpu(config: Mapping[str, Any], site: Site) -> bool:
     return site.device == "cuda"
 
 
 def attention_runs(config: Mapping[str, Any], site: Site) -> bool:
     """What a GPU generation cannot run is never offered."""
-    return site.device == "cuda" and (config["attention"] != "flash_attention_2" or site.flash_attention)
+    in_half = site.dtype != "fp32"
+    return site.device == "cuda" and {
+        "flash_attention_2": site.flash_attention and in_half,
+        "sdpa_flash": site.compute_capability >= (8, 0) and in_half,
+        "sdpa_cudnn": site.compute_capability >= (9, 0) and in_half,
+        "sdpa_efficient": not site.grouped_queries,  # its kernel wants a key and a value for each head
+    }.get(config["attention"], True)
+
+
+HEAD_THEN_LOSS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+"""Models of transformers whose loss is taken of what the output projection gives, neither scaled nor capped."""
+
+LOSS_CHUNKS = 8
+"""Pieces of a micro-batch's tokens whose logits are never there together."""
+
+
+def loss_can_be_taken_apart(config: Mapping[str, Any], site: Site) -> bool:
+    """A model compiled as a whole would be cut in two at the loss.
+
+    Liger's kernels take the gradients in the forward pass, before fp16's loss scale has lifted them above what fp16
+    can hold (linkedin/Liger-Kernel#512), and have no use for padded columns.
+    """
+    if site.model_type not in HEAD_THEN_LOSS or config.get("compile") in ("model", "deepcompile"):
+        return False
+    if config["loss_computation"] != "liger":
+        return True
+    runs = site.liger and site.device == "cuda" and site.compute_capability >= (8, 0)
+    return runs and site.dtype != "fp16" and not config.get("padded_vocabulary")
+
+
+def has_bf16_beside_fp16(config: Mapping[str, Any], site: Site) -> bool:
+    """GPUs before compute capability 8.0 have no bf16."""
+    return site.dtype == "fp16" and (site.device == "cpu" or site.compute_capability >= (8, 0))
+
+
+def can_offload_optimizer(config: Mapping[str, Any], site: Site) -> bool:
+    """DeepSpeed splits the states between GPU and host in ZeRO-3 only."""
+    return has_states_apart(config, site) and (config["offload_optimizer"] != "cpu_half" or config["zero_stage"] == 3)
+
+
+def partitions_parameters_on_a_gpu(config: Mapping[str, Any], site: Site) -> bool:
+    """ZeRO-3 on GPUs; on a CPU parameters are in the host's memory already."""
+    return config["zero_stage"] == 3 and site.device == "cuda"
+
+
+def splits_into_groups(config: Mapping[str, Any], site: Site) -> bool:
+    """Several whole groups of ranks, each with its own copy of the parameters."""
+    size = config["parameter_group"]
+    return bool(config["zero_stage"] == 3 and site.ranks > size and site.ranks % size == 0)
+
+
+def gathers_on_gpus(config: Mapping[str, Any], site: Site) -> bool:
+    """DeepSpeed's quantisation is CUDA code."""
+    return gathers(config, site) and site.device == "cuda"

@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from objectives.ds_config import dtype_of
 from objectives.rank.data import batches, load_blocks
 from objectives.rank.distributed import skip_unused_ops
 from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
@@ -89,11 +90,10 @@ def main() -> None:
     deepspeed.init_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    dtype = next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "fp32")
     workload = Workload(
         model=arguments.model,
         seq_len=arguments.seq_len,
-        dtype=dtype,
+        dtype=dtype_of(ds_config),
         pretrained=arguments.pretrained,
         dataset=arguments.dataset,
         tokenizer=arguments.tokenizer,

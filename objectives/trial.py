@@ -12,16 +12,33 @@ from typing import Any, Self, TypeAlias
 from objectives.knobs import (
     Knob,
     attention_runs,
+    can_compile,
+    can_enlarge_vocabulary,
+    can_offload_optimizer,
     gathers,
+    gathers_on_gpus,
     has_an_odd_vocabulary,
-    has_states_apart,
-    keeps_its_blocks_whole,
+    has_bf16_beside_fp16,
     knob,
+    loss_can_be_taken_apart,
     on_a_gpu,
     partitions,
+    partitions_parameters_on_a_gpu,
     reduces_by_owner,
+    splits_into_groups,
     zero,
 )
+
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "cpu": {"offload_optimizer": {"device": "cpu", "pin_memory": True}},
+    # DeepSpeed gives whole groups of parameters to one side or the other, and by default has groups of 1e9 elements:
+    # most models would be a single one.
+    "cpu_half": {
+        "offload_optimizer": {"device": "cpu", "pin_memory": True, "ratio": 0.5},
+        "sub_group_size": 50_000_000,
+    },
+}
+"""What of `zero_optimization` the values of `offload_optimizer` set."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +54,25 @@ class TrialConfig:
         meaning="every how many transformer blocks one forgets its activations and computes them again: 1 for all",
     )  # fmt: skip
     compile: str = knob(
-        off="off", values=("blocks", "model"), label="compile", short="compile", in_model=True, speed=("blocks",),
-        exists=keeps_its_blocks_whole,
-        meaning="torch.compile of each transformer block, or of the whole model",
+        off="off", values=("blocks", "model", "deepcompile"), label="compile", short="compile", in_model=True,
+        speed=("blocks",), exists=can_compile,
+        writes=lambda value: {"compile": {"deepcompile": True}} if value == "deepcompile" else {},
+        meaning="torch.compile of each transformer block, of the whole model, or with ZeRO's collectives in the graph",
     )  # fmt: skip
     padded_vocabulary: int = knob(
         off=0, values=(64, 128), label="pv", short="pad", in_model=True, speed=(64,), exists=has_an_odd_vocabulary,
         meaning="the output projection is computed with its columns padded to a multiple, the extra logits left out of "
         "the loss: the numbers stay as they are",
     )  # fmt: skip
+    loss_computation: str = knob(
+        off="default", values=("chunked", "liger"), label="loss", short="loss", in_model=True,
+        exists=loss_can_be_taken_apart,
+        meaning="the logits are made, and their loss taken, for some tokens at a time: they are never all there",
+    )  # fmt: skip
     attention: str = knob(
-        off="default", values=("eager", "flash_attention_2"), label="attention", short="attention",
-        in_model=True, exists=attention_runs,
-        meaning="transformers' attention: written out, or the FlashAttention-2 package where it is installed and runs",
+        off="default", values=("eager", "flash_attention_2", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"),
+        label="attention", short="attention", in_model=True, exists=attention_runs,
+        meaning="transformers' attention: written out, the FlashAttention-2 package, or one of torch's own kernels",
     )  # fmt: skip
     optimizer: str = knob(
         off="default", values=("torch_fused",), label="adam", short="optimizer", exists=on_a_gpu,
@@ -77,9 +100,14 @@ class TrialConfig:
         meaning="ranks take turns in owning gradients, which spreads their copying",
     )  # fmt: skip
     offload_optimizer: str = knob(
-        off="off", values=("cpu",), label="offload", short="offload", exists=has_states_apart,
-        writes=lambda value: zero(offload_optimizer={"device": "cpu", "pin_memory": True}),
-        meaning="optimizer states live in the host's memory and are updated there",
+        off="off", values=("cpu", "cpu_half"), label="offload", short="offload", exists=can_offload_optimizer,
+        writes=lambda value: zero(**OFFLOADED[value]),
+        meaning="optimizer states, or half of them, live in the host's memory and are updated there",
+    )  # fmt: skip
+    offload_parameters: str = knob(
+        off="off", values=("cpu",), label="poffload", short="offload params", exists=partitions_parameters_on_a_gpu,
+        writes=lambda value: zero(offload_param={"device": "cpu", "pin_memory": True}),
+        meaning="ZeRO-3's partitions of the parameters live in the host's memory",
     )  # fmt: skip
     prefetch_elements: int = knob(
         off=0, values=(200_000_000,), label="pf", short="prefetch", exists=gathers,
@@ -96,10 +124,32 @@ class TrialConfig:
         writes=lambda value: zero(stage3_max_live_parameters=value, stage3_max_reuse_distance=value),
         meaning="the most parameters that stay gathered (`stage3_max_live_parameters`)",
     )  # fmt: skip
+    parameter_group: int = knob(
+        off=0, values=(2, 4, 8), label="hpz", short="group", exists=splits_into_groups,
+        writes=lambda value: zero(zero_hpz_partition_size=value),
+        meaning="each so many ranks keep a copy of the parameters for the backward pass (`zero_hpz_partition_size`)",
+    )  # fmt: skip
+    precision: str = knob(
+        off="workload", values=("bf16",), label="precision", short="precision", exists=has_bf16_beside_fp16,
+        writes=lambda value: {"bf16": {"enabled": True}, "fp16": {"enabled": False}},
+        numerics="bf16 in place of fp16: a wider range, so no loss scale and no skipped steps, but 3 bits less precise",
+        meaning="bf16 in place of the workload's fp16",
+    )  # fmt: skip
     dropout: str = knob(
         off="model", values=("none",), label="dropout", short="dropout", in_model=True,
         numerics="dropout is switched off: the model is regularised less",
         meaning="the model's dropout probabilities, or none",
+    )  # fmt: skip
+    vocabulary: int = knob(
+        off=0, values=(64, 128), label="vocab", short="vocabulary", in_model=True, exists=can_enlarge_vocabulary,
+        numerics="the model itself has more tokens than its tokenizer: more parameters, and a softmax over more logits",
+        meaning="the model's own vocabulary, enlarged to a multiple",
+    )  # fmt: skip
+    quantized_weights: str = knob(
+        off="off", values=("on",), label="qw", short="quant. weights", exists=gathers_on_gpus,
+        writes=lambda value: zero(zero_quantized_weights=True),
+        numerics="the parameters that ZeRO-3 gathers are rounded to 8 bits on their way",
+        meaning="parameters are gathered in 8 bits (`zero_quantized_weights`)",
     )  # fmt: skip
 
     @property
@@ -118,6 +168,10 @@ class TrialConfig:
     def model_knobs(self) -> dict[str, Any]:
         """Those of `knobs_on` that the training script has to do: DeepSpeed's file cannot say them."""
         return {field: value for field, value in self.knobs_on.items() if KNOBS[field].in_model}
+
+    def trained_dtype(self, dtype: str) -> str:
+        """The precision it trains in, where the workload's is `dtype`."""
+        return dtype if self.precision == KNOBS["precision"].off else self.precision
 
     def global_batch_size(self, ranks: int) -> int:
         """Samples in one optimizer step over `ranks` ranks."""

@@ -322,17 +322,25 @@ class Space:
 
 def site_of(workload: Workload, machine: Machine) -> Site:
     """What decides on this machine, for this model, which knobs have a meaning."""
-    try:
-        architecture = architecture_of(workload)
-        vocabulary = 0 if architecture.is_masked else architecture.vocabulary
-    except UsageError:
-        vocabulary = 0
-    capability = machine.compute_capability or "0.0"
-    return Site(
+    major, _, minor = (machine.compute_capability or "0.0").partition(".")
+    site = Site(
         device=machine.device,
         ranks=machine.ranks,
-        vocabulary=vocabulary,
-        flash_attention=int(capability.split(".")[0]) >= 8 and importlib.util.find_spec("flash_attn") is not None,
+        flash_attention=int(major) >= 8 and importlib.util.find_spec("flash_attn") is not None,
+        liger=importlib.util.find_spec("liger_kernel") is not None,
+        compute_capability=(int(major), int(minor)),
+        dtype=workload.dtype,
+        pretrained=workload.pretrained,
+    )
+    try:
+        architecture = architecture_of(workload)
+    except UsageError:
+        return site
+    return dataclasses.replace(
+        site,
+        vocabulary=0 if architecture.is_masked else architecture.vocabulary,
+        model_type=architecture.model_type,
+        grouped_queries=architecture.key_value_heads != architecture.heads,
     )
 
 

@@ -41,6 +41,13 @@ class Architecture:
     is_exact: bool
     """Whether the count is known to be right for this family."""
 
+    def enlarged(self, multiple: int) -> "Architecture":
+        """With the vocabulary rounded up; the embedding and the projection are taken to be one tied matrix."""
+        more = -self.vocabulary % multiple
+        return dataclasses.replace(
+            self, vocabulary=self.vocabulary + more, parameters=self.parameters + more * self.hidden
+        )
+
     def flops_per_sample(self, seq_len: int) -> float:
         """Model FLOPs of a sample's forward and backward pass: seq_len × (6N + 12·L·h·s) (PaLM, appendix B)."""
         return float(seq_len * (6 * self.parameters + 12 * self.layers * self.heads * self.head_dim * seq_len))

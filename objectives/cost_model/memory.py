@@ -9,6 +9,7 @@ besides); the states follow ZeRO (Rajbhandari et al. 2020) and DeepSpeed 0.19's 
 import dataclasses
 
 from objectives.cost_model.architecture import Architecture
+from objectives.knobs import LOSS_CHUNKS
 from objectives.trial import TrialConfig
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
@@ -23,7 +24,7 @@ PREFETCH_ELEMENTS = 50_000_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConstants:
-    """What no formula gives; fitted to recorded surfaces (`benchmarks/fit_cost_model.py`)."""
+    """What no formula gives (docs/cost-model.md)."""
 
     fixed_bytes: float = 0.3e9
     """Workspaces and buffers that every configuration has."""
@@ -93,6 +94,8 @@ def predict_memory(
 ) -> MemoryEstimate:
     """Predicted peak bytes of a rank.
 
+    What parameters and optimizer states need in the host's memory is not counted.
+
     Args:
         ranks: data-parallel ranks, which ZeRO's partitions are spread over.
         dtype: `fp16`, `bf16` or `fp32`.
@@ -100,6 +103,8 @@ def predict_memory(
         bucket_elements: DeepSpeed's `reduce_bucket_size`.
     """
     constants = constants or MemoryConstants()
+    if config.vocabulary:
+        architecture = architecture.enlarged(config.vocabulary)
     stage, count = config.zero_stage, architecture.parameters
     width = 4 if dtype == "fp32" else 2
     shard = count / ranks
@@ -109,7 +114,7 @@ def predict_memory(
         attention = "eager" if config.attention == "eager" else "sdpa"
     # fp32 master weights and Adam's two moments; in fp32 the weights are their own master.
     state_width = 8 if dtype == "fp32" else 12
-    offloaded = config.offload_optimizer == "cpu"
+    offloaded = {"cpu": 1.0, "cpu_half": 0.5}.get(config.offload_optimizer, 0.0)
     transient: float
     if stage == 0 and dtype == "fp32":
         # Plain torch Adam steps in place, tensor by tensor.
@@ -121,9 +126,11 @@ def predict_memory(
     else:
         transient = width * shard + 4 * shard + width * min(bucket_elements, count)
     if offloaded:
-        transient = 2 * width * shard  # fp16 copies on their way to the host and back
+        # fp16 copies on their way to the host and back
+        transient = offloaded * 2 * width * shard + (1 - offloaded) * transient
     live = 0.0
-    if stage == 3 and ranks > 1:
+    kept_elsewhere = stage == 3 and config.offload_parameters == "cpu"
+    if stage == 3 and (ranks > 1 or kept_elsewhere):
         largest = max(architecture.vocabulary * architecture.hidden, architecture.block_parameters)
         live = width * min(LIVE_PARAMETER_ELEMENTS, largest + architecture.block_parameters + PREFETCH_ELEMENTS, count)
     # ZeRO-3's gradient buffer is there from the start.
@@ -142,10 +149,16 @@ def predict_memory(
     # The model's output, the copy in fp32 that the loss is taken of, its log-softmax, and the gradient of each.
     logit_bytes = constants.logit_bytes or (2 * width + 4 + (4 if dtype != "fp32" else 0))
     logits = batch_tokens * architecture.vocabulary * logit_bytes
+    if config.loss_computation != "default":
+        # Those of a piece, and the sum of the pieces' gradients of the projection.
+        logits = logits / LOSS_CHUNKS + width * architecture.vocabulary * architecture.hidden
+    partition = 0.0 if kept_elsewhere else shard
+    if config.parameter_group:
+        partition += count / config.parameter_group  # the group's copy for the backward pass
     return MemoryEstimate(
-        parameters=width * (shard if stage == 3 else count) + live,
+        parameters=width * (partition if stage == 3 else count) + live,
         gradients=width * waiting,
-        optimizer_states=0.0 if offloaded else state_width * (count if stage == 0 else shard),
+        optimizer_states=(1 - offloaded) * state_width * (count if stage == 0 else shard),
         buckets=width * min(bucket_elements, count) if stage == 3 else 0.0,
         activations=activations,
         logits=logits,

@@ -65,6 +65,7 @@ class CostModel:
 
     def predict(self, config: TrialConfig) -> Prediction:
         """Bytes and seconds of one configuration."""
+        dtype = config.trained_dtype(self.workload.dtype)
         return Prediction(
             config=config,
             memory=predict_memory(
@@ -72,7 +73,7 @@ class CostModel:
                 self.architecture,
                 ranks=self.hardware.ranks,
                 seq_len=self.workload.seq_len,
-                dtype=self.workload.dtype,
+                dtype=dtype,
                 device=self.hardware.device,
                 attention=self._attention,
                 bucket_elements=self._bucket_elements,
@@ -83,7 +84,7 @@ class CostModel:
                 self.architecture,
                 self.hardware,
                 seq_len=self.workload.seq_len,
-                dtype=self.workload.dtype,
+                dtype=dtype,
                 constants=self._step_constants,
             ),
         )

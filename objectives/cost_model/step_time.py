@@ -2,7 +2,7 @@
 
 Compute saturates: below some tokens the host cannot launch kernels fast enough, above it a fraction of the peak is
 reached. Communication follows ZeRO's volumes; what overlaps with compute is hidden. Only a prior: the study's own
-measurements correct it (`objectives.cost_model.calibration`, `tuner.surrogate`).
+measurements correct it (`objectives.cost_model.calibration`).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from objectives.trial import TrialConfig
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepConstants:
-    """What no data sheet says; fitted to recorded surfaces (`benchmarks/fit_cost_model.py`)."""
+    """What no data sheet says: from probes on H200s, unless it says otherwise (docs/cost-model.md)."""
 
     efficiency: float = 0.37
     """Fraction of the peak that a large micro-batch reaches."""
@@ -34,6 +34,9 @@ class StepConstants:
     """Of a step's collectives however small, a rank more or less."""
     zero2_reduction: float = 1.5
     """ZeRO-2's reduction to each bucket's owner, in passes of all parameters over the ring."""
+    zero2_owner_seconds: float = 2e-3
+    """Of a micro-step under ZeRO-2, for each rank: its share of every bucket is a collective of its own. From the six
+    published models on 16 V100s whose ZeRO-2 was timed: 6 to 14% slower than ZeRO-1 in all of them."""
     zero3_overlap: float = 0.3
     """Of ZeRO-3's communication that hides behind compute; the other stages' does not, by default."""
     compiled_compute_factor: float = 0.82
@@ -46,6 +49,8 @@ class StepConstants:
     """Of attention written out, on the whole of the compute."""
     host_bandwidth: float = 20e9
     """Bytes a second of an optimizer step on the host, and over the bus to it."""
+    quantized_width: float = 0.5
+    """Of the bytes of gathered weights that ZeRO++ still sends: 8 bits of 16."""
     overlapped: float = 0.4
     """Of ZeRO-1's and 2's communication that hides behind compute under `overlap_comm`."""
     zero3_compute_factor: float = 1.06
@@ -129,33 +134,45 @@ def predict_step(
     if config.compile != "off" and on_gpu:
         compute *= constants.compiled_compute_factor
         launch *= constants.compiled_launch_factor
-    if config.padded_vocabulary and on_gpu:
-        share = architecture.vocabulary * architecture.hidden / architecture.parameters
-        compute *= max(1 - constants.odd_vocabulary_cost * share, 0.5)
+    projection = architecture.vocabulary * architecture.hidden / architecture.parameters
+    if (config.padded_vocabulary or config.vocabulary) and on_gpu:
+        compute *= max(1 - constants.odd_vocabulary_cost * projection, 0.5)
+    if config.loss_computation == "chunked":
+        compute *= 1 + projection / 3  # the backward pass makes the logits again
     if config.attention == "eager":
         compute *= constants.eager_factor
     if stage == 3:
         compute *= constants.zero3_compute_factor
-        launch *= constants.zero3_launch_factor
+        if config.compile != "deepcompile":  # which has no hooks
+            launch *= constants.zero3_launch_factor
     shard = architecture.parameters / (1 if stage == 0 else ranks)
     optimizer = architecture.layers * constants.optimizer_launch_seconds * accelerator.launch_factor
     optimizer += constants.optimizer_bytes * shard / accelerator.memory_bandwidth
-    if config.offload_optimizer == "cpu":
-        # fp32 states read and written by the host, gradients and parameters over the bus.
-        optimizer += (28 + 2 * width) * shard / constants.host_bandwidth
+    offloaded = {"cpu": 1.0, "cpu_half": 0.5}.get(config.offload_optimizer, 0.0)
+    # fp32 states read and written by the host, gradients and parameters over the bus.
+    optimizer += offloaded * (28 + 2 * width) * shard / constants.host_bandwidth
     communication = 0.0
+    if config.offload_parameters == "cpu":
+        # Over the bus for the forward and again for the backward pass.
+        communication += 2 * micro_steps * width * shard / constants.host_bandwidth
     if ranks > 1:
         # One pass of all parameters over the ring, as a reduce-scatter or an all-gather.
         once = width * architecture.parameters * (ranks - 1) / ranks
         once = once / (constants.link_efficiency * accelerator.link_bandwidth) + constants.collective_seconds
-        communication = {
+        gathered = (constants.quantized_width if config.quantized_weights == "on" else 1.0) * once
+        # For the backward pass within a group of ranks, if there are groups.
+        again = gathered * (1 - 1 / (config.parameter_group or ranks)) / (1 - 1 / ranks)
+        between = {
             0: 2 * once,
             1: 2 * once,
             2: (micro_steps * constants.zero2_reduction + 1) * once,
-            3: 3 * micro_steps * once * (1 - constants.zero3_overlap),
+            3: micro_steps * (gathered + again + once) * (1 - constants.zero3_overlap),
         }[stage]
+        if stage == 2:
+            between += micro_steps * ranks * constants.zero2_owner_seconds * accelerator.launch_factor
         if stage in (1, 2) and config.overlap_comm == "on":
-            communication *= 1 - constants.overlapped
+            between *= 1 - constants.overlapped
+        communication += between
     return StepEstimate(
         compute=micro_steps * compute,
         launch=micro_steps * launch,

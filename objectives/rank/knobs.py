@@ -9,6 +9,8 @@ import torch
 import transformers
 
 from objectives.errors import UsageError
+from objectives.rank.attention import implementation_of
+from objectives.rank.output_projection import pad_output_projection, take_loss_in_projection
 from objectives.trial import KNOBS
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob",
@@ -20,7 +22,10 @@ def configure_model(config: transformers.PretrainedConfig, knobs: Mapping[str, A
     """The model's configuration under these knobs; the one given is left alone."""
     config = copy.deepcopy(config)
     if (attention := knobs.get("attention")) is not None:
-        config._attn_implementation = attention
+        config._attn_implementation = implementation_of(attention)
+    if multiple := knobs.get("vocabulary", 0):
+        text = config.get_text_config()
+        text.vocab_size += -text.vocab_size % multiple
     if knobs.get("dropout") == "none":
         for name in DROPOUTS:
             if isinstance(getattr(config, name, None), float):
@@ -38,6 +43,8 @@ def apply_to_model(model: torch.nn.Module, knobs: Mapping[str, Any]) -> None:
         checkpoint_activations(model, every)
     if multiple := knobs.get("padded_vocabulary", 0):
         pad_output_projection(model, multiple)
+    if (loss := knobs.get("loss_computation")) is not None:
+        take_loss_in_projection(model, loss)
     if knobs.get("compile") == "blocks":
         for block in transformer_blocks(model):
             # In place: parameters, hooks and names stay what they are.
@@ -46,7 +53,7 @@ def apply_to_model(model: torch.nn.Module, knobs: Mapping[str, Any]) -> None:
 
 def apply_to_engine(engine: deepspeed.DeepSpeedEngine, knobs: Mapping[str, Any]) -> None:
     """What is done to an engine before its first step."""
-    if knobs.get("compile") == "model":
+    if knobs.get("compile") in ("model", "deepcompile"):
         engine.compile()
 
 
@@ -73,35 +80,6 @@ def checkpoint_activations(model: torch.nn.Module, every: int) -> None:
     model.gradient_checkpointing_enable()  # type: ignore[operator]
     for number, block in enumerate(transformer_blocks(model)):
         block.gradient_checkpointing = number % every == 0  # type: ignore[assignment]
-
-
-class PaddedLinear(torch.nn.Linear):
-    """A linear layer that computes with its columns padded to a multiple, and gives back those that were asked for.
-
-    Matrix units need sizes that are multiples of 64 or so; GPT-2's 50257 columns take the slow path without it.
-    """
-
-    multiple: int
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        missing = -self.weight.shape[0] % self.multiple
-        weight = torch.nn.functional.pad(self.weight, (0, 0, 0, missing))
-        bias = torch.nn.functional.pad(self.bias, (0, missing)) if self.bias is not None else None
-        return torch.nn.functional.linear(input, weight, bias)[..., : self.weight.shape[0]]
-
-
-def pad_output_projection(model: torch.nn.Module, multiple: int) -> None:
-    """Pads the model's output projection; its parameter, tied or not, stays as it is.
-
-    Raises:
-        UsageError: the model has no plain output projection.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not torch.nn.Linear:
-        raise UsageError(f"{type(model).__name__} has no plain output projection; leave padded_vocabulary out")
-    # The class and not the module is changed, so that parameters, tying and hooks stay.
-    head.__class__ = PaddedLinear
-    head.multiple = multiple  # type: ignore[assignment]
 
 
 def parse_knobs(words: list[str]) -> dict[str, Any]:

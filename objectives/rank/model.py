@@ -9,6 +9,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from objectives.ds_config import dtype_of
 from objectives.errors import UsageError
 from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
 
@@ -62,13 +63,13 @@ def build_model(
     ds_config: Mapping[str, Any],
     device: torch.device,
 ) -> torch.nn.Module:
-    """The model in the workload's precision, on the device from its first byte.
+    """The model in the precision that DeepSpeed is told, on the device from its first byte.
 
     Under ZeRO-3 each layer is partitioned as soon as it is made, so that no rank ever holds the whole model; but
     pretrained weights are loaded whole, and `deepspeed.initialize` partitions them.
     """
     torch.manual_seed(0)
-    dtype = TORCH_DTYPES[workload.dtype]
+    dtype = TORCH_DTYPES[dtype_of(ds_config)]
     auto_class = model_class(config)
     partition = contextlib.nullcontext()
     if ds_config["zero_optimization"]["stage"] == 3 and not workload.pretrained:

@@ -89,7 +89,7 @@ def cut_projection() -> None:
     """A padded output projection that gives zeros for the later half of the vocabulary."""
     import torch
 
-    from objectives.rank.knobs import PaddedLinear
+    from objectives.rank.output_projection import PaddedLinear
 
     def forward(self: Any, input: Any) -> Any:
         logits = torch.nn.functional.linear(input, self.weight)

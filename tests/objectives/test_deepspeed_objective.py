@@ -11,7 +11,7 @@ import pytest
 
 from objectives.deepspeed_objective import DeepSpeedObjective, combine_ranks
 from objectives.launcher import LocalLauncher
-from objectives.machine import Machine, detect_machine
+from objectives.machine import Machine, detect_machine, visible_gpus
 from objectives.timing import StepPlan
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
@@ -181,6 +181,43 @@ def test_a_memory_cap_on_a_gpu_is_what_a_trial_really_has(workload: Workload, tm
     assert outcome.kind == FailureKind.OUT_OF_MEMORY
     assert outcome.phase in ("forward", "backward")
     assert outcome.peak_memory_bytes is not None and outcome.peak_memory_bytes <= cap
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"loss_computation": "chunked", "padded_vocabulary": 64},
+        {"attention": "sdpa_flash"},
+        {"attention": "sdpa_efficient"},
+        {"attention": "sdpa_cudnn"},
+        {"precision": "bf16"},
+        {"vocabulary": 64},
+        {"compile": "deepcompile"},
+        {"compile": "deepcompile", "zero_stage": 3},
+        {"offload_parameters": "cpu", "zero_stage": 3},
+        {"offload_optimizer": "cpu_half", "zero_stage": 3},
+    ],
+    ids=str,
+)
+def test_each_knob_that_a_cpu_cannot_show_trains_on_a_gpu(
+    knobs: dict[str, Any], workload: Workload, tmp_path: Path
+) -> None:
+    machine = detect_machine(gpus=1, cpu_ranks=2, memory_cap_bytes=None)
+    config = TrialConfig(**{"zero_stage": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 1} | knobs)
+    measured(run_on(machine, dataclasses.replace(workload, dtype="fp16"), config, tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("knobs", [{"quantized_weights": "on"}, {"parameter_group": 2}], ids=str)
+def test_each_knob_that_needs_several_gpus_trains_on_four(
+    knobs: dict[str, Any], workload: Workload, tmp_path: Path
+) -> None:
+    if len(visible_gpus()) < 4:
+        pytest.skip("needs four GPUs")
+    machine = detect_machine(gpus=4, cpu_ranks=2, memory_cap_bytes=None)
+    config = TrialConfig(zero_stage=3, micro_batch_size=2, gradient_accumulation_steps=1, **knobs)
+    measured(run_on(machine, dataclasses.replace(workload, dtype="fp16"), config, tmp_path))
 
 
 def run_on(machine: Machine, workload: Workload, config: TrialConfig, folder: Path) -> Outcome:

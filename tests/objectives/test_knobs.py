@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from objectives.ds_config import deepspeed_config
+from objectives.ds_config import deepspeed_config, dtype_of
 from objectives.trial import KNOBS, TrialConfig
 from objectives.workload import Workload
 
@@ -52,6 +52,11 @@ def test_a_knob_is_laid_over_the_users_own_settings_and_keeps_the_rest() -> None
         ({"contiguous_gradients": "off"}, "contiguous_gradients", False),
         ({"round_robin_gradients": "on"}, "round_robin_gradients", True),
         ({"offload_optimizer": "cpu"}, "offload_optimizer", {"device": "cpu", "pin_memory": True}),
+        ({"offload_optimizer": "cpu_half"}, "offload_optimizer", {"device": "cpu", "pin_memory": True, "ratio": 0.5}),
+        ({"offload_optimizer": "cpu_half"}, "sub_group_size", 50_000_000),
+        ({"offload_parameters": "cpu"}, "offload_param", {"device": "cpu", "pin_memory": True}),
+        ({"parameter_group": 4}, "zero_hpz_partition_size", 4),
+        ({"quantized_weights": "on"}, "zero_quantized_weights", True),
         ({"prefetch_elements": 200_000_000}, "stage3_prefetch_bucket_size", 200_000_000),
         ({"persistent_elements": 1_000_000}, "stage3_param_persistence_threshold", 1_000_000),
         ({"live_elements": 200_000_000}, "stage3_max_live_parameters", 200_000_000),
@@ -66,3 +71,19 @@ def test_torchs_fused_adam_is_asked_for_beside_the_learning_rate() -> None:
     document = deepspeed_config(TrialConfig(**PLAIN, optimizer="torch_fused"), WORKLOAD, ranks=1, device="cuda")
     assert {"torch_adam": True, "fused": True}.items() <= document["optimizer"]["params"].items()
     assert document["optimizer"]["params"]["lr"] > 0
+
+
+def test_bf16_is_written_in_place_of_fp16_whatever_the_user_set_for_it() -> None:
+    own = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+    workload = Workload(model="gpt2-nano", seq_len=32, dtype="fp16", base_ds_config=own)
+    assert dtype_of(deepspeed_config(TrialConfig(**PLAIN), workload, ranks=1, device="cuda")) == "fp16"
+    config = TrialConfig(**PLAIN, precision="bf16")
+    document = deepspeed_config(config, workload, ranks=1, device="cuda")
+    assert dtype_of(document) == config.trained_dtype("fp16") == "bf16"
+    assert document["bf16"] == {"enabled": True} and not document["fp16"]["enabled"]
+
+
+def test_deepcompile_is_a_setting_and_the_other_ways_to_compile_are_none() -> None:
+    for value, expected in (("deepcompile", {"deepcompile": True}), ("blocks", None), ("model", None)):
+        document = deepspeed_config(TrialConfig(**PLAIN, compile=value), WORKLOAD, ranks=1, device="cuda")
+        assert document.get("compile") == expected

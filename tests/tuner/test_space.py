@@ -1,5 +1,6 @@
 """The configurations of a study keep to its limits."""
 
+import dataclasses
 import math
 
 import optuna
@@ -7,8 +8,10 @@ import pytest
 
 from objectives.errors import UsageError
 from objectives.knobs import Site
+from objectives.machine import GIB, Machine
 from objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
-from tuner.space import PRESETS, Limits, Space, dimensions_of
+from objectives.workload import Workload
+from tuner.space import PRESETS, Limits, Space, dimensions_of, site_of
 
 
 def limits(**changes: int) -> Limits:
@@ -204,6 +207,10 @@ def test_the_presets_are_each_part_of_the_next() -> None:
     assert core < speed < full
 
 
+H200 = Site(compute_capability=(9, 0), vocabulary=50257, model_type="gpt2", liger=True)
+V100 = Site(compute_capability=(7, 0), vocabulary=50257, model_type="gpt2")
+
+
 @pytest.mark.parametrize(
     ("knobs", "stage", "site"),
     [
@@ -216,12 +223,84 @@ def test_the_presets_are_each_part_of_the_next() -> None:
         ({"prefetch_elements": 200_000_000}, 2, Site(ranks=2)),
         ({"round_robin_gradients": "on"}, 3, Site(ranks=2)),
         ({"optimizer": "torch_fused"}, 0, Site(device="cpu")),
+        ({"compile": "deepcompile"}, 0, H200),
+        ({"compile": "deepcompile"}, 1, Site(device="cpu")),
+        ({"attention": "sdpa_flash"}, 0, V100),
+        ({"attention": "sdpa_cudnn"}, 0, V100),
+        ({"attention": "sdpa_cudnn"}, 0, Site(compute_capability=(8, 0))),
+        ({"attention": "sdpa_flash"}, 0, Site(compute_capability=(9, 0), dtype="fp32")),
+        ({"attention": "sdpa_efficient"}, 0, Site(grouped_queries=True)),
+        ({"attention": "sdpa_efficient"}, 0, Site(device="cpu")),
+        ({"loss_computation": "chunked"}, 0, Site(model_type="bert")),
+        ({"loss_computation": "liger"}, 0, H200),
+        ({"loss_computation": "liger"}, 0, dataclasses.replace(H200, dtype="bf16", liger=False)),
+        ({"loss_computation": "liger"}, 0, dataclasses.replace(V100, dtype="fp32", liger=True)),
+        ({"offload_optimizer": "cpu_half"}, 2, Site(ranks=2)),
+        ({"offload_parameters": "cpu"}, 2, Site(ranks=2)),
+        ({"offload_parameters": "cpu"}, 3, Site(device="cpu", ranks=2)),
+        ({"parameter_group": 2}, 3, Site(ranks=2)),
+        ({"parameter_group": 4}, 3, Site(ranks=6)),
+        ({"parameter_group": 2}, 2, Site(ranks=4)),
     ],
 )
 def test_a_knob_exists_only_where_it_has_a_meaning(knobs: dict[str, object], stage: int, site: Site) -> None:
     space = Space(Limits(ranks=site.ranks, max_micro_batch=1, max_global_batch=site.ranks), dimensions_of("full"),
                   site=site)  # fmt: skip
     assert not any(config.zero_stage == stage and knobs.items() <= config.knobs_on.items() for config in space.legal)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "stage", "site"),
+    [
+        ({"attention": "sdpa_flash"}, 0, H200),
+        ({"attention": "sdpa_cudnn"}, 0, H200),
+        ({"attention": "sdpa_efficient"}, 0, V100),
+        ({"loss_computation": "chunked"}, 3, H200),
+        ({"loss_computation": "chunked", "compile": "blocks", "padded_vocabulary": 64}, 1, V100),
+        ({"loss_computation": "liger"}, 0, dataclasses.replace(H200, dtype="bf16")),
+        ({"compile": "deepcompile"}, 3, H200),
+        ({"offload_optimizer": "cpu_half"}, 3, H200),
+        ({"offload_parameters": "cpu"}, 3, H200),
+        ({"parameter_group": 4}, 3, Site(ranks=8)),
+    ],
+)
+def test_a_knob_is_offered_where_it_has_a_meaning(knobs: dict[str, object], stage: int, site: Site) -> None:
+    space = Space(Limits(ranks=site.ranks, max_micro_batch=1, max_global_batch=site.ranks), dimensions_of("full"),
+                  site=site)  # fmt: skip
+    assert any(config.zero_stage == stage and knobs == config.knobs_on for config in space.legal)
+
+
+@pytest.mark.parametrize(
+    ("field", "site", "stages"),
+    [
+        ("precision", H200, {0, 1, 2, 3}),
+        ("precision", V100, set()),
+        ("precision", dataclasses.replace(H200, dtype="bf16"), set()),
+        ("vocabulary", H200, {0, 1, 2, 3}),
+        ("vocabulary", dataclasses.replace(H200, vocabulary=50304), set()),
+        ("vocabulary", dataclasses.replace(H200, pretrained=True), set()),
+        ("quantized_weights", dataclasses.replace(H200, ranks=2), {3}),
+        ("quantized_weights", H200, set()),
+        ("quantized_weights", Site(device="cpu", ranks=2), set()),
+    ],
+)
+def test_what_changes_the_numbers_exists_only_where_it_has_a_meaning_too(
+    field: str, site: Site, stages: set[int]
+) -> None:
+    bounds = Limits(ranks=site.ranks, max_micro_batch=1, max_global_batch=site.ranks)
+    space = Space(bounds, dimensions_of("speed", allowed={field}), site=site)
+    on = [config for config in space.legal if field in config.knobs_on]
+    assert {config.zero_stage for config in on} == stages
+    assert not any(config.vocabulary and config.padded_vocabulary for config in on)
+
+
+def test_the_site_is_read_from_the_machine_and_the_model() -> None:
+    machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=GIB, compute_capability="9.0")
+    site = site_of(Workload(model="gpt2-xl", seq_len=1024, dtype="bf16", pretrained=True), machine)
+    assert (site.compute_capability, site.dtype, site.pretrained) == ((9, 0), "bf16", True)
+    assert (site.model_type, site.vocabulary, site.grouped_queries) == ("gpt2", 50257, False)
+    unknown = dataclasses.replace(machine, compute_capability=None)
+    assert site_of(Workload(model="gpt2-xl", seq_len=1024, dtype="bf16"), unknown).compute_capability == (0, 0)
 
 
 def test_what_changes_the_numbers_is_searched_only_on_request() -> None:

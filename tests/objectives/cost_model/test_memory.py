@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from objectives.cost_model.architecture import Architecture, architecture_from_config
-from objectives.cost_model.hardware import CATALOGUE, hardware_of
+from objectives.cost_model.hardware import CATALOGUE, hardware_of, parse_hardware
 from objectives.cost_model.memory import LIVE_PARAMETER_ELEMENTS, MemoryEstimate, predict_memory
 from objectives.cost_model.model import CostModel
 from objectives.machine import GIB
 from objectives.surface import Surface, read_surface
 from objectives.trial import Failure, Measurement, TrialConfig
-from objectives.workload import SHIPPED_MODELS
+from objectives.workload import SHIPPED_MODELS, Workload
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 
@@ -229,3 +229,49 @@ def test_zero_3s_bucket_is_as_large_as_the_configuration_says_and_no_larger_than
     tiny = estimate(config(3), model="bert-base")
     assert tiny.buckets == 2 * architecture("bert-base").parameters
     assert [estimate(config(stage)).buckets for stage in range(3)] == [0, 0, 0]
+
+
+def knobs(stage: int, mbs: int = 1, **on: Any) -> TrialConfig:
+    return TrialConfig(zero_stage=stage, micro_batch_size=mbs, gradient_accumulation_steps=1, **on)
+
+
+@pytest.mark.parametrize("loss", ["chunked", "liger"])
+def test_a_loss_in_pieces_has_an_eighth_of_the_logits_and_a_second_gradient_of_the_projection(loss: str) -> None:
+    xl = architecture("gpt2-xl")
+    plain, pieces = estimate(knobs(1, 16)), estimate(knobs(1, 16, loss_computation=loss))
+    assert pieces.logits == pytest.approx(plain.logits / 8 + 2 * xl.vocabulary * xl.hidden)
+    assert dataclasses.replace(pieces, logits=plain.logits) == plain
+
+
+def test_offloaded_parameters_are_only_there_while_they_are_gathered() -> None:
+    xl = architecture("gpt2-xl")
+    for ranks in (1, 4):
+        plain, offloaded = (estimate(knobs(3, offload_parameters=value), ranks=ranks) for value in ("off", "cpu"))
+        gathered = 2 * (xl.vocabulary * xl.hidden + xl.block_parameters + 50_000_000)
+        assert offloaded.parameters == pytest.approx(gathered)
+        assert plain.parameters == pytest.approx(2 * xl.parameters / ranks + (gathered if ranks > 1 else 0))
+
+
+def test_half_of_the_optimizer_on_the_host_is_half_of_the_way() -> None:
+    off, half, whole = (estimate(knobs(3, offload_optimizer=value), ranks=2) for value in ("off", "cpu_half", "cpu"))
+    assert whole.optimizer_states == 0
+    assert half.optimizer_states == off.optimizer_states / 2
+    assert half.step_transient == pytest.approx((off.step_transient + whole.step_transient) / 2)
+
+
+def test_a_group_of_ranks_has_all_parameters_a_second_time() -> None:
+    plain, grouped = (estimate(knobs(3, parameter_group=size), ranks=8) for size in (0, 4))
+    assert grouped.parameters - plain.parameters == pytest.approx(2 * architecture("gpt2-xl").parameters / 4)
+
+
+def test_an_enlarged_vocabulary_has_more_logits_and_more_parameters() -> None:
+    xl = architecture("gpt2-xl")
+    plain, larger = estimate(knobs(1, 8)), estimate(knobs(1, 8, vocabulary=64))
+    assert larger.logits / plain.logits == pytest.approx(50304 / 50257)
+    assert larger.parameters - plain.parameters == 2 * (50304 - 50257) * xl.hidden
+
+
+def test_bf16_needs_what_fp16_needs() -> None:
+    fp16 = CostModel(Workload(model="gpt2-xl", seq_len=1024, dtype="fp16"), parse_hardware("1xH200"))
+    plain, other = fp16.predict(knobs(1, 8)), fp16.predict(knobs(1, 8, precision="bf16"))
+    assert other.memory == plain.memory and other.step == plain.step

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
@@ -159,3 +160,46 @@ def test_the_launch_share_says_how_much_of_a_change_of_launching_the_step_takes_
     before, after = step(compute=compute, launch=launch), step(compute=compute, launch=launch * 1.001)
     assert (after.seconds / before.seconds - 1) / 0.001 == pytest.approx(before.launch_share, abs=2e-3)
     assert 0 <= before.launch_share <= 1
+
+
+def with_knobs(stage: int, *, on: str = "1xH200", **knobs: Any) -> StepEstimate:
+    config = TrialConfig(zero_stage=stage, micro_batch_size=16, gradient_accumulation_steps=2, **knobs)
+    return predict_step(config, XL, parse_hardware(on), seq_len=1024, dtype="fp16")
+
+
+def test_a_loss_in_chunks_makes_the_logits_twice_and_ligers_does_not() -> None:
+    plain, chunked, fused = (with_knobs(1, loss_computation=value) for value in ("default", "chunked", "liger"))
+    projection = XL.vocabulary * XL.hidden / XL.parameters
+    # The forward pass is a third of all of it.
+    assert chunked.compute / plain.compute == pytest.approx(1 + projection / 3)
+    assert fused == plain
+
+
+def test_an_enlarged_vocabulary_is_as_fast_as_a_padded_one() -> None:
+    plain, padded, larger = (with_knobs(1, **knobs) for knobs in ({}, {"padded_vocabulary": 64}, {"vocabulary": 64}))
+    assert padded == larger
+    assert larger.compute < plain.compute
+
+
+def test_offloaded_parameters_come_over_the_bus_twice_in_each_micro_step() -> None:
+    plain, offloaded = (with_knobs(3, offload_parameters=value) for value in ("off", "cpu"))
+    assert offloaded.communication - plain.communication == pytest.approx(2 * 2 * 2 * XL.parameters / 20e9)
+
+
+def test_half_of_the_optimizer_on_the_host_takes_half_of_its_time() -> None:
+    off, half, whole = (with_knobs(3, offload_optimizer=value).optimizer for value in ("off", "cpu_half", "cpu"))
+    assert half == pytest.approx((off + whole) / 2)
+
+
+def test_what_is_grouped_or_quantised_moves_less() -> None:
+    plain = with_knobs(3, on="8xH200")
+    times = [
+        with_knobs(3, on="8xH200", **{field: value}).communication
+        for field, value in (("parameter_group", 2), ("quantized_weights", "on"))
+    ]
+    assert all(0.5 * plain.communication < seconds < plain.communication for seconds in times)
+    assert times[1] == pytest.approx(plain.communication * 2 / 3)
+
+
+def test_deepcompile_has_no_hooks_to_run() -> None:
+    assert with_knobs(3, compile="deepcompile").launch < with_knobs(2).launch < with_knobs(3).launch

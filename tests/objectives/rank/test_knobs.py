@@ -1,8 +1,6 @@
 """Every knob reaches DeepSpeed, torch and transformers: what is looked at is the live engine and its model."""
 
 import copy
-import gc
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +11,8 @@ import torch
 import torch._inductor.config
 import transformers
 
-from objectives.ds_config import deepspeed_config
 from objectives.errors import UsageError
-from objectives.rank.cleanup import release_trial
-from objectives.rank.distributed import skip_unused_ops
-from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
+from objectives.rank.knobs import apply_to_model, configure_model, parse_knobs
 from objectives.rank.model import build_model
 from objectives.trial import KNOBS, TrialConfig
 from objectives.workload import Workload
@@ -26,23 +21,6 @@ VOCABULARY = 501
 WORKLOAD = Workload(model="gpt2-nano", seq_len=16, dtype="fp32")
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone, for torch and for DeepSpeed."""
-    # DeepSpeed reads them although the group is there already.
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    skip_unused_ops()
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    yield
-    torch.distributed.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(autouse=True)
@@ -55,34 +33,6 @@ def no_compiler_processes() -> Iterator[None]:
 def model_config(**fields: Any) -> transformers.GPT2Config:
     sizes = {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": VOCABULARY, **fields}
     return transformers.GPT2Config(use_cache=False, **sizes)
-
-
-@pytest.fixture
-def made() -> Iterator[list[deepspeed.DeepSpeedEngine]]:
-    """The engines of a test, released behind it."""
-    engines: list[deepspeed.DeepSpeedEngine] = []
-    yield engines
-    while engines:
-        release_trial(engines.pop())
-    gc.collect()
-
-
-@pytest.fixture
-def engine_of(made: list[deepspeed.DeepSpeedEngine]) -> Callable[..., deepspeed.DeepSpeedEngine]:
-    """Makes an engine as `objectives.rank.training` does; takes the stage and the knobs."""
-
-    def make(zero_stage: int = 0, *, layers: int = 4, **knobs: Any) -> deepspeed.DeepSpeedEngine:
-        config = TrialConfig(zero_stage=zero_stage, micro_batch_size=2, gradient_accumulation_steps=1, **knobs)
-        ds_config = deepspeed_config(config, WORKLOAD, ranks=1, device="cpu")
-        described = configure_model(model_config(n_layer=layers), config.model_knobs)
-        model = build_model(WORKLOAD, described, ds_config, torch.device("cpu"))
-        apply_to_model(model, config.model_knobs)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
-        made.append(engine)
-        apply_to_engine(engine, config.model_knobs)
-        return engine
-
-    return make
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -243,6 +193,79 @@ def test_without_dropout_every_probability_is_zero_and_the_caller_s_configuratio
     assert engine(**batch()).loss.item() == engine(**batch()).loss.item()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_takes_the_place_of_fp16(stage: int, engine_of: Callable[..., deepspeed.DeepSpeedEngine]) -> None:
+    engine = engine_of(stage, dtype="fp16", precision="bf16")
+    assert engine.bfloat16_enabled() and not engine.fp16_enabled()
+    assert {parameter.dtype for parameter in engine.module.parameters()} == {torch.bfloat16}
+    before = losses(engine, 3)
+    assert engine.skipped_steps == 0 and engine.global_steps == len(before)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("multiple", [64, 128])
+def test_the_model_s_own_vocabulary_is_enlarged_and_the_caller_s_configuration_stays(
+    stage: int, multiple: int, engine_of: Callable[..., deepspeed.DeepSpeedEngine]
+) -> None:
+    given = model_config()
+    engine = engine_of(stage, described=given, vocabulary=multiple)
+    assert given.vocab_size == engine.module.config.vocab_size - 11 == VOCABULARY
+    assert engine.module.lm_head.weight is engine.module.transformer.wte.weight
+    with deepspeed.zero.GatheredParameters(engine.module.lm_head.weight):
+        assert engine.module.lm_head.weight.shape == (512, 32)
+    assert engine(**batch()).logits.shape == (2, 16, 512)
+    losses(engine, 1)
+
+
+def test_deepcompile_is_in_the_engine_before_it_is_compiled(
+    engine_of: Callable[..., deepspeed.DeepSpeedEngine],
+) -> None:
+    """To compile it takes CUDA: test_deepspeed_objective.py does."""
+    for stage in (1, 2, 3):
+        assert engine_of(stage, compile="deepcompile", begins=False).is_deepcompile_enabled()
+    assert not engine_of(1, compile="model", begins=False).is_deepcompile_enabled()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_optimizer_is_on_the_host(stage: int, engine_of: Callable[..., deepspeed.DeepSpeedEngine]) -> None:
+    expected = losses(engine_of(stage, dropout="none"))
+    engine = engine_of(stage, offload_optimizer="cpu", dropout="none")
+    found = engine.optimizer.offload_optimizer if stage == 3 else engine.optimizer.cpu_offload
+    assert found and engine.zero_use_cpu_optimizer()
+    pinned = "offload_optimizer_pin_memory" if stage == 3 else "cpu_offload_pin_memory"
+    assert getattr(engine.optimizer, pinned)
+    assert losses(engine) == pytest.approx(expected, abs=1e-5)
+
+
+def test_parameters_are_on_the_host(engine_of: Callable[..., deepspeed.DeepSpeedEngine]) -> None:
+    expected = losses(engine_of(3, dropout="none"))
+    engine = engine_of(3, offload_parameters="cpu", dropout="none")
+    optimizer = engine.optimizer
+    assert optimizer.offload_param and optimizer.offload_param_pin_memory and not optimizer.offload_optimizer
+    assert optimizer.parameter_offload.offload_device == "cpu"
+    assert losses(engine) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_half_of_the_optimizer_is_on_the_host(engine_of: Callable[..., deepspeed.DeepSpeedEngine]) -> None:
+    """With an embedding large enough for two groups of parameters. DeepSpeed compiles its CPUAdam for it."""
+    described = model_config(n_layer=1, n_embd=512, vocab_size=100_000)
+    # As on a GPU: on a CPU ds-tune would ask for torch's Adam.
+    engine = engine_of(3, described=described, device="cuda", offload_optimizer="cpu_half")
+    assert engine.optimizer.partial_offload == engine.zero_partial_offload() == 0.5
+    assert type(engine.basic_optimizer).__name__ == "DeepSpeedCPUAdam"
+    assert type(engine.optimizer.backup_optimizer) is torch.optim.AdamW
+    assert len(engine.optimizer.subgroup_to_device) == 2
+    losses(engine, 1)
+
+
+def test_weights_are_to_be_quantised_by_code_that_only_gpus_have(
+    engine_of: Callable[..., deepspeed.DeepSpeedEngine],
+) -> None:
+    with pytest.raises(ValueError, match="not been implemented on CPU"):
+        engine_of(3, quantized_weights="on")
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_the_optimizer_is_torch_s_fused_one(stage: int, engine_of: Callable[..., deepspeed.DeepSpeedEngine]) -> None:
     for knobs, fused in (({}, None), ({"optimizer": "torch_fused"}, True)):
@@ -358,8 +381,8 @@ def test_the_model_s_knobs_are_read_as_a_command_line_has_them() -> None:
     [
         ("nonsense=1", "--knob nonsense=1: the model's knobs are activation_checkpointing, compile, "),
         ("overlap_comm=on", "--knob overlap_comm=on: the model's knobs are "),
-        ("compile", "--knob compile: compile is one of blocks, model"),
-        ("compile=everything", "compile is one of blocks, model"),
+        ("compile", "--knob compile: compile is one of blocks, model, deepcompile"),
+        ("compile=everything", "compile is one of blocks, model, deepcompile"),
         ("activation_checkpointing=all", "activation_checkpointing takes a whole number"),
         ("padded_vocabulary=-64", "padded_vocabulary takes a whole number"),
     ],

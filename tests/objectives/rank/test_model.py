@@ -79,9 +79,9 @@ def test_a_sequence_longer_than_the_model_takes_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_the_model_is_built_in_the_workload_s_precision(dtype: str, expected: torch.dtype) -> None:
-    workload = dataclasses.replace(NANO, dtype=dtype)
-    model = build_model(workload, load_config(workload), STAGE_0, torch.device("cpu"))
+def test_the_model_is_built_in_the_precision_that_deepspeed_is_told(dtype: str, expected: torch.dtype) -> None:
+    ds_config = {**STAGE_0, dtype: {"enabled": True}}
+    model = build_model(NANO, load_config(NANO), ds_config, torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
     assert model.training
 

@@ -1,7 +1,6 @@
 """How whole optimizer steps are timed; real trials are in test_deepspeed_objective.py."""
 
 import itertools
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +10,6 @@ import torch
 from objectives.rank.device import CpuMeter
 from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer
 from objectives.timing import MidStepRule
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 class OverflowingEngine:

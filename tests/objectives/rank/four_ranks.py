@@ -1,0 +1,66 @@
+"""One of four ranks that train a small GPT-2 under ZeRO-3 with some knobs, and tell what their engine is made of.
+
+python four_ranks.py RENDEZVOUS_FILE RESULT_FILE KNOBS, the last as JSON; RANK is in the environment.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers
+
+from objectives.ds_config import deepspeed_config
+from objectives.rank.distributed import skip_unused_ops
+from objectives.rank.knobs import apply_to_model, configure_model
+from objectives.rank.model import build_model
+from objectives.trial import TrialConfig
+from objectives.workload import Workload
+
+RANKS = 4
+
+
+def main(rendezvous: str, result: str, knobs: str) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    store = torch.distributed.FileStore(rendezvous, RANKS)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    skip_unused_ops()
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    workload = Workload(model="gpt2-nano", seq_len=16, dtype="fp32")
+    config = TrialConfig(zero_stage=3, micro_batch_size=2, gradient_accumulation_steps=1, **json.loads(knobs))
+    ds_config = deepspeed_config(config, workload, ranks=RANKS, device="cpu")
+    # By default parameters as small as these stay gathered, and nothing would be seen of gathering them.
+    for setting in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+        ds_config["zero_optimization"][f"stage3_{setting}"] = 0
+    described = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=16, vocab_size=501, use_cache=False)
+    model = build_model(workload, configure_model(described, config.model_knobs), ds_config, torch.device("cpu"))
+    apply_to_model(model, config.model_knobs)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
+    ids = torch.randint(501, (2, 16), generator=torch.Generator().manual_seed(rank))
+    losses = []
+    for _ in range(3):
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    # A group's copy is made when the forward pass lets a parameter go, and forgotten when a step has changed it.
+    loss = engine(input_ids=ids, labels=ids).loss
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    copy = weight.ds_secondary_tensor
+    document = {
+        "losses": losses,
+        "elements": weight.ds_numel,
+        "partition": weight.ds_tensor.numel(),
+        "group_partition": copy.numel() if copy is not None else None,
+        "group_size": engine.zero_hpz_partition_size(),
+    }
+    engine.backward(loss)
+    Path(result).write_text(json.dumps(document))
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
