@@ -45,6 +45,7 @@ from objectives.files import write_atomically
 from objectives.launcher import LocalLauncher
 from objectives.machine import Machine, detect_machine, software_versions
 from objectives.rank_group import ignore
+from objectives.timing import PRECISE
 from objectives.trial import Measurement
 from objectives.workload import SHIPPED_MODELS, Workload, check_workload
 from tuner.arguments import positive
@@ -151,6 +152,7 @@ class HeadToHead:
             launcher=LocalLauncher(self._machine),
             log_folder=folder,
             trial_seconds=DEFAULT_TRIAL_SECONDS,
+            plan=PRECISE,
             fresh_ranks=True,
         )
         began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

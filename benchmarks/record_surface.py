@@ -63,10 +63,12 @@ def line(config: TrialConfig, outcome: Outcome, trial_s: float) -> dict[str, Any
             row |= {
                 "step_s": round(statistics.fmean(outcome.step_seconds), 6),
                 "samples_per_s": round(outcome.samples_per_second, 4),
+                "samples_per_s_ci95": [round(end, 4) for end in outcome.samples_per_second_ci95],
                 "peak_gib": round(outcome.peak_memory_bytes / GIB, 4),
                 "reserved_gib": round(outcome.reserved_memory_bytes / GIB, 4),
                 "steps_s": [round(seconds, 5) for seconds in outcome.step_seconds],
                 "warmup_s": [round(seconds, 5) for seconds in outcome.warmup_step_seconds],
+                "first_steps_s": round(outcome.first_steps_seconds, 5),
                 "forward_s": round(outcome.forward_seconds, 5),
                 "backward_s": round(outcome.backward_seconds, 5),
                 "optimizer_s": round(outcome.optimizer_seconds, 5),

@@ -2,12 +2,13 @@
 
     python benchmarks/timing_rules.py [--traces 2000] [--recorded FILE ...]
 
-Prints tables. In the first, a row a kind of trace: `bias` is the reported mean over the true one; `covered` how often
-the 95% interval holds the true mean; `steps` the median number timed. `hopeless if equal` is the rate of wrong stops
-against a best that is as fast; `if 10% slower` and `30%` the rate of right ones. Recorded traces are files of JSON
-lines with `step_seconds` (warm-up included); each is cut into a reference, its second half, and resampled in blocks.
+Prints tables. In the first two, for the search and for the verification, a row a kind of trace: `bias` is the reported
+mean over the true one; `covered` how often the 95% interval holds the true mean; `steps` the median number timed.
+`hopeless if equal` is the rate of wrong stops against a best that is as fast; `if 10% slower` and `30%` that of right
+ones (long steps that agree need none: two of them are enough). Recorded traces are files of JSON lines with
+`step_seconds` (warm-up included); each is cut into a reference, its second half, and resampled in blocks.
 
-In the others, a row a kind of trace of the micro-steps in a trial's warm-up: how often it is given up within its steps
+In the others, a row a kind of trace of the micro-steps of a trial: how often it is given up within its first timed step
 when it takes, in the long run, so many times as long as the best, which takes 10 s a step. What is below the rule's
 factor is a stop too early; for `1×` it is plainly wrong. `after` is the median number of micro-steps that the slowest
 configuration had run by then.
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import tabulate
 
-from objectives.timing import StepPlan, is_hopeless, mean_ci95, warmup_length
+from objectives.timing import PRECISE, StepPlan, is_hopeless, mean_ci95, warmup_length
 
 GAS = 48
 """Micro-steps of a step in the later tables."""
@@ -141,18 +142,16 @@ MICRO_STEPS: dict[str, Trace] = {
 }
 
 
-def warm_up_micro_steps(trace: Sequence[float], zero_stage: int, step_seconds: float, best: float) -> int | None:
-    """How many micro-steps a trial runs until it is given up within its first steps; None where it is not."""
+def first_step_micro_steps(trace: Sequence[float], zero_stage: int, step_seconds: float, best: float) -> int | None:
+    """How many micro-steps a trial runs until it is given up within its first timed step; None where it is not."""
     plan = StepPlan()
     rule = plan.mid_step_rule(zero_stage=zero_stage, gradient_accumulation_steps=GAS, best_step_seconds=best)
     assert rule is not None
-    not_closing: list[float] = []
-    for number in range(plan.warmup(zero_stage) * GAS):
-        if (number + 1) % GAS == 0:
-            continue
-        not_closing.append(trace[number] * step_seconds / GAS)
-        if rule.is_due(len(not_closing)) and rule.is_hopeless(not_closing):
-            return number + 1
+    behind = plan.warmup(zero_stage) * min(plan.warmup_micro_steps, GAS)
+    not_closing = [seconds * step_seconds / GAS for seconds in trace[behind : behind + GAS - 1]]
+    for count in range(1, GAS):
+        if rule.is_due(count) and rule.is_hopeless(not_closing[:count]):
+            return behind + count
     return None
 
 
@@ -162,7 +161,7 @@ def micro_step_row(name: str, trace: Trace, traces: int, zero_stage: int, ratios
         ends = []
         for seed in range(traces):
             values = [float(value) for value in trace(np.random.default_rng(seed), 3 * GAS)]
-            ends.append(warm_up_micro_steps(values, zero_stage, 10.0 * ratio, 10.0))
+            ends.append(first_step_micro_steps(values, zero_stage, 10.0 * ratio, 10.0))
         stopped = [end for end in ends if end is not None]
         rates.append(f"{len(stopped) / traces:.1%}")
         after = f"{statistics.median(stopped):g} of {GAS}" if stopped else "never"
@@ -179,9 +178,8 @@ def time_trial(trace: Sequence[float], plan: StepPlan, best: float | None) -> tu
     return steps[warmup_length(steps) :], stopped
 
 
-def row(name: str, trace: Trace, traces: int, step_seconds: float) -> list[str]:
+def row(name: str, trace: Trace, traces: int, step_seconds: float, plan: StepPlan) -> list[str]:
     # Seconds of a step decide how many the budget allows.
-    plan = StepPlan()
     means, covered, counts = [], 0, []
     stops = {1.0: 0, 1.1: 0, 1.3: 0}
     for seed in range(traces):
@@ -210,9 +208,15 @@ def main() -> None:
     parser.add_argument("--recorded", type=Path, nargs="*", default=[])
     arguments = parser.parse_args()
     kinds = SYNTHETIC | {path.name: recorded(path) for path in arguments.recorded}
-    rows = [row(name, trace, arguments.traces, seconds) for name, trace in kinds.items() for seconds in (0.2, 2.0, 5.0)]
-    headers = ["trace", "step s", "bias", "95% of errors", "covered", "steps", "hopeless if equal", "10% slower", "30%"]
-    print(tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True))
+    for title, plan in (("search", StepPlan()), ("verification", PRECISE)):
+        rows = [
+            row(name, trace, arguments.traces, seconds, plan)
+            for name, trace in kinds.items()
+            for seconds in (0.2, 1.5, 5.0)
+        ]
+        headers = [f"trace, {title}", "step s", "bias", "95% of errors", "covered", "steps", "hopeless if equal",
+                   "10% slower", "30%"]  # fmt: skip
+        print(f"{tabulate.tabulate(rows, headers=headers, tablefmt='pipe', disable_numparse=True)}\n")
     for title, stage, ratios in (("stages 0 to 2", 0, (1.0, 1.4, 1.7, 2.0, 4.0)), ("stage 3", 3, (1.0, 2.0, 3.0, 8.0))):
         rows = [micro_step_row(name, trace, arguments.traces, stage, ratios) for name, trace in MICRO_STEPS.items()]
         headers = [f"micro-steps, {title}", *(f"{ratio:g}× best" for ratio in ratios), "after"]

@@ -9,6 +9,7 @@ on. The table is printed last.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import resource
@@ -25,7 +26,7 @@ import tabulate
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine, detect_machine
-from objectives.timing import StepPlan
+from objectives.timing import PRECISE, StepPlan
 from objectives.trial import Failure, Measurement, TrialConfig
 from objectives.workload import Workload
 from tuner.spec import DEFAULTS
@@ -179,10 +180,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--timed-seconds", type=float, default=StepPlan().timed_seconds, help="of each trial")
+    parser.add_argument("--timed-seconds", type=float, default=PRECISE.timed_seconds, help="of each trial")
     arguments = parser.parse_args()
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=None)
-    bench = Bench(machine, Recorder(arguments.out), StepPlan(timed_seconds=arguments.timed_seconds))
+    bench = Bench(machine, Recorder(arguments.out), dataclasses.replace(PRECISE, timed_seconds=arguments.timed_seconds))
     print(machine.description, flush=True)
     for part in arguments.part:
         getattr(bench, part)()

@@ -169,7 +169,7 @@ def combine_ranks(
     """
     slowest = max(ranks, key=lambda document: math.fsum(document["step_seconds"]))
     samples = config.global_batch_size(len(ranks))
-    rate, interval = throughput(slowest["step_seconds"], samples)
+    rate, interval = throughput(slowest["step_seconds"], samples, tuple(slowest["step_ci95_seconds"]))
     return Measurement(
         step_seconds=tuple(slowest["step_seconds"]),
         samples_per_second=rate,
@@ -179,6 +179,7 @@ def combine_ranks(
         optimizer_seconds=slowest["optimizer_seconds"],
         deepspeed_samples_per_second=ranks[0]["deepspeed_samples_per_second"],
         warmup_step_seconds=tuple(slowest["warmup_step_seconds"]),
+        first_steps_seconds=slowest["first_steps_seconds"],
         skipped_steps=slowest["skipped_steps"],
         stopped_early=slowest["stopped_early"],
         from_micro_steps=slowest["from_micro_steps"],

@@ -26,7 +26,11 @@ def deepspeed_config(config: TrialConfig, workload: Workload, *, ranks: int, dev
         device: `cuda` or `cpu`.
     """
     document = _without_auto(workload.base_ds_config)
-    document.pop("autotuning", None)
+    for key in (
+        "autotuning",
+        "managed_gradient_accumulation",
+    ):  # who calls the optimizer's step is not the file's to say
+        document.pop(key, None)
     document["train_micro_batch_size_per_gpu"] = config.micro_batch_size
     document["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     document["train_batch_size"] = config.global_batch_size(ranks)

@@ -14,7 +14,7 @@ import numpy as np
 from objectives.cost_model.model import CostModel
 from objectives.machine import GIB, Machine
 from objectives.rank_group import OnPhase
-from objectives.timing import StepPlan, is_hopeless, throughput
+from objectives.timing import StepPlan, is_hopeless, step_ci95, throughput
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 
 # Standard deviations of the logarithm of what the machine does over what the formulas say.
@@ -78,10 +78,19 @@ class SimulatedObjective:
         samples = config.global_batch_size(self._machine.ranks)
         best = samples / best_samples_per_second if best_samples_per_second else None
         steps: list[float] = []
-        while count := self._plan.next_steps(steps, best):
-            steps += [step.seconds * slower * math.exp(STEP_NOISE * own.standard_normal()) for _ in range(count)]
-        rate, interval = throughput(steps, samples)
-        warmup = (step.seconds * slower * 1.2,) * self._plan.warmup(config.zero_stage)
+        micro_steps: list[float] = []
+        accumulation = config.gradient_accumulation_steps
+        while count := self._plan.next_steps(steps, best, micro_steps):
+            for _ in range(count):
+                # A step's own noise and that of each of its micro-steps.
+                usual = step.seconds * slower * math.exp(STEP_NOISE * own.standard_normal())
+                of_step = np.exp(STEP_NOISE * own.standard_normal(accumulation))
+                of_step *= (usual - step.optimizer * slower) / accumulation
+                micro_steps += of_step[:-1].tolist()
+                steps.append(float(of_step.sum()) + step.optimizer * slower)
+        rate, interval = throughput(steps, samples, step_ci95(steps, micro_steps))
+        share = min(self._plan.warmup_micro_steps / config.gradient_accumulation_steps, 1.0)
+        warmup = (share * step.seconds * slower * 1.2,) * self._plan.warmup(config.zero_stage)
         compute = (step.seconds - step.optimizer) * slower
         return Measurement(
             step_seconds=tuple(steps),

@@ -189,16 +189,24 @@ def _measurement(line: Mapping[str, Any], ranks: int, trial_s: float) -> Measure
     if not math.isclose(statistics.fmean(steps), step_s, rel_tol=TOLERANCE):
         raise _Malformed(f"step_s is {step_s:g}, but the mean of steps_s is {statistics.fmean(steps):g}")
     rate, (low, high) = throughput(steps, samples)
+    # The recorded figure, of which the steps may be rounded.
+    interval = low * samples_per_s / rate, high * samples_per_s / rate
+    if line.get("samples_per_s_ci95") is not None:
+        interval = _interval(line, "samples_per_s_ci95", samples_per_s)
+    warmup = _seconds(line, "warmup_s")
+    first_steps_s = math.fsum(warmup) - len(warmup) * step_s  # as long as every warm-up step was a whole one
+    if line.get("first_steps_s") is not None:
+        first_steps_s = _value(line, "first_steps_s", (int, float), "a number")
     return Measurement(
         step_seconds=steps,
-        # The recorded figure, of which the steps may be rounded.
         samples_per_second=samples_per_s,
-        samples_per_second_ci95=(low * samples_per_s / rate, high * samples_per_s / rate),
+        samples_per_second_ci95=interval,
         forward_seconds=_optional(line, "forward_s"),
         backward_seconds=_optional(line, "backward_s"),
         optimizer_seconds=_optional(line, "optimizer_s"),
         deepspeed_samples_per_second=None,
-        warmup_step_seconds=_seconds(line, "warmup_s"),
+        warmup_step_seconds=warmup,
+        first_steps_seconds=first_steps_s,
         skipped_steps=0,
         peak_memory_bytes=round(_positive(line, "peak_gib") * GIB),
         reserved_memory_bytes=round(_positive(line, "reserved_gib") * GIB),
@@ -267,6 +275,17 @@ def _positive(line: Mapping[str, Any], key: str) -> float:
 def _optional(line: Mapping[str, Any], key: str) -> float:
     """A number of seconds that need not have been recorded; 0 where it was not."""
     return _number(line[key], key, zero=True) if line.get(key) is not None else 0.0
+
+
+def _interval(line: Mapping[str, Any], key: str, value: float) -> tuple[float, float]:
+    """Two numbers with a value between them."""
+    ends: Sequence[Any] = _value(line, key, list, "a list of two numbers")
+    if len(ends) != 2:
+        raise _Malformed(f"{key} has {len(ends)} numbers, not two")
+    low, high = (_number(end, f"{key}[{index}]", zero=True) for index, end in enumerate(ends))
+    if not low <= value <= high:
+        raise _Malformed(f"{key} is {low:g} to {high:g}, without the {value:g} between them")
+    return low, high
 
 
 def _seconds(line: Mapping[str, Any], key: str) -> tuple[float, ...]:

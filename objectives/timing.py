@@ -36,6 +36,13 @@ FEWEST_ACCUMULATED = 4
 FEWEST_MICRO_STEPS = 6
 """Behind those, fewer cannot show whether they still get faster."""
 
+FEWEST_FOR_SPREAD = 4
+"""Of fewer micro-steps nobody can tell how far they lie apart."""
+
+CLOSING_SPREAD = 0.1
+"""Relative standard deviation assumed of what the micro-step that closes a step takes beyond the others, where too few
+steps show it: on an H200 the optimizer's seconds of a configuration differ by up to so much from step to step."""
+
 # Quantiles of Student's t for 1..30 degrees of freedom (any statistics table): two-sided 95%, and 98% for p = 0.01 on
 # one side. Beyond 30 the last is used, which is at most 4% too wide.
 _T95 = (
@@ -58,62 +65,76 @@ class StepPlan:
     """Steps that are left out in any case; `warmup_length` finds how many more were not yet steady."""
     zero3_extra_warmup_steps: int = 2
     """Stage 3 records which parameters to prefetch during its first steps, and those are slow."""
+    warmup_micro_steps: int = 3
+    """The most that such a step has: its first micro-steps and its optimizer step are odd, those between are not."""
     min_timed_steps: int = 4
     max_timed_steps: int = 40
-    timed_seconds: float = 6.0
+    timed_seconds: float = 3.0
     """No further step is begun after so many seconds, once there are `min_timed_steps`."""
     precision: float = 0.01
     """Enough is when the 95% interval of the mean is within this fraction of it, to either side."""
     steps_at_once: int = 8
     """Ranks agree on how to go on after at most so many steps; agreeing costs a synchronization."""
-    long_step_seconds: float = 2.0
-    """Longer steps are spared where fewer will do: see the next two, and `mid_step_rule`."""
-    min_long_steps: int = 3
-    """What is enough of long steps in place of `min_timed_steps`, where they agree."""
-    long_steps_agree: float = 0.02
+    long_step_seconds: float = 1.0
+    """Longer steps are spared where fewer will do: see the next two."""
+    long_step_precision: float = 0.02
+    """One long step is enough where its micro-steps show that its 95% interval is within this fraction of it; 0 asks
+    for more steps in any case."""
+    min_long_steps: int = 2
+    """What is enough of long steps in place of `min_timed_steps`, where they agree or have used up `timed_seconds`."""
+    long_steps_agree: float = 0.01
     """Long steps agree when the longest exceeds the shortest by at most this fraction of their mean."""
+    hopeless_step_seconds: float = 2.0
+    """Steps that are shorter run whole; see `mid_step_rule`."""
     mid_step_factor: float = 1.5
-    """How many times slower than the best a configuration must be to be given up in its first steps, which are slower
-    than those that follow."""
+    """How many times slower than the best a configuration must be to be given up in its first timed step, which is
+    slower than those that follow."""
     zero3_mid_step_factor: float = 2.5
-    """The same for stage 3, which in its first step also records the order of its parameters."""
+    """The same for stage 3, whose warm-up takes longer."""
     mid_step_seconds: float = 1.0
     """So long micro-steps are watched before a configuration is given up: what is slow at first is so for a time."""
 
     def warmup(self, zero_stage: int) -> int:
         return self.warmup_steps + (self.zero3_extra_warmup_steps if zero_stage == 3 else 0)
 
-    def next_steps(self, step_seconds: Sequence[float], best_step_seconds: float | None) -> int:
+    def next_steps(
+        self,
+        step_seconds: Sequence[float],
+        best_step_seconds: float | None,
+        micro_step_seconds: Sequence[float] = (),
+    ) -> int:
         """How many more steps to run; 0 for enough.
 
         Args:
             step_seconds: all steps after the warm-up, as the slowest rank had them.
             best_step_seconds: what a step of this batch takes at the study's best throughput, if there is one.
+            micro_step_seconds: of these steps, all micro-steps that don't close one.
         """
         count = len(step_seconds)
-        if count < self.min_timed_steps - 1:
-            return self.min_timed_steps - 1 - count
-        if best_step_seconds is not None and is_hopeless(step_seconds, best_step_seconds):
-            return 0
-        steady = step_seconds[warmup_length(step_seconds) :]
-        spent, mean = math.fsum(step_seconds), statistics.fmean(steady)
-        missing = self.min_timed_steps - len(steady)
+        if count == 0:
+            return 1  # it tells whether these steps are long
         if count >= self.max_timed_steps:
             return 0
+        if best_step_seconds is not None and is_hopeless(step_seconds, best_step_seconds):
+            return 0
+        cut = warmup_length(step_seconds)
+        steady = step_seconds[cut:]
+        spent, mean = math.fsum(step_seconds), statistics.fmean(steady)
         if mean > self.long_step_seconds:
-            if len(steady) < self.min_long_steps:
-                missing = min(missing, self.min_long_steps - len(steady))
-            elif max(steady) - min(steady) <= self.long_steps_agree * mean:
-                return 0
+            theirs = micro_step_seconds[cut * len(micro_step_seconds) // count :]
+            return 0 if self._is_enough_of_long(steady, theirs, spent) else 1
+        missing = self.min_timed_steps - len(steady)
         if missing <= 0 and (spent >= self.timed_seconds or self._is_precise(steady)):
             return 0
+        if count < self.min_timed_steps - 1:  # behind so many it may be seen to be hopeless
+            return min(self.min_timed_steps - 1, self.max_timed_steps) - count
         affordable = math.floor((self.timed_seconds - spent) / mean)
         return min(max(missing, 1, min(affordable, count)), self.steps_at_once, self.max_timed_steps - count)
 
     def mid_step_rule(
         self, *, zero_stage: int, gradient_accumulation_steps: int, best_step_seconds: float | None
     ) -> "MidStepRule | None":
-        """What gives a configuration up within its warm-up steps.
+        """What gives a configuration up within its first timed step.
 
         Args:
             best_step_seconds: see `next_steps`.
@@ -126,22 +147,35 @@ class StepPlan:
         factor = self.zero3_mid_step_factor if zero_stage == 3 else self.mid_step_factor
         return MidStepRule(
             gradient_accumulation_steps=gradient_accumulation_steps,
-            limit_seconds=max(factor * best_step_seconds, self.long_step_seconds),
+            limit_seconds=max(factor * best_step_seconds, self.hopeless_step_seconds),
             watched_seconds=self.mid_step_seconds,
         )
+
+    def _is_enough_of_long(self, steady: Sequence[float], micro_step_seconds: Sequence[float], spent: float) -> bool:
+        mean = statistics.fmean(steady)
+        if len(steady) < self.min_long_steps:
+            low, high = step_ci95(steady, micro_step_seconds)
+            return (high - low) / 2 <= self.long_step_precision * mean and not is_drifting(micro_step_seconds)
+        return spent >= self.timed_seconds or max(steady) - min(steady) <= self.long_steps_agree * mean
 
     def _is_precise(self, steady: Sequence[float]) -> bool:
         low, high = mean_ci95(steady)
         return (high - low) / 2 <= self.precision * statistics.fmean(steady) and not is_drifting(steady)
 
 
+PRECISE = StepPlan(
+    timed_seconds=6.0, long_step_seconds=2.0, long_step_precision=0.0, min_long_steps=3, long_steps_agree=0.02
+)
+"""For what is to be compared closely: runs of the verification, and benchmarks."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MidStepRule:
     """When a configuration is given up before one of its steps is whole: a hopeless step can take a minute.
 
-    It looks at micro-steps alone, without those that close a step: those reduce gradients and run the optimizer. So a
-    step's seconds are estimated too low rather than too high. All arguments named `micro_step_seconds` are those of the
-    trial from its begin, in order.
+    It looks at micro-steps alone, without the one that closes the step: it reduces gradients and runs the optimizer. So
+    a step's seconds are estimated too low rather than too high. All arguments named `micro_step_seconds` are those of
+    the step from its begin, in order.
     """
 
     gradient_accumulation_steps: int
@@ -264,23 +298,49 @@ def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
     return (mean - half, mean + half)
 
 
+def step_ci95(step_seconds: Sequence[float], micro_step_seconds: Sequence[float]) -> tuple[float, float]:
+    """The 95% confidence interval of the mean step; of fewer than three steps by what their micro-steps show.
+
+    A step is a sum: of its micro-steps, whose spread is seen, and of what the one that closes it takes beyond the
+    others, of which `CLOSING_SPREAD` is assumed.
+
+    Args:
+        micro_step_seconds: of these steps, all micro-steps that don't close one.
+    """
+    count = len(step_seconds)
+    if count >= 3 or len(micro_step_seconds) < FEWEST_FOR_SPREAD:
+        return mean_ci95(step_seconds)
+    size, spread = effective_size(micro_step_seconds), statistics.stdev(micro_step_seconds)
+    mean, micro_steps = statistics.fmean(step_seconds), len(micro_step_seconds) / count
+    closing = max(mean - (micro_steps + 1) * statistics.fmean(micro_step_seconds), 0.0)
+    # Steps that resemble each other's neighbours count for fewer in the sum as well.
+    of_sum = micro_steps**2 * spread**2 / (size / count)
+    half = _quantile(_T95, size) * math.sqrt((of_sum + (CLOSING_SPREAD * closing) ** 2) / count)
+    return (mean - half, mean + half)
+
+
 def _quantile(table: Sequence[float], size: float) -> float:
     """Student's quantile for `size - 1` degrees of freedom, rounded down to be on the safe side."""
     freedom = max(math.floor(size) - 1, 1)
     return table[freedom - 1] if freedom <= len(table) else table[-1]
 
 
-def throughput(step_seconds: Sequence[float], samples_per_step: int) -> tuple[float, tuple[float, float]]:
+def throughput(
+    step_seconds: Sequence[float], samples_per_step: int, ci95: tuple[float, float] | None = None
+) -> tuple[float, tuple[float, float]]:
     """Samples per second and its 95% interval, from the seconds of whole optimizer steps.
 
     The interval is the one of the mean step time, turned over: exact at its ends, as 1/x is monotone.
+
+    Args:
+        ci95: of the mean step, where more is known than these steps tell.
 
     Raises:
         ValueError: there is no step to speak of.
     """
     if not step_seconds:
         raise ValueError("no optimizer step was timed")
-    low, high = mean_ci95(step_seconds)
+    low, high = mean_ci95(step_seconds) if ci95 is None else ci95
     rate = samples_per_step / statistics.fmean(step_seconds)
     slowest = samples_per_step / high if math.isfinite(high) else 0.0
     fastest = samples_per_step / low if low > 0 else 2 * rate

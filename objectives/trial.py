@@ -210,6 +210,9 @@ class Measurement:
     deepspeed_samples_per_second: float | None
     """What DeepSpeed's own ThroughputTimer says: forward to step, without data loading. For comparison only."""
     warmup_step_seconds: tuple[float, ...]
+    """Of a step with many micro-steps, the first warm-up steps have only some (`StepPlan.warmup_micro_steps`)."""
+    first_steps_seconds: float = 0.0
+    """What the warm-up took beyond as many later micro-steps: compilation, for the most part."""
     skipped_steps: int
     """Steps that fp16 overflow skipped; they are never among `step_seconds`."""
     stopped_early: bool = False

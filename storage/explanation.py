@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
 
 from objectives.cost_model.hardware import Hardware, hardware_of
 from objectives.cost_model.model import CostModel
@@ -89,17 +88,6 @@ def contribution_lines(best: TrialRecord, summary: StudySummary) -> list[str]:
     return lines
 
 
-def first_steps_seconds(runs: Sequence[Measurement]) -> float:
-    """What the first steps cost beyond what as many later ones take: compilation, for the most part.
-
-    The most of several runs, for a compiler that finds its earlier work in a cache costs little.
-    """
-    return max(
-        math.fsum(run.warmup_step_seconds) - len(run.warmup_step_seconds) * statistics.fmean(run.step_seconds)
-        for run in runs
-    )
-
-
 def first_steps_words(summary: StudySummary) -> str | None:
     """After how many steps the best has made up for its slow first ones; None where they cost next to nothing."""
     best, baseline = summary.best, summary.baseline
@@ -108,7 +96,9 @@ def first_steps_words(summary: StudySummary) -> str | None:
     costs = []
     for record in (best, baseline):
         assert isinstance(record.outcome, Measurement)
-        costs.append(first_steps_seconds([record.outcome, *summary.verification.get(record.config.name, ())]))
+        runs = [record.outcome, *summary.verification.get(record.config.name, ())]
+        # The most of several runs, for a compiler that finds its earlier work in a cache costs little.
+        costs.append(max(run.first_steps_seconds for run in runs))
     extra = costs[0] - max(costs[1], 0.0)
     if extra < FIRST_STEPS_WORTH_SAYING_SECONDS:
         return None

@@ -19,6 +19,7 @@ from objectives.objective import Objective
 from objectives.replay import ReplayObjective
 from objectives.simulated import SimulatedObjective
 from objectives.surface import Surface, read_surface
+from objectives.timing import PRECISE, StepPlan
 from objectives.trial import Failure, TrialConfig
 from objectives.workload import SHIPPED_MODELS, Workload, check_workload, load_base_ds_config
 from tuner.arguments import TRAINING_OPTIONS, given
@@ -99,10 +100,11 @@ def _measured(arguments: argparse.Namespace) -> Answers:
                 launcher=LocalLauncher(spec.machine),
                 log_folder=spec.results.process_logs.resolve(),
                 trial_seconds=spec.trial_seconds,
+                plan=plan,
                 fresh_ranks=fresh_ranks,
                 notice=notice,
             )
-            for fresh_ranks in (arguments.fresh_ranks, True)
+            for plan, fresh_ranks in ((StepPlan(), arguments.fresh_ranks), (PRECISE, True))
         )
         return searching, Verification(fresh=verifying, training=searching)
 

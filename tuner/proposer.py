@@ -21,7 +21,7 @@ from objectives.cost_model.calibration import (
 )
 from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.cost_model.model import CostModel, Floats, grid_of
-from objectives.timing import StepPlan
+from objectives.timing import FEWEST_FOR_SPREAD, StepPlan
 from objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.005
@@ -158,7 +158,11 @@ def _trial_seconds(log_rate: Floats, configs: Sequence[TrialConfig], ranks: int,
     """Predicted seconds of each configuration's warm trial."""
     samples: npt.NDArray[np.float64] = np.array([config.global_batch_size(ranks) for config in configs], dtype=float)
     step = samples / np.exp(log_rate)
+    accumulation = np.array([config.gradient_accumulation_steps for config in configs])
     warmup = np.array([plan.warmup(config.zero_stage) for config in configs])
+    warmup = warmup * np.minimum(plan.warmup_micro_steps / accumulation, 1.0)
     setup = np.array([SETUP_SECONDS[config.zero_stage] for config in configs])
-    timed = np.clip(plan.timed_seconds / step, plan.min_timed_steps, plan.max_timed_steps)
+    long = np.where(accumulation > FEWEST_FOR_SPREAD, 1, plan.min_long_steps)
+    fewest = np.where(step > plan.long_step_seconds, long, plan.min_timed_steps)
+    timed = np.clip(plan.timed_seconds / step, fewest, plan.max_timed_steps)
     return np.asarray(setup + (warmup + timed) * step)

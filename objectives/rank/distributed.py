@@ -47,7 +47,9 @@ def connect_ranks(device: torch.device) -> None:
 
 
 def slowest(seconds: Sequence[float], device: torch.device) -> list[float]:
-    """The largest of all ranks' values, one by one; the same on every rank."""
+    """The largest of all ranks' values, one by one; the same on every rank. All give as many."""
+    if not seconds:
+        return []
     values = torch.tensor(seconds, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return [float(value) for value in values.tolist()]

@@ -1,6 +1,7 @@
 """One trial on this rank: configuration, model, engine, warm-up, timed steps."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -21,7 +22,15 @@ from objectives.rank.distributed import slowest
 from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
 from objectives.rank.model import build_model, count_parameters, flops_per_sample
 from objectives.rank.progress import Progress
-from objectives.timing import MidStepRule, StepPlan, is_drifting, is_hopeless, later_half, warmup_length
+from objectives.timing import (
+    MidStepRule,
+    StepPlan,
+    is_drifting,
+    is_hopeless,
+    later_half,
+    step_ci95,
+    warmup_length,
+)
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 
@@ -86,34 +95,46 @@ def run_trial(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         best_step_seconds=best_step_seconds,
     )
-    progress.announce("warm-up", seconds=warmup_deadline(predicted, warmup_steps))
-    warmup = timer.run(warmup_steps, mid_step_rule)
+    gas = config.gradient_accumulation_steps
+    warmup_micro_steps = min(gas, plan.warmup_micro_steps)
+    progress.announce("warm-up", seconds=warmup_deadline(predicted * warmup_micro_steps / gas, warmup_steps))
+    warmup = timer.run(warmup_steps, micro_steps=warmup_micro_steps)
+    agreed = [seconds * gas / warmup_micro_steps for seconds in slowest([step.seconds for step in warmup], device)]
+    deepspeed_timer = DeepSpeedTimer(engine)
     timed: list[Step] = []
-    timed_seconds: list[float] = []  # the same on every rank, so that all decide alike
-    given_up = warmup[-1].from_micro_steps > 0
-    if given_up:
-        timed.append(warmup.pop())
-    else:
-        agreed = slowest([step.seconds for step in warmup], device)
-        while count := plan.next_steps(timed_seconds, best_step_seconds):
-            progress.announce("timed steps", seconds=timed_deadline(agreed[-1], count))
-            steps = timer.run(count)
-            agreed = slowest([step.seconds for step in steps], device)
-            timed += steps
-            timed_seconds += agreed
+    timed_seconds: list[float] = []  # the same on every rank, so that all decide alike; as are the next
+    micro_step_seconds: list[float] = []
+    given_up = False
+    while not given_up and (count := plan.next_steps(timed_seconds, best_step_seconds, micro_step_seconds)):
+        progress.announce("timed steps", seconds=timed_deadline(agreed[-1], count))
+        steps = timer.run(count, mid_step_rule=None if timed else mid_step_rule)
+        agreed = slowest([step.seconds for step in steps], device)
+        timed += steps
+        timed_seconds += agreed
+        micro_step_seconds += slowest([seconds for step in steps for seconds in step.micro_step_seconds], device)
+        given_up = steps[-1].from_micro_steps > 0
     cut = warmup_length(timed_seconds)
-    warmup, timed = warmup + timed[:cut], timed[cut:]
+    early, timed = timed[:cut], timed[cut:]
+    own_micro_steps = [seconds for step in timed for seconds in step.micro_step_seconds]
+    seconds, optimizer_seconds = (
+        statistics.fmean(getattr(step, field) for step in timed) for field in ("seconds", "optimizer_seconds")
+    )
+    # What the warm-up would have taken at the pace of the steps that count.
+    usual_seconds = cut * seconds
+    usual_seconds += warmup_steps * (optimizer_seconds + warmup_micro_steps / gas * (seconds - optimizer_seconds))
     return {
         "step_seconds": [step.seconds for step in timed],
+        "step_ci95_seconds": step_ci95([step.seconds for step in timed], own_micro_steps),
         "forward_seconds": statistics.fmean(step.forward_seconds for step in timed),
         "backward_seconds": statistics.fmean(step.backward_seconds for step in timed),
-        "optimizer_seconds": statistics.fmean(step.optimizer_seconds for step in timed),
-        "warmup_step_seconds": [step.seconds for step in warmup],
+        "optimizer_seconds": optimizer_seconds,
+        "warmup_step_seconds": [step.seconds for step in [*warmup, *early]],
+        "first_steps_seconds": math.fsum(step.seconds for step in [*warmup, *early]) - usual_seconds,
         "stopped_early": given_up or (best_step_seconds is not None and is_hopeless(timed_seconds, best_step_seconds)),
         "from_micro_steps": timed[0].from_micro_steps,
         "drifting": is_drifting(timed_seconds[cut:]),
         "skipped_steps": timer.skipped_steps,
-        "deepspeed_samples_per_second": _deepspeed_rate(engine),
+        "deepspeed_samples_per_second": deepspeed_timer.samples_per_second(),
         "peak_memory_bytes": meter.peak_memory_bytes(),
         "reserved_memory_bytes": meter.reserved_memory_bytes(),
         "alloc_retries": meter.alloc_retries(),
@@ -162,6 +183,8 @@ class Step:
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
+    micro_step_seconds: tuple[float, ...] = ()
+    """Of each micro-step, data loading included, but the one that closes the step."""
     from_micro_steps: int = 0
     """Above zero: no step that ran whole, but an estimate from so many micro-steps."""
 
@@ -186,13 +209,16 @@ class StepTimer:
         self._progress = progress
         self.skipped_steps = 0
 
-    def run(self, steps: int, mid_step_rule: MidStepRule | None = None) -> list[Step]:
+    def run(
+        self, steps: int, *, micro_steps: int | None = None, mid_step_rule: MidStepRule | None = None
+    ) -> list[Step]:
         """Runs until `steps` optimizer steps were not skipped, and returns their times.
 
         A step that fp16 overflow skipped has no optimizer in it; it is run, counted in `skipped_steps` and left out.
 
         Args:
-            mid_step_rule: asked between micro-steps, which disturbs the steps: for a warm-up. When it finds the
+            micro_steps: of each step; None for all that a step of this configuration has.
+            mid_step_rule: asked now and then between micro-steps, at the cost of a synchronization. When it finds the
                 configuration hopeless, this ends there, on all ranks, and the last step returned is an estimate.
 
         Raises:
@@ -208,7 +234,8 @@ class StepTimer:
         while whole.count(True) < steps:
             skipped_before = self._engine.skipped_steps
             marks.append([])
-            for left in reversed(range(self._gradient_accumulation_steps)):
+            for left in reversed(range(micro_steps or self._gradient_accumulation_steps)):
+                self._engine.set_gradient_accumulation_boundary(left == 0)
                 marks[-1].append(self._micro_step())
                 if mid_step_rule is not None and left:
                     not_closing.append(marks[-1][-1])
@@ -229,10 +256,16 @@ class StepTimer:
                 forward_seconds=math.fsum(self._part_seconds(marks[step], 0)),
                 backward_seconds=math.fsum(self._part_seconds(marks[step], 1)),
                 optimizer_seconds=math.fsum(self._part_seconds(marks[step], 2)),
+                micro_step_seconds=self._micro_step_seconds(boundaries[step], marks[step]),
             )
             for step, is_whole in enumerate(whole)
             if is_whole
         ]
+
+    def _micro_step_seconds(self, start: Any, micro_steps: Sequence[Marks]) -> tuple[float, ...]:
+        """Of those that don't close the step, each from the end of the one before it."""
+        ends = [start, *(marks[-1] for marks in micro_steps[:-1])]
+        return tuple(self._meter.seconds(one, other) for one, other in itertools.pairwise(ends))
 
     def _estimate_if_hopeless(self, micro_steps: list[Marks], rule: MidStepRule) -> Step | None:
         """What a whole step would take on this rank, if the ranks agree that it is hopelessly long."""
@@ -272,9 +305,17 @@ class StepTimer:
         return before, after_forward, after_backward, meter.mark()
 
 
-def _deepspeed_rate(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """The running average of DeepSpeed's ThroughputTimer; None where the user switched it off."""
-    timer = engine.tput_timer
-    if timer.global_step_count <= timer.start_step or timer.total_elapsed_time <= 0:
-        return None
-    return float(timer.avg_samples_per_sec())
+class DeepSpeedTimer:
+    """What DeepSpeed's own ThroughputTimer says of the steps from now on."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        self._timer = engine.tput_timer
+        # Its first steps are not in its seconds, and those of a warm-up may have fewer samples than it thinks.
+        self._steps_before = max(self._timer.global_step_count, self._timer.start_step)
+        self._seconds_before = self._timer.total_elapsed_time
+
+    def samples_per_second(self) -> float | None:
+        """None where it has timed no step yet, or the user has switched it off."""
+        steps = self._timer.global_step_count - self._steps_before
+        seconds = self._timer.total_elapsed_time - self._seconds_before
+        return float(self._timer.batch_size * steps / seconds) if steps > 0 and seconds > 0 else None

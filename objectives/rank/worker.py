@@ -18,6 +18,7 @@ from objectives.errors import DsTuneError, UsageError
 from objectives.failures import first_sentence, kind_of_exception
 from objectives.files import result_file, write_atomically
 from objectives.machine import Machine
+from objectives.rank import zero3_release
 from objectives.rank.cleanup import collectives_issued, release_trial
 from objectives.rank.data import load_blocks
 from objectives.rank.device import cap_memory, claim_device, lift_cap, local_rank, meter_for, resident_bytes
@@ -51,6 +52,7 @@ class Worker:
         connect_ranks(self._device)
         self._rank = torch.distributed.get_rank()
         load_optimizer_op(self._any_ds_config(), progress.notice)
+        zero3_release.install()
         cap_memory(self._machine)
         self._held_after_first: dict[str, int] | None = None
 

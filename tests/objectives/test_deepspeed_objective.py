@@ -132,6 +132,8 @@ def test_prepare_starts_the_ranks_that_the_first_trial_uses(
 
 RANK = {
     "step_seconds": [1.0, 1.0],
+    "step_ci95_seconds": [0.9, 1.1],
+    "first_steps_seconds": 0.5,
     "stopped_early": False,
     "from_micro_steps": 0,
     "drifting": False,
@@ -151,12 +153,19 @@ RANK = {
 
 
 def test_the_slowest_rank_s_times_and_the_highest_memory_make_the_measurement(config: TrialConfig) -> None:
-    slow = {**RANK, "step_seconds": [2.0, 1.5], "forward_seconds": 0.75, "setup_seconds": 3.0}
+    slow = {
+        **RANK,
+        "step_seconds": [2.0, 1.5],
+        "step_ci95_seconds": [1.5, 2.0],
+        "forward_seconds": 0.75,
+        "setup_seconds": 3.0,
+    }
     hungry = {**RANK, "peak_memory_bytes": 30, "reserved_memory_bytes": 40, "alloc_retries": 2}
     measurement = combine_ranks([RANK, slow, hungry], config=config, start_seconds=5.0, wall_seconds=20.0)
     assert measurement.step_seconds == (2.0, 1.5)
     assert measurement.forward_seconds == 0.75
     assert measurement.samples_per_second == pytest.approx(3 / 1.75)
+    assert measurement.samples_per_second_ci95 == pytest.approx((3 / 2.0, 3 / 1.5))
     assert (measurement.peak_memory_bytes, measurement.reserved_memory_bytes) == (30, 40)
     assert measurement.alloc_retries == 2
     assert measurement.setup_seconds == 9.0

@@ -1,6 +1,7 @@
 """Hopeless configurations with many micro-steps: really given up within their first step, with ranks that go on."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,13 +42,14 @@ def study(
     return run
 
 
-def stopped(outcome: Outcome) -> Measurement:
-    """The measurement of a trial that was given up within its first step."""
+def stopped(outcome: Outcome, stage: int) -> Measurement:
+    """The measurement of a trial that was given up within its first timed step."""
     assert isinstance(outcome, Measurement), outcome
     assert outcome.stopped_early
     assert outcome.from_micro_steps >= 3
-    assert outcome.warmup_step_seconds == ()
+    assert len(outcome.warmup_step_seconds) == PLAN.warmup(stage)
     [estimate] = outcome.step_seconds
+    assert math.fsum(outcome.warmup_step_seconds) < estimate, "the warm-up's steps have three micro-steps"
     assert outcome.samples_per_second == pytest.approx(2 * GAS / estimate)
     assert outcome.forward_seconds + outcome.backward_seconds == pytest.approx(estimate, rel=0.5)
     assert outcome.optimizer_seconds == 0.0
@@ -64,8 +66,8 @@ def test_each_stage_is_given_up_within_its_first_step_and_the_ranks_go_on(
     *given_up, short, whole = [config(stage) for stage in (3, 0, 2, 1, 3)] + [config(2, gas=2), config(3, gas=3)]
     outcomes, notices = study(*given_up, short, whole)
     assert notices == [], "the ranks were replaced"
-    for outcome in outcomes[:5]:
-        stopped(outcome)
+    for each, outcome in zip(given_up, outcomes, strict=False):
+        stopped(outcome, each.zero_stage)
     for outcome in outcomes[5:]:  # too few micro-steps to judge by: whole steps were timed
         assert isinstance(outcome, Measurement)
         assert (outcome.from_micro_steps, len(outcome.step_seconds)) == (0, 2)
@@ -78,7 +80,7 @@ def test_nothing_is_left_of_an_engine_that_was_stopped_within_a_step(
     study: Callable[..., tuple[list[Outcome], list[str]]],
 ) -> None:
     outcomes, notices = study(*[config(3)] * 8)
-    peaks = [stopped(outcome).peak_memory_bytes for outcome in outcomes]
+    peaks = [stopped(outcome, 3).peak_memory_bytes for outcome in outcomes]
     assert notices == []
     assert peaks[-1] - peaks[1] < 64 * MIB
 

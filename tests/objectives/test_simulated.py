@@ -12,7 +12,7 @@ from objectives.cost_model.model import CostModel, Prediction
 from objectives.machine import GIB
 from objectives.objective import Objective
 from objectives.simulated import SimulatedObjective
-from objectives.timing import StepPlan
+from objectives.timing import PRECISE, StepPlan
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 
@@ -179,7 +179,7 @@ def test_a_configuration_that_is_as_fast_as_the_best_is_measured_to_the_end(best
 
 
 def test_a_measurement_is_one_of_noisy_steps_and_adds_up() -> None:
-    simulation = Simulation(BIG)
+    simulation = Simulation(BIG, plan=PRECISE)
     for each in FITTING:
         measured = simulation.measure(each)
         steps = measured.step_seconds

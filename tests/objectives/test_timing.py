@@ -1,5 +1,6 @@
 """How many steps a trial runs, and what its step times say."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from objectives.timing import (
+    PRECISE,
     MidStepRule,
     StepPlan,
     effective_size,
@@ -15,6 +17,7 @@ from objectives.timing import (
     later_half,
     mean_ci95,
     speedup_ci95,
+    step_ci95,
     throughput,
     warmup_length,
 )
@@ -47,18 +50,35 @@ def test_noisy_steps_are_timed_until_the_mean_is_known_to_one_percent() -> None:
 
 
 def test_timing_ends_with_its_budget_of_seconds_and_of_steps() -> None:
-    assert len(timed(noisy(2.0, 0.1))) == 4, "four steps of two seconds are beyond six seconds"
+    assert len(timed(noisy(0.5, 0.1))) == 6, "six steps of half a second are three seconds"
     assert len(timed(noisy(0.001, 0.5))) == StepPlan().max_timed_steps
 
 
-def test_three_long_steps_are_enough_where_they_agree() -> None:
-    assert len(timed([2.5, 2.52, 2.48, 2.5])) == 3
-    assert len(timed([2.5, 2.6, 2.5, 2.6])) == 4, "they differ by 4%"
-    assert len(timed([1.5, 1.51, 1.49, 1.5])) == 4, "they are not long"
+def test_two_long_steps_are_enough_where_they_agree_or_have_used_up_the_budget() -> None:
+    assert len(timed([1.2, 1.205, 1.2, 1.2])) == 2
+    assert len(timed([1.2, 1.3, 1.2, 1.2])) == 3, "they differ by 8%, and three are beyond three seconds"
+    assert len(timed([2.0, 2.2, 2.0, 2.2])) == 2, "they differ by 10%, but are beyond three seconds"
+    assert len(timed([0.9, 0.9, 0.9, 0.9, 0.9])) == 4, "they are not long"
+
+
+def test_one_long_step_is_enough_where_its_micro_steps_show_that_it_is_precise() -> None:
+    plan = StepPlan()
+    assert plan.next_steps([4.0], None, noisy(0.4, 0.005, 9)) == 0
+    assert plan.next_steps([4.0], None, noisy(0.4, 0.1, 9)) == 1, "they differ too much"
+    assert plan.next_steps([4.0], None, [0.36 + 0.01 * number for number in range(9)]) == 1, "they get slower"
+    assert plan.next_steps([4.0], None, [1.3, 1.3, 1.3]) == 1, "three show no spread"
+    assert plan.next_steps([0.8], None, noisy(0.08, 0.001, 9)) > 0, "it is not long"
+
+
+def test_what_is_compared_closely_is_timed_longer() -> None:
+    assert len(timed([2.5, 2.52, 2.48, 2.5], plan=PRECISE)) == 3
+    assert len(timed([2.5, 2.6, 2.5, 2.6], plan=PRECISE)) == 3, "the six seconds are over"
+    assert len(timed([1.5, 1.51, 1.49, 1.5], plan=PRECISE)) == 4, "they are not long"
+    assert PRECISE.next_steps([4.0], None, noisy(0.4, 0.005, 9)) == 1, "one is never enough"
 
 
 def test_a_long_step_that_was_warm_up_is_no_part_of_what_agrees() -> None:
-    assert len(timed([4.0, 2.5, 2.51, 2.5, 2.5, 2.5])) == 4
+    assert len(timed([4.0, 2.5, 2.51, 2.5, 2.5, 2.5], plan=dataclasses.replace(PRECISE, timed_seconds=60))) == 4
 
 
 def test_stage_3_warms_up_longer() -> None:
@@ -72,8 +92,8 @@ def test_first_steps_that_are_slower_are_warm_up_and_others_are_not() -> None:
 
 
 def test_more_steps_are_timed_while_the_first_ones_were_warm_up() -> None:
-    trace = [3.0, 2.0, *noisy(1.0, 0.001)]
-    steps = timed(trace, plan=StepPlan(timed_seconds=60))
+    trace = [0.3, 0.2, *noisy(0.1, 0.001)]
+    steps = timed(trace)
     assert len(steps) - warmup_length(steps) >= StepPlan().min_timed_steps
 
 
@@ -84,7 +104,8 @@ def test_steps_that_go_up_or_down_are_drifting() -> None:
 
 
 def test_a_clearly_slower_configuration_is_stopped_after_three_steps() -> None:
-    assert len(timed(noisy(1.3, 0.005), best_step_seconds=1.0)) == 3
+    assert len(timed(noisy(0.13, 0.005), best_step_seconds=0.1)) == 3
+    assert len(timed(noisy(0.13, 0.005))) > 3
 
 
 def test_one_that_is_as_fast_as_the_best_is_timed_to_the_end() -> None:
@@ -120,6 +141,22 @@ def test_many_values_use_the_last_quantile_of_the_table() -> None:
 
 def test_a_single_value_has_an_unbounded_interval() -> None:
     assert mean_ci95([3.0]) == (-math.inf, math.inf)
+
+
+def test_the_interval_of_few_steps_comes_from_their_micro_steps() -> None:
+    micro_steps = [0.99, 1.0, 1.01, 1.0, 1.0, 0.99, 1.01]
+    # Ten micro-steps: t(6) = 2.447, standard deviation 0.00816, and a tenth of the 2 s that the closing one took more.
+    low, high = step_ci95([10.0], micro_steps)
+    spread = math.sqrt(7**2 * 0.00816**2 / 7 + (0.1 * 2.0) ** 2)
+    assert (low, high) == pytest.approx((10.0 - 2.447 * spread, 10.0 + 2.447 * spread), rel=1e-3)
+    assert step_ci95([10.0, 10.0, 10.1], micro_steps * 3) == mean_ci95([10.0, 10.0, 10.1])
+    assert step_ci95([10.0], micro_steps[:3]) == (-math.inf, math.inf)
+
+
+def test_two_steps_know_their_mean_better_than_one() -> None:
+    micro_steps = noisy(1.0, 0.01, 20)
+    one, two = step_ci95([10.5], micro_steps[:10]), step_ci95([10.5, 10.5], micro_steps)
+    assert two[1] - two[0] < 0.8 * (one[1] - one[0])
 
 
 def test_throughput_is_samples_over_the_mean_step() -> None:

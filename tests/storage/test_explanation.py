@@ -2,22 +2,19 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
-
-import pytest
 
 from objectives.machine import GIB, Machine
 from objectives.trial import Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.ablations import Ablation, Contributions
-from storage.explanation import explanation_lines, first_steps_seconds, first_steps_words
+from storage.explanation import explanation_lines, first_steps_words
 from storage.records import Source, StudySummary, TrialRecord
 
 H200 = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB, compute_capability="9.0")
 WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 
-def measurement(rate: float, samples: int, *, warmup: Sequence[float] = ()) -> Measurement:
+def measurement(rate: float, samples: int, *, first_steps_seconds: float = 0.0) -> Measurement:
     step = samples / rate
     return Measurement(
         step_seconds=(step,) * 4,
@@ -27,7 +24,8 @@ def measurement(rate: float, samples: int, *, warmup: Sequence[float] = ()) -> M
         backward_seconds=0.6 * step,
         optimizer_seconds=0.1 * step,
         deepspeed_samples_per_second=None,
-        warmup_step_seconds=tuple(warmup),
+        warmup_step_seconds=(step + first_steps_seconds,),
+        first_steps_seconds=first_steps_seconds,
         skipped_steps=0,
         peak_memory_bytes=60 * GIB,
         reserved_memory_bytes=60 * GIB,
@@ -51,7 +49,7 @@ BASELINE, BEST = config(0, 1), config(1, 16, 2, compile="blocks")
 def summary(
     *,
     best: TrialConfig = BEST,
-    warmup: Sequence[float] = (),
+    first_steps_seconds: float = 0.0,
     machine: Machine = H200,
     workload: Workload = WORKLOAD,
     **changes: object,
@@ -64,7 +62,11 @@ def summary(
         for number, (each, outcome, source) in enumerate(
             (
                 (BASELINE, measurement(20.0, 2), Source.BASELINE),
-                (best, measurement(80.0, best.global_batch_size(2), warmup=warmup), Source.SEARCH),
+                (
+                    best,
+                    measurement(80.0, best.global_batch_size(2), first_steps_seconds=first_steps_seconds),
+                    Source.SEARCH,
+                ),
             )
         )
     ]  # fmt: skip
@@ -130,15 +132,16 @@ def test_contributions_to_another_winner_are_left_out() -> None:
 
 def test_slow_first_steps_pay_off_after_so_many() -> None:
     """64 samples take 3.2 s at 20 a second and 0.8 s at 80: each step makes up for 2.4 of the 29.2 s."""
-    assert first_steps_words(summary(warmup=(30.0,))) == (
+    assert first_steps_words(summary(first_steps_seconds=29.2)) == (
         "Its first steps take 29 s longer than later ones (compilation), which pays off after 13 steps."
     )
-    assert first_steps_words(summary(warmup=(0.9, 0.8))) is None
+    assert first_steps_words(summary(first_steps_seconds=0.1)) is None
 
 
 def test_a_compilation_found_in_a_cache_later_still_counts() -> None:
-    cold, cached = measurement(80.0, 64, warmup=(30.8,)), measurement(80.0, 64, warmup=(1.8,))
-    assert first_steps_seconds([cached, cold]) == pytest.approx(30.0)
+    again = {BEST.name: [measurement(80.0, 64, first_steps_seconds=seconds) for seconds in (29.2, 1.0)]}
+    words = first_steps_words(summary(first_steps_seconds=1.0, verification=again))
+    assert words is not None and words.startswith("Its first steps take 29 s longer")
 
 
 def test_the_next_steps_are_predictions_of_hardware() -> None:

@@ -15,11 +15,15 @@ from objectives.timing import MidStepRule
 class OverflowingEngine:
     """Counts as DeepSpeed's engine does in fp16, which needs a GPU: the steps named are skipped."""
 
-    def __init__(self, skipping: set[int], gradient_accumulation_steps: int) -> None:
+    def __init__(self, skipping: set[int]) -> None:
         self.skipped_steps = 0
+        self.steps = 0
         self.micro_steps = 0
         self._skipping = skipping
-        self._gradient_accumulation_steps = gradient_accumulation_steps
+        self._closes = False
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self._closes = is_boundary
 
     def __call__(self, input_ids: torch.Tensor) -> Any:
         return SimpleNamespace(loss=input_ids.sum())
@@ -29,8 +33,8 @@ class OverflowingEngine:
 
     def step(self) -> None:
         self.micro_steps += 1
-        step, part = divmod(self.micro_steps, self._gradient_accumulation_steps)
-        self.skipped_steps += part == 0 and step in self._skipping
+        self.steps += self._closes
+        self.skipped_steps += self._closes and self.steps in self._skipping
 
 
 class CountingMeter(CpuMeter):
@@ -58,17 +62,31 @@ def timer(engine: OverflowingEngine, steps: int, phases: list[str]) -> StepTimer
 @pytest.mark.usefixtures("one_rank")
 def test_a_step_is_timed_from_its_data_to_its_end_with_all_its_micro_steps() -> None:
     phases: list[str] = []
-    engine = OverflowingEngine(set(), 2)
+    engine = OverflowingEngine(set())
     steps = timer(engine, 2, phases).run(3)
-    assert engine.micro_steps == 6
+    assert (engine.micro_steps, engine.steps) == (6, 3)
     assert phases == ["data", "forward", "backward", "step"] * 6
-    # Four marks a micro-step and one behind the step.
-    assert steps == [Step(seconds=9.0, forward_seconds=2.0, backward_seconds=2.0, optimizer_seconds=2.0)] * 3
+    # Four marks a micro-step and one behind the step; the first micro-step lasts from the step's begin to its own end.
+    whole = Step(
+        seconds=9.0, forward_seconds=2.0, backward_seconds=2.0, optimizer_seconds=2.0, micro_step_seconds=(4.0,)
+    )
+    assert steps == [whole] * 3
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_step_may_be_closed_before_it_has_all_its_micro_steps() -> None:
+    engine = OverflowingEngine(set())
+    [first, second] = timer(engine, 8, []).run(2, micro_steps=3)
+    assert (engine.micro_steps, engine.steps) == (6, 2)
+    assert first == second
+    assert len(first.micro_step_seconds) == 2
+    timer(engine, 8, []).run(1)
+    assert (engine.micro_steps, engine.steps) == (6 + 8, 3)
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_step_that_overflow_skipped_is_run_again_and_never_timed() -> None:
-    engine = OverflowingEngine({1, 3}, 1)
+    engine = OverflowingEngine({1, 3})
     overflowing = timer(engine, 1, [])
     steps = overflowing.run(2)
     assert engine.micro_steps == 4
@@ -78,7 +96,7 @@ def test_a_step_that_overflow_skipped_is_run_again_and_never_timed() -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_loss_scale_that_never_settles_is_an_error_that_says_what_to_try() -> None:
-    engine = OverflowingEngine(set(range(1000)), 1)
+    engine = OverflowingEngine(set(range(1000)))
     with pytest.raises(OverflowedError, match="try bf16"):
         timer(engine, 1, []).run(1)
     assert engine.micro_steps == MAX_SKIPPED_STEPS + 1
@@ -89,8 +107,8 @@ def test_a_loss_scale_that_never_settles_is_an_error_that_says_what_to_try() -> 
 @pytest.mark.parametrize(("steps", "whole"), [(20, 0), (4, 2)], ids=["in the first step", "in the third"])
 def test_a_hopeless_step_is_given_up_and_estimated_from_its_micro_steps(steps: int, whole: int) -> None:
     hopeless = MidStepRule(gradient_accumulation_steps=steps, limit_seconds=2.9 * steps, watched_seconds=1.0)
-    engine = OverflowingEngine(set(), steps)
-    *before, estimate = timer(engine, steps, []).run(3, hopeless)
+    engine = OverflowingEngine(set())
+    *before, estimate = timer(engine, steps, []).run(3, mid_step_rule=hopeless)
     assert len(before) == whole
     assert all(step.from_micro_steps == 0 for step in before)
     assert engine.micro_steps == 8 + whole  # those that closed a step were not counted
@@ -107,7 +125,7 @@ def test_a_hopeless_step_is_given_up_and_estimated_from_its_micro_steps(steps: i
 @pytest.mark.parametrize(("steps", "limit_seconds"), [(20, 60.1), (3, 1.0)], ids=["not hopeless", "few micro-steps"])
 def test_other_steps_run_whole(steps: int, limit_seconds: float) -> None:
     patient = MidStepRule(gradient_accumulation_steps=steps, limit_seconds=limit_seconds, watched_seconds=1.0)
-    engine = OverflowingEngine(set(), steps)
-    run = timer(engine, steps, []).run(3, patient)
+    engine = OverflowingEngine(set())
+    run = timer(engine, steps, []).run(3, mid_step_rule=patient)
     assert engine.micro_steps == 3 * steps
     assert [step.from_micro_steps for step in run] == [0, 0, 0]
