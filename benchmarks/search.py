@@ -93,12 +93,12 @@ class Ours:
                 peak_bytes=grid.peak_bytes * memory_factor,
             )
 
-    def next(self, runs: Sequence[Run]) -> TrialConfig | None:
-        observations, taken = [], []
+    def observations(self, runs: Sequence[Run]) -> list[Observation]:
+        """What the runs so far say."""
+        observations = []
         for run in runs:
             row = self._proposer.row(run.config)
             assert row is not None
-            taken.append(row)
             if run.rate is None:
                 observations.append(Observation(row=row, ran_out=True))
             elif isinstance(run.outcome, Measurement):
@@ -107,7 +107,11 @@ class Ours:
                 observations.append(
                     Observation(row=row, log_rate=math.log(run.rate), relative_error=error, peak_bytes=peak)
                 )
-        proposal = self._proposer.propose(observations, taken, self._random)
+        return observations
+
+    def next(self, runs: Sequence[Run]) -> TrialConfig | None:
+        taken = [row for run in runs if (row := self._proposer.row(run.config)) is not None]
+        proposal = self._proposer.propose(self.observations(runs), taken, self._random)
         if proposal is None or (self._stops and runs and proposal.expected_gain < ENOUGH_GAIN):
             return None
         return proposal.config

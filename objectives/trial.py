@@ -79,6 +79,11 @@ class TrialConfig:
         writes=lambda value: {"optimizer": {"params": {"torch_adam": True, "fused": True}}},
         meaning="torch's fused AdamW in place of DeepSpeed's FusedAdam",
     )  # fmt: skip
+    throughput_timer: str = knob(
+        off="default", values=("off",), label="timer", short="timer", exists=on_a_gpu,
+        writes=lambda value: {"timers": {"throughput": {"enabled": False}}},
+        meaning="DeepSpeed's own timer, on by default, waits for the GPU twice a micro-step, or is switched off",
+    )  # fmt: skip
     overlap_comm: str = knob(
         off="default", values=("on", "off"), label="overlap", short="overlap", exists=partitions,
         writes=lambda value: zero(overlap_comm=value == "on"),

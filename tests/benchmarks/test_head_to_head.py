@@ -254,13 +254,13 @@ def call(run_script: Run, tmp_path: Path) -> Run:
 
 @pytest.mark.slow
 def test_it_is_cut_off_goes_on_and_compares(call: Run, tmp_path: Path) -> None:
-    cut = call("--autotuner-seconds", "75", "--call-seconds", "20")
+    cut = call("--autotuner-seconds", "110", "--call-seconds", "20")
     assert cut.returncode == 130, cut.stderr
     assert "20 s are over: the same command goes on from here." in cut.stdout
     told = json.loads((tmp_path / "out" / "head_to_head.json").read_text())
     assert not told["complete"]
 
-    done = call("--autotuner-seconds", "75")
+    done = call("--autotuner-seconds", "110")
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "out" / "head_to_head.json").read_text())
     assert told["complete"]
@@ -274,7 +274,7 @@ def test_it_is_cut_off_goes_on_and_compares(call: Run, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(told)
     assert "| core " in done.stdout
 
-    again = call("--autotuner-seconds", "75")
+    again = call("--autotuner-seconds", "110")
     assert again.returncode == 0
     assert json.loads((tmp_path / "out" / "head_to_head.json").read_text())["verification"] == told["verification"]
     other = call("--core-trials", "3")

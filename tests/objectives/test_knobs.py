@@ -73,6 +73,13 @@ def test_torchs_fused_adam_is_asked_for_beside_the_learning_rate() -> None:
     assert document["optimizer"]["params"]["lr"] > 0
 
 
+def test_the_throughput_timer_is_switched_off_beside_the_users_other_timers() -> None:
+    workload = Workload(model="gpt2-nano", seq_len=32, dtype="fp32", base_ds_config={"timers": {"other": 1}})
+    config = TrialConfig(**PLAIN, throughput_timer="off")
+    document = deepspeed_config(config, workload, ranks=1, device="cuda")
+    assert document["timers"] == {"other": 1, "throughput": {"enabled": False}}
+
+
 def test_bf16_is_written_in_place_of_fp16_whatever_the_user_set_for_it() -> None:
     own = {"fp16": {"enabled": True, "initial_scale_power": 8}}
     workload = Workload(model="gpt2-nano", seq_len=32, dtype="fp16", base_ds_config=own)

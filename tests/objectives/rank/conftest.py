@@ -58,6 +58,7 @@ def engine_of(one_rank: None, made: list[deepspeed.DeepSpeedEngine]) -> Callable
         zero_stage: int = 0,
         *,
         layers: int = 4,
+        accumulation: int = 1,
         described: transformers.PretrainedConfig | None = None,
         dtype: str = "fp32",
         device: str = "cpu",
@@ -65,7 +66,9 @@ def engine_of(one_rank: None, made: list[deepspeed.DeepSpeedEngine]) -> Callable
         **knobs: Any,
     ) -> deepspeed.DeepSpeedEngine:
         workload = Workload(model="gpt2-nano", seq_len=16, dtype=dtype)
-        config = TrialConfig(zero_stage=zero_stage, micro_batch_size=2, gradient_accumulation_steps=1, **knobs)
+        config = TrialConfig(
+            zero_stage=zero_stage, micro_batch_size=2, gradient_accumulation_steps=accumulation, **knobs
+        )
         ds_config = deepspeed_config(config, workload, ranks=1, device=device)
         described = described or transformers.GPT2Config(
             n_layer=layers, n_embd=32, n_head=2, n_positions=16, vocab_size=501, use_cache=False

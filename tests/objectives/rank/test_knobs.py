@@ -276,6 +276,14 @@ def test_the_optimizer_is_torch_s_fused_one(stage: int, engine_of: Callable[...,
         losses(engine, 1)
 
 
+def test_the_throughput_timer_runs_or_does_not(engine_of: Callable[..., deepspeed.DeepSpeedEngine]) -> None:
+    for knobs, timed in (({}, True), ({"throughput_timer": "off"}, False)):
+        engine = engine_of(1, **knobs)
+        losses(engine, 3)
+        assert engine.tput_timer.config.synchronized and engine.tput_timer.config.enabled is timed
+        assert (engine.tput_timer.total_elapsed_time > 0) is timed
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(("value", "expected"), [("default", False), ("on", True), ("off", False)])
 def test_communication_overlaps_as_asked(

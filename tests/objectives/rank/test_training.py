@@ -1,9 +1,11 @@
 """How whole optimizer steps are timed; real trials are in test_deepspeed_objective.py."""
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -82,6 +84,34 @@ def test_a_step_may_be_closed_before_it_has_all_its_micro_steps() -> None:
     assert len(first.micro_step_seconds) == 2
     timer(engine, 8, []).run(1)
     assert (engine.micro_steps, engine.steps) == (6 + 8, 3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_behind_a_step_that_was_closed_early_deepspeed_takes_whole_ones(
+    stage: int, engine_of: Callable[..., deepspeed.DeepSpeedEngine]
+) -> None:
+    """A short warm-up, then steps of four micro-steps: what is learned is what a loop by hand learns."""
+    ids = torch.randint(501, (8, 2, 16), generator=torch.Generator().manual_seed(1))
+    micro_batches = [{"input_ids": each, "labels": each} for each in ids]
+
+    def loss(engine: deepspeed.DeepSpeedEngine) -> float:
+        with torch.no_grad():
+            return float(engine(**micro_batches[0]).loss)
+
+    timed = engine_of(stage, layers=1, accumulation=4, dropout="none")
+    meter, progress = CpuMeter(), SimpleNamespace(enter=lambda phase: None)
+    timed_steps = StepTimer(timed, iter(micro_batches), 4, torch.device("cpu"), meter, progress)  # type: ignore[arg-type]
+    timed_steps.run(2, micro_steps=2)
+    timed_steps.run(1)
+    assert timed.global_steps == 3
+
+    by_hand = engine_of(stage, layers=1, accumulation=4, dropout="none")
+    for number, micro_batch in enumerate(micro_batches):
+        by_hand.set_gradient_accumulation_boundary(number in (1, 3, 7))
+        by_hand.backward(by_hand(**micro_batch).loss)
+        by_hand.step()
+    assert by_hand.global_steps == 3
+    assert loss(timed) == loss(by_hand)
 
 
 @pytest.mark.usefixtures("one_rank")
