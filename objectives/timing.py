@@ -81,8 +81,9 @@ class StepPlan:
     """One long step is enough where its micro-steps show that its 95% interval is within this fraction of it; 0 asks
     for more steps in any case."""
     min_long_steps: int = 2
-    """What is enough of long steps in place of `min_timed_steps`, where they agree or have used up `timed_seconds`."""
-    long_steps_agree: float = 0.01
+    """What is enough of long steps in place of `min_timed_steps`, where they agree; one more is where they have used up
+    `timed_seconds`, for two that differ say next to nothing about their mean."""
+    long_steps_agree: float = 0.005
     """Long steps agree when the longest exceeds the shortest by at most this fraction of their mean."""
     hopeless_step_seconds: float = 2.0
     """Steps that are shorter run whole; see `mid_step_rule`."""
@@ -156,7 +157,11 @@ class StepPlan:
         if len(steady) < self.min_long_steps:
             low, high = step_ci95(steady, micro_step_seconds)
             return (high - low) / 2 <= self.long_step_precision * mean and not is_drifting(micro_step_seconds)
-        return spent >= self.timed_seconds or max(steady) - min(steady) <= self.long_steps_agree * mean
+        if max(steady) - min(steady) <= self.long_steps_agree * mean:
+            return True
+        # Long steps that get faster one by one may still be a warm-up: they have twice the budget.
+        falling = all(later < (1 - self.long_steps_agree) * one for one, later in itertools.pairwise(steady))
+        return len(steady) > self.min_long_steps and spent >= (2 if falling else 1) * self.timed_seconds
 
     def _is_precise(self, steady: Sequence[float]) -> bool:
         low, high = mean_ci95(steady)
