@@ -26,6 +26,9 @@ the best runs again in the verification anyway."""
 FALLING = 0.9
 """Last steps below this fraction of the mean say that steps still get faster."""
 
+MOST_FALLING_STEPS = 6
+"""So many long steps are enough also where they get faster one by one."""
+
 SETTLING_MICRO_STEPS = 2
 """The first micro-steps of a trial say nothing of the rest. Recorded on an H200: in stages 0 to 2 the first takes up to
 1.8 times as long as those behind it, in stage 3 the second up to 7.7 times, when the prefetching is set up."""
@@ -159,9 +162,10 @@ class StepPlan:
             return (high - low) / 2 <= self.long_step_precision * mean and not is_drifting(micro_step_seconds)
         if max(steady) - min(steady) <= self.long_steps_agree * mean:
             return True
-        # Long steps that get faster one by one may still be a warm-up: they have twice the budget.
+        # Steps that get faster one by one may still be a warm-up; so many are seldom a coincidence, and a long one.
         falling = all(later < (1 - self.long_steps_agree) * one for one, later in itertools.pairwise(steady))
-        return len(steady) > self.min_long_steps and spent >= (2 if falling else 1) * self.timed_seconds
+        fewest = MOST_FALLING_STEPS if falling else self.min_long_steps + 1
+        return len(steady) >= fewest and spent >= self.timed_seconds
 
     def _is_precise(self, steady: Sequence[float]) -> bool:
         low, high = mean_ci95(steady)

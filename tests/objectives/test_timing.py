@@ -58,7 +58,7 @@ def test_two_long_steps_are_enough_where_they_agree_and_three_where_the_budget_i
     assert len(timed([1.2, 1.205, 1.2, 1.2])) == 2
     assert len(timed([1.2, 1.3, 1.2, 1.2])) == 3, "they differ by 8%, and three are beyond three seconds"
     assert len(timed([2.0, 2.2, 2.0, 2.2])) == 3, "two are beyond three seconds, but differ by 10%"
-    assert len(timed([1.8, 1.6, 1.4, 1.3, 1.3])) == 5, "they get faster, and may still warm up"
+    assert len(timed([4.0, 3.8, 3.6, 3.5, 3.5, 3.5])) == 5, "they get faster one by one, and may still warm up"
     assert len(timed([0.9, 0.9, 0.9, 0.9, 0.9])) == 4, "they are not long"
 
 
