@@ -39,8 +39,16 @@ def trained(folder: Path, **knobs: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 
-def test_groups_of_ranks_keep_a_copy_of_the_parameters_and_the_loss_stays(tmp_path: Path) -> None:
-    plain, grouped = trained(tmp_path / "plain"), trained(tmp_path / "grouped", parameter_group=2)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Without any knob."""
+    return trained(tmp_path_factory.mktemp("ranks") / "plain")
+
+
+def test_groups_of_ranks_keep_a_copy_of_the_parameters_and_the_loss_stays(
+    plain: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    grouped = trained(tmp_path / "grouped", parameter_group=2)
     for rank, (one, other) in enumerate(zip(plain, grouped, strict=True)):
         assert (one["group_size"], one["group_partition"]) == (1, None)
         assert other["group_size"] == 2
@@ -50,8 +58,9 @@ def test_groups_of_ranks_keep_a_copy_of_the_parameters_and_the_loss_stays(tmp_pa
     assert plain[0]["losses"] != plain[1]["losses"]
 
 
-def test_the_loss_in_chunks_is_the_same_where_the_projection_has_to_be_gathered(tmp_path: Path) -> None:
-    plain = trained(tmp_path / "plain")
+def test_the_loss_in_chunks_is_the_same_where_the_projection_has_to_be_gathered(
+    plain: list[dict[str, Any]], tmp_path: Path
+) -> None:
     chunked = trained(tmp_path / "chunked", loss_computation="chunked", padded_vocabulary=64)
     assert plain[0]["partition"] < plain[0]["elements"]
     for one, other in zip(plain, chunked, strict=True):
