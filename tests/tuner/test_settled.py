@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from objectives.cost_model.hardware import machine_of, parse_hardware
@@ -127,8 +128,12 @@ def test_what_it_stops_with_is_close_to_the_best_there_is(tune: Run, answers: li
     assert best is not None
     found = everything[best.config]
     assert isinstance(found, Measurement)
-    # Of thousands of noisy measurements the highest is some percent luck.
-    assert found.samples_per_second >= (0.98 if answers == REPLAY else 0.94) * max(rates)
+    if answers == REPLAY:
+        assert found.samples_per_second >= 0.98 * max(rates)
+    else:
+        # Of a thousand noisy configurations the fastest is some percent luck, which nobody can foresee: what it is
+        # measured by is what one in fifty exceeds.
+        assert found.samples_per_second >= 0.96 * float(np.percentile(rates, 98))
 
 
 @both
