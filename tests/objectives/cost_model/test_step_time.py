@@ -203,3 +203,14 @@ def test_what_is_grouped_or_quantised_moves_less() -> None:
 
 def test_deepcompile_has_no_hooks_to_run() -> None:
     assert with_knobs(3, compile="deepcompile").launch < with_knobs(2).launch < with_knobs(3).launch
+
+
+def test_without_the_timer_that_waits_for_the_gpu_a_step_is_a_little_shorter() -> None:
+    plain, off = with_knobs(1), with_knobs(1, throughput_timer="off")
+    assert 0.97 < off.seconds / plain.seconds < 1
+
+
+def test_zero_2_pays_for_each_owner_of_gradients_in_each_micro_step() -> None:
+    few, many = (with_knobs(2, on=f"{ranks}xH200") for ranks in (2, 16))
+    alike = [with_knobs(1, on=f"{ranks}xH200") for ranks in (2, 16)]
+    assert many.communication - alike[1].communication > 2 * (few.communication - alike[0].communication)
