@@ -43,8 +43,8 @@ FEWEST_FOR_SPREAD = 4
 """Of fewer micro-steps nobody can tell how far they lie apart."""
 
 CLOSING_SPREAD = 0.1
-"""Relative standard deviation assumed of what the micro-step that closes a step takes beyond the others, where too few
-steps show it: on an H200 the optimizer's seconds of a configuration differ by up to so much from step to step."""
+"""Relative standard deviation of what the micro-step that closes a step takes beyond the others, where too few steps
+show it. Assumed, not measured: rather too much than too little."""
 
 # Quantiles of Student's t for 1..30 degrees of freedom (any statistics table): two-sided 95%, and 98% for p = 0.01 on
 # one side. Beyond 30 the last is used, which is at most 4% too wide.

@@ -36,7 +36,7 @@ class StepConstants:
     """ZeRO-2's reduction to each bucket's owner, in passes of all parameters over the ring."""
     zero2_owner_seconds: float = 2e-3
     """Of a micro-step under ZeRO-2, for each rank: its share of every bucket is a collective of its own. From the six
-    published models on 16 V100s whose ZeRO-2 was timed: 6 to 14% slower than ZeRO-1 in all of them."""
+    published models on 16 V100s whose ZeRO-2 was timed: 6 to 18% slower than ZeRO-1 in all of them."""
     zero3_overlap: float = 0.3
     """Of ZeRO-3's communication that hides behind compute; the other stages' does not, by default."""
     compiled_compute_factor: float = 0.82
