@@ -94,6 +94,7 @@ class HeadToHead:
         self._deadline = time.monotonic() + arguments.call_seconds
         self._begun = False
         self._runs = Runs(out / "verification.jsonl")
+        self._launcher = LocalLauncher(bench.machine)
         options = ds_tune_options(bench, arguments)
 
         def sessions(name: str) -> Sessions:
@@ -149,7 +150,7 @@ class HeadToHead:
         objective = DeepSpeedObjective(
             dataclasses.replace(self._workload, base_ds_config=choice.base_ds_config),
             self._machine,
-            launcher=LocalLauncher(self._machine),
+            launcher=self._launcher,
             log_folder=folder,
             trial_seconds=DEFAULT_TRIAL_SECONDS,
             plan=PRECISE,

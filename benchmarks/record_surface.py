@@ -173,10 +173,11 @@ def main() -> int:
     rows = [json.loads(text) for text in lines]
     known = {(str(kind_of(row)), row["mbs"], row["gas"]) for row in rows}
     folder = Path(tempfile.mkdtemp(prefix="surface-"))
+    launcher = LocalLauncher(machine)
     objective = DeepSpeedObjective(
         workload,
         machine,
-        launcher=LocalLauncher(machine),
+        launcher=launcher,
         log_folder=folder,
         trial_seconds=120,
         plan=PLAN,
@@ -201,6 +202,7 @@ def main() -> int:
             print(json.dumps(rows[-1]), flush=True)
     finally:
         objective.close()
+        launcher.close()
     return 0
 
 

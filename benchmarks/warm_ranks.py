@@ -61,8 +61,9 @@ class Recorder:
 class Bench:
     """Runs trials of one workload and records them."""
 
-    def __init__(self, machine: Machine, recorder: Recorder, plan: StepPlan) -> None:
+    def __init__(self, machine: Machine, launcher: LocalLauncher, recorder: Recorder, plan: StepPlan) -> None:
         self._plan = plan
+        self._launcher = launcher
         defaults = DEFAULTS[machine.device]
         self._workload = Workload(model=defaults.model, seq_len=defaults.seq_len, dtype=defaults.dtype)
         self._machine = machine
@@ -77,7 +78,7 @@ class Bench:
         return DeepSpeedObjective(
             self._workload,
             self._machine,
-            launcher=LocalLauncher(self._machine),
+            launcher=self._launcher,
             log_folder=self._folder / "start",
             trial_seconds=300,
             plan=self._plan,
@@ -183,10 +184,12 @@ def main() -> None:
     parser.add_argument("--timed-seconds", type=float, default=PRECISE.timed_seconds, help="of each trial")
     arguments = parser.parse_args()
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=None)
-    bench = Bench(machine, Recorder(arguments.out), dataclasses.replace(PRECISE, timed_seconds=arguments.timed_seconds))
+    plan = dataclasses.replace(PRECISE, timed_seconds=arguments.timed_seconds)
     print(machine.description, flush=True)
-    for part in arguments.part:
-        getattr(bench, part)()
+    with LocalLauncher(machine) as launcher:
+        bench = Bench(machine, launcher, Recorder(arguments.out), plan)
+        for part in arguments.part:
+            getattr(bench, part)()
     print(table(bench.recorder.rows))
 
 

@@ -26,7 +26,7 @@ from objectives.machine import GIB
 from objectives.trial import Failure, FailureKind
 
 START_SECONDS = 180.0
-"""A rank that has not said it is ready by then never will: imports take 4 to 13 s, rendezvous 2 s."""
+"""A rank that has not said it is ready by then never will: imports take 4 to 16 s, rendezvous 2 s."""
 
 PEER_GRACE_SECONDS = 2.0
 """After one rank failed, its peers get this long to say that they failed too, before they are killed."""

@@ -4,6 +4,7 @@ Another way to answer is one more function that returns `Answers`, and its line 
 """
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,8 +40,9 @@ class Answers:
     max_micro_batch: int
     """Unless the user says otherwise, as is the next."""
     max_global_batch: int
-    objectives: Callable[[StudySpec, Callable[[str], None]], Objectives]
-    """Makes them for a study; the second argument is told in one line what a person should know."""
+    objectives: Callable[[StudySpec, Callable[[str], None], contextlib.ExitStack], Objectives]
+    """Makes them for a study; the second argument is told in one line what a person should know, and the third gives
+    back what outlives both."""
     only: Sequence[TrialConfig] | None = None
     """See `StudySpec`, as for the next two."""
     recording: str | None = None
@@ -92,12 +94,13 @@ def _measured(arguments: argparse.Namespace) -> Answers:
             "what is fastest here need not be on a GPU."
         )
 
-    def objectives(spec: StudySpec, notice: Callable[[str], None]) -> Objectives:
+    def objectives(spec: StudySpec, notice: Callable[[str], None], resources: contextlib.ExitStack) -> Objectives:
+        launcher = resources.enter_context(LocalLauncher(spec.machine))
         searching, verifying = (
             DeepSpeedObjective(
                 spec.workload,
                 spec.machine,
-                launcher=LocalLauncher(spec.machine),
+                launcher=launcher,
                 log_folder=spec.results.process_logs.resolve(),
                 trial_seconds=spec.trial_seconds,
                 plan=plan,
@@ -147,7 +150,7 @@ def _simulated(arguments: argparse.Namespace) -> Answers:
         workload=workload,
         max_micro_batch=defaults.max_micro_batch,
         max_global_batch=defaults.max_samples_per_rank * machine.ranks,
-        objectives=lambda spec, notice: (SimulatedObjective(model, machine, spec.seed), None),
+        objectives=lambda spec, notice, resources: (SimulatedObjective(model, machine, spec.seed), None),
         # Another seed is another machine: its deviations from the formulas are drawn from it.
         recording=f"simulated machine {arguments.seed}",
         notes=[f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run."],
@@ -189,7 +192,7 @@ def _replayed(arguments: argparse.Namespace) -> Answers:
         workload=surface.workload,
         max_micro_batch=max(config.micro_batch_size for config in surface.outcomes),
         max_global_batch=max(config.global_batch_size(ranks) for config in surface.outcomes),
-        objectives=lambda spec, notice: (ReplayObjective(surface), None),
+        objectives=lambda spec, notice, resources: (ReplayObjective(surface), None),
         only=tuple(surface.outcomes),
         recording=surface.fingerprint,
         versions=surface.versions,

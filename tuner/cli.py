@@ -53,11 +53,12 @@ def tune(arguments: argparse.Namespace) -> int:
     for line in answers.notes:
         console.say(line)
     spec, model = _with_cost_model(spec, console)
-    objective, verification = answers.objectives(spec, console.say)
+    resources = contextlib.ExitStack()
+    objective, verification = answers.objectives(spec, console.say, resources)
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))
     try:
-        with stop, console:
+        with stop, console, resources:
             Study(spec, objective, verification, console, stop, model).run()
         interrupted = stop.requested
     except StopNow:

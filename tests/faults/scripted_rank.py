@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-rank = int(os.environ["RANK"])
+rank = -1
 
 
 def send(event: str, **fields: Any) -> None:
@@ -26,4 +26,11 @@ def result(folder: str, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document))
 
 
-exec(os.environ["RANK_SCRIPT"])
+def main() -> None:
+    global rank
+    rank = int(os.environ["RANK"])
+    exec(os.environ["RANK_SCRIPT"], globals())
+
+
+if __name__ == "__main__":
+    main()

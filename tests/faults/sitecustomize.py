@@ -135,7 +135,7 @@ def wrap(progress: ModuleType, fault: dict[str, str]) -> None:
     announced = {"config", "model", "engine", "warm-up", "timed steps"}
 
     def strike(phase: str | None) -> None:
-        if phase == fault["phase"] and left:
+        if phase == fault["phase"] and left and fault["rank"] in ("*", os.environ["RANK"]):
             left.pop()()
 
     def enter_and_strike(self: Any, phase: str) -> None:
@@ -174,9 +174,9 @@ class WrapOnImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "FAULT" in os.environ and "RANK" in os.environ:
+# The process that ranks are forked from has no rank yet, but the variable that says how many there will be.
+if "FAULT" in os.environ and "WORLD_SIZE" in os.environ:
     wanted = dict(word.split("=", 1) for word in os.environ["FAULT"].split())
-    if wanted["rank"] in ("*", os.environ["RANK"]):
-        if wanted["phase"] == "import":
-            KINDS[wanted["kind"]]()
-        sys.meta_path.insert(0, WrapOnImport(wanted))
+    if wanted["phase"] == "import":
+        KINDS[wanted["kind"]]()
+    sys.meta_path.insert(0, WrapOnImport(wanted))

@@ -1,5 +1,6 @@
 """Real trials on two CPU ranks, faults inside them, and the proof that nothing of them is left."""
 
+import contextlib
 import os
 import textwrap
 import time
@@ -59,6 +60,22 @@ def started_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[psut
 
 
 @pytest.fixture
+def started_ranks(started_processes: Callable[[], list[psutil.Process]]) -> Callable[[], list[psutil.Process]]:
+    """Lists those of them that are ranks: they share a command line with the process that they were forked from."""
+
+    def running() -> list[psutil.Process]:
+        found = []
+        for process in started_processes():
+            with contextlib.suppress(psutil.Error):
+                parent = process.parent()
+                if launcher.TEMPLATE_MODULE in process.cmdline() and parent and parent.cmdline() == process.cmdline():
+                    found.append(process)
+        return found
+
+    return running
+
+
+@pytest.fixture
 def open_files() -> Callable[[], int]:
     """Counts the file descriptors of this process."""
     return lambda: len(os.listdir("/proc/self/fd"))
@@ -82,6 +99,7 @@ def objective(
 ) -> Iterator[Callable[..., DeepSpeedObjective]]:
     """Makes objectives that train the nano model on two CPU ranks, unless told otherwise; no file may stay open."""
     made: list[DeepSpeedObjective] = []
+    resources = contextlib.ExitStack()
     open_before = open_files()
 
     def make(
@@ -97,7 +115,7 @@ def objective(
             DeepSpeedObjective(
                 workload,
                 machine,
-                launcher=LocalLauncher(machine),
+                launcher=resources.enter_context(LocalLauncher(machine)),
                 log_folder=tmp_path / "start",
                 trial_seconds=trial_seconds,
                 plan=plan,
@@ -110,6 +128,7 @@ def objective(
     yield make
     for each in made:
         each.close()
+    resources.close()
     assert open_files() == open_before
 
 
@@ -141,13 +160,15 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Pa
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[[str], launcher.LocalLauncher]:
+def scripted(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Iterator[Callable[[str], launcher.LocalLauncher]]:
     """The real launcher, but its ranks run a script (see tests/faults/scripted_rank.py) in place of a trial."""
+    resources = contextlib.ExitStack()
 
     def make(script: str) -> launcher.LocalLauncher:
         monkeypatch.setattr(launcher, "WORKER_MODULE", "scripted_rank")
         monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
         monkeypatch.setenv("RANK_SCRIPT", textwrap.dedent(script))
-        return launcher.LocalLauncher(machine)
+        return resources.enter_context(launcher.LocalLauncher(machine))
 
-    return make
+    yield make
+    resources.close()

@@ -113,21 +113,21 @@ def test_prepare_starts_the_ranks_that_the_first_trial_uses(
     objective: Callable[..., DeepSpeedObjective],
     config: TrialConfig,
     tmp_path: Path,
-    started_processes: Callable[[], list[Any]],
+    started_ranks: Callable[[], list[Any]],
 ) -> None:
     ready = objective()
     ready.prepare()
-    processes = started_processes()
-    assert len(processes) == 3  # two ranks and their guard
+    ranks = started_ranks()
+    assert len(ranks) == 2
     phases: list[str] = []
     measurement = measured(ready.run(config, tmp_path, phases.append))
     assert phases == ["config", "model", "engine", "warm-up", "timed steps"]
     assert measurement.setup_seconds > measurement.wall_seconds  # the start was before the trial
-    assert {process.pid for process in started_processes()} == {process.pid for process in processes}
+    assert {rank.pid for rank in started_ranks()} == {rank.pid for rank in ranks}
     assert (tmp_path / "stderr.log").exists()
     assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank_0.json", "rank_1.json"]
     ready.close()
-    assert started_processes() == []
+    assert started_ranks() == []
 
 
 RANK = {
@@ -230,10 +230,11 @@ def test_each_knob_that_needs_several_gpus_trains_on_four(
 
 
 def run_on(machine: Machine, workload: Workload, config: TrialConfig, folder: Path) -> Outcome:
+    launcher = LocalLauncher(machine)
     objective = DeepSpeedObjective(
         workload,
         machine,
-        launcher=LocalLauncher(machine),
+        launcher=launcher,
         log_folder=folder,
         trial_seconds=300,
         plan=StepPlan(min_timed_steps=5, max_timed_steps=5),
@@ -242,3 +243,4 @@ def run_on(machine: Machine, workload: Workload, config: TrialConfig, folder: Pa
         return objective.run(config, folder, lambda phase: None)
     finally:
         objective.close()
+        launcher.close()

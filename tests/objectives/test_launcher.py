@@ -1,21 +1,32 @@
 """How the processes of a group are started, and that they end with it however the tuner ends."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from objectives.launcher import LocalLauncher, rank_environment, threads_per_rank
+from objectives import launcher as launcher_module
+from objectives.launcher import (
+    LocalLauncher,
+    LocalRankProcesses,
+    group_environment,
+    rank_environment,
+    threads_per_rank,
+)
 from objectives.machine import GIB, Machine
 
 Scripted = Callable[[str], LocalLauncher]
+Imported = Callable[[str], LocalLauncher]
 Running = Callable[[], list[psutil.Process]]
 
 # A tuner that runs one trial which never ends by itself.
@@ -126,11 +137,14 @@ def test_killing_a_group_ends_every_process_in_it_and_can_be_repeated(
         processes = launcher.launch(stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log")
         for rank in processes.ranks:
             assert b"ready" in rank.events.read(65536)
-        assert len(started_processes()) == 5  # the guard, two ranks and a child of each
+        # Two ranks, a child of each, what they were forked from, and the guards of that and of the group.
+        assert len(started_processes()) == 7
         processes.kill()
         processes.kill()
-        assert [rank.process.returncode for rank in processes.ranks] == [-signal.SIGKILL] * 2
-        assert_gone_soon(started_processes)
+        assert [rank.process.wait() for rank in processes.ranks] == [-signal.SIGKILL] * 2
+        assert len(started_processes()) == 2
+    launcher.close()
+    assert_gone_soon(started_processes)
     assert open_files() == before
 
 
@@ -175,8 +189,104 @@ def test_rank_0_inherits_the_listening_socket_so_that_no_port_is_lost(scripted: 
         processes.kill()
 
 
+def told(processes: LocalRankProcesses) -> list[dict[str, Any]]:
+    """The event that each rank sends first."""
+    try:
+        return [json.loads(rank.events.read(65536)) for rank in processes.ranks]
+    finally:
+        processes.kill()
+
+
+def test_groups_are_forked_from_one_process_as_long_as_the_environment_is_the_same(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = scripted('send("parent", pid=os.getppid(), word=os.environ.get("WORD"))')
+    logs = {"stdout": tmp_path / "stdout.log", "stderr": tmp_path / "stderr.log"}
+    first, second = told(launcher.launch(**logs)), told(launcher.launch(**logs))
+    assert len({event["pid"] for event in first + second}) == 1
+    monkeypatch.setenv("WORD", "imports may depend on it")
+    third = told(launcher.launch(**logs))
+    assert [event["word"] for event in third] == ["imports may depend on it"] * 2
+    assert not {event["pid"] for event in third} & {event["pid"] for event in first}
+
+
+def test_a_rank_whose_fork_came_too_late_starts_over_with_the_same_pipes(scripted: Scripted, tmp_path: Path) -> None:
+    launcher = scripted("""
+        from objectives.rank.template import start_over
+        if "AGAIN" not in os.environ:
+            os.environ["AGAIN"] = "1"
+            start_over("scripted_rank")
+        rendezvous = os.environ.get("DS_TUNE_RENDEZVOUS_FD")
+        is_open = rendezvous is not None and os.fstat(int(rendezvous)).st_size == 0
+        send("ready", rank=rank, heard=receive(), main=__name__, rendezvous=is_open)
+    """)
+    processes = launcher.launch(stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log")
+    for rank in processes.ranks:
+        rank.commands.write(b"{}\n")
+        rank.commands.flush()
+    events = told(processes)
+    assert [(event["rank"], event["heard"], event["main"]) for event in events] == [
+        (rank, {}, "__main__") for rank in range(2)
+    ]
+    assert [event["rendezvous"] for event in events] == [True, False]
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: Machine) -> Iterator[Imported]:
+    """The real launcher, with a module of these lines in place of what ranks import and run."""
+    with contextlib.ExitStack() as resources:
+
+        def make(lines: str) -> LocalLauncher:
+            (tmp_path / "what_ranks_import.py").write_text(lines)
+            monkeypatch.setattr(launcher_module, "WORKER_MODULE", "what_ranks_import")
+            monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+            return resources.enter_context(LocalLauncher(machine))
+
+        yield make
+
+
+def test_a_group_whose_ranks_are_still_to_come_is_killed_at_once(
+    imported: Imported, tmp_path: Path, started_processes: Running
+) -> None:
+    launcher = imported("import time\ntime.sleep(3600)")
+    for _ in range(2):
+        processes = launcher.launch(stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log")
+        started = time.monotonic()
+        processes.kill()
+        assert time.monotonic() - started < 5
+        assert_gone_soon(started_processes)
+
+
+def test_imports_that_fail_end_all_ranks_and_are_tried_again_for_the_next_group(
+    imported: Imported, tmp_path: Path
+) -> None:
+    launcher = imported("raise SystemExit('no such library')")
+    logs = {"stdout": tmp_path / "stdout.log", "stderr": tmp_path / "stderr.log"}
+    for times in (1, 2):
+        processes = launcher.launch(**logs)
+        assert [rank.events.read(65536) for rank in processes.ranks] == [b"", b""]
+        assert [rank.process.wait() for rank in processes.ranks] == [1, 1]
+        processes.kill()
+        assert logs["stderr"].read_text().count("no such library") == times
+
+
+def test_ranks_end_as_a_program_does(imported: Imported, tmp_path: Path) -> None:
+    launcher = imported("""
+import atexit, os
+def main():
+    atexit.register(print, "goodbye of rank", os.environ["RANK"])
+    if os.environ["RANK"] == "1":
+        raise ValueError("a traceback")
+""")
+    processes = launcher.launch(stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log")
+    assert [rank.process.wait() for rank in processes.ranks] == [0, 1]
+    processes.kill()
+    assert sorted((tmp_path / "stdout.log").read_text().splitlines()) == ["goodbye of rank 0", "goodbye of rank 1"]
+    assert "ValueError: a traceback" in (tmp_path / "stderr.log").read_text()
+
+
 def environment(machine: Machine, rank: int) -> dict[str, str]:
-    return rank_environment(machine, rank, rendezvous_port=1234, rendezvous_fd=None, event_fd=5)
+    return group_environment(machine) | rank_environment(rank, rendezvous_port=1234)
 
 
 def test_a_rank_finds_what_every_torch_launcher_sets(machine: Machine) -> None:

@@ -26,15 +26,19 @@ def group(
 ) -> Iterator[Callable[[str], RankGroup]]:
     """Starts a group whose ranks run a script; it is killed behind the test, and no file of it stays open."""
     groups: list[RankGroup] = []
+    launchers: list[LocalLauncher] = []
     before = open_files()
 
     def start(script: str) -> RankGroup:
-        groups.append(RankGroup(scripted(script), stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log"))
+        launchers.append(scripted(script))
+        groups.append(RankGroup(launchers[-1], stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log"))
         return groups[-1]
 
     yield start
-    for each in groups:
-        each.kill()
+    for group in groups:
+        group.kill()
+    for launcher in launchers:
+        launcher.close()
     assert open_files() == before
 
 

@@ -37,13 +37,9 @@ def study(objective: Callable[..., DeepSpeedObjective], tmp_path: Path) -> Calla
     return run
 
 
-def rank_pids(processes: list[psutil.Process]) -> set[int]:
-    return {process.pid for process in processes if "objectives.rank.worker" in process.cmdline()}
-
-
 def test_thirty_mixed_trials_run_in_one_pair_of_ranks_whose_memory_stays_level(
     objective: Callable[..., DeepSpeedObjective],
-    started_processes: Callable[[], list[psutil.Process]],
+    started_ranks: Callable[[], list[psutil.Process]],
     machine: Machine,
     tmp_path: Path,
 ) -> None:
@@ -64,9 +60,8 @@ def test_thirty_mixed_trials_run_in_one_pair_of_ranks_whose_memory_stays_level(
             assert isinstance(outcome, Failure) and outcome.kind is FailureKind.OUT_OF_MEMORY, outcome
         else:
             assert isinstance(outcome, Measurement), outcome
-        for process in started_processes():
-            if "objectives.rank.worker" in process.cmdline():
-                resident.setdefault(process.pid, []).append(process.memory_info().rss)
+        for process in started_ranks():
+            resident.setdefault(process.pid, []).append(process.memory_info().rss)
     assert notices == [], "the ranks were replaced"
     assert len(resident) == 2
     for values in resident.values():
@@ -118,16 +113,16 @@ def test_one_rank_out_of_memory_is_contained_and_the_study_goes_on(
 
 def test_fresh_ranks_are_new_for_every_trial(
     objective: Callable[..., DeepSpeedObjective],
-    started_processes: Callable[[], list[psutil.Process]],
+    started_ranks: Callable[[], list[psutil.Process]],
     tmp_path: Path,
 ) -> None:
     tuned = objective(plan=ONE_STEP, fresh_ranks=True)
     tuned.prepare()
-    first = rank_pids(started_processes())
+    first = {rank.pid for rank in started_ranks()}
     assert isinstance(tuned.run(config(1), tmp_path, lambda phase: None), Measurement)
-    assert rank_pids(started_processes()) == set()
+    assert {rank.pid for rank in started_ranks()} == set()
     tuned.prepare()
-    assert not rank_pids(started_processes()) & first
+    assert not {rank.pid for rank in started_ranks()} & first
 
 
 def test_a_trial_that_is_clearly_slower_than_the_best_is_stopped(

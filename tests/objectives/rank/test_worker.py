@@ -137,12 +137,12 @@ def test_memory_that_runs_out_while_a_rank_starts_is_told_as_that(train: Train, 
 
 
 def test_a_machine_that_torch_cannot_use_is_told_before_any_trial(
-    objective: Callable[..., DeepSpeedObjective], machine: Machine, started_processes: Callable[[], list[Any]]
+    objective: Callable[..., DeepSpeedObjective], machine: Machine, started_ranks: Callable[[], list[Any]]
 ) -> None:
     gpus = dataclasses.replace(machine, device="cuda", name="NVIDIA H200", device_ids=(0, 1))
     with pytest.raises(EnvironmentFault, match=r"so it cannot use 2 × NVIDIA H200: install a torch that fits"):
         objective(machine=gpus).prepare()
-    assert started_processes() == []
+    assert started_ranks() == []
 
 
 def test_what_only_a_rank_can_know_to_be_wrong_is_the_user_s_error_before_any_trial(
