@@ -285,6 +285,18 @@ def main():
     assert "ValueError: a traceback" in (tmp_path / "stderr.log").read_text()
 
 
+@pytest.mark.gpu
+def test_what_ranks_import_touches_no_gpu_so_that_none_has_to_start_over(imported: Imported, tmp_path: Path) -> None:
+    launcher = imported("""
+import os
+import objectives.rank.worker
+def main():
+    os.write(int(os.environ["DS_TUNE_EVENT_FD"]), b'{"forked": true}')
+""")
+    processes = launcher.launch(stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log")
+    assert told(processes) == [{"forked": True}] * 2  # a rank that starts over finds no main() called
+
+
 def environment(machine: Machine, rank: int) -> dict[str, str]:
     return group_environment(machine) | rank_environment(rank, rendezvous_port=1234)
 
