@@ -26,7 +26,7 @@ from objectives.rank.device import cap_memory, claim_device, lift_cap, local_ran
 from objectives.rank.distributed import connect_ranks
 from objectives.rank.loss_curve import run_losses
 from objectives.rank.model import load_config
-from objectives.rank.ops import load_optimizer_op
+from objectives.rank.ops import import_muon, load_optimizer_op
 from objectives.rank.progress import Progress
 from objectives.rank.training import run_trial
 from objectives.timing import StepPlan
@@ -53,6 +53,7 @@ class Worker:
         connect_ranks(self._device)
         self._rank = torch.distributed.get_rank()
         load_optimizer_op(self._any_ds_config(), progress.notice)
+        import_muon(self._any_ds_config())
         zero3_release.install()
         # What the imports made stays: a trial's collection of garbage need not walk half a million objects each time.
         gc.collect()
