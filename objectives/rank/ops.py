@@ -77,8 +77,8 @@ def import_muon(ds_config: Mapping[str, Any]) -> None:
     """Imports DeepSpeed's Muon without torch's compiler where it is not the optimizer.
 
     DeepSpeed 0.19.8 imports it for a process's first engine, to see that its optimizer is not that one. Three of its
-    functions are decorated with `torch.compile`, which loads torch's inductor for nothing else: 1.6 s of a first trial on a
-    CPU; on the host of an H200 the first engine took 4 s longer than later ones.
+    functions are decorated with `torch.compile`, which loads torch's inductor for nothing else: 1.6 s of a first trial
+    on a CPU; on the host of an H200 the first engine took 4 s longer than later ones.
     """
     if MUON_MODULE in sys.modules or ds_config.get("optimizer", {}).get("type", "").lower() == "muon":
         return
