@@ -138,6 +138,7 @@ def cuda_was_touched() -> bool:
 
 def start_over(module: str) -> NoReturn:
     """Replaces this rank by a program that owes nothing to a fork, with the same descriptors and environment."""
+    print("CUDA was touched before this rank was forked: it imports everything by itself", file=sys.stderr, flush=True)
     for variable in ("DS_TUNE_EVENT_FD", "DS_TUNE_RENDEZVOUS_FD"):
         if variable in os.environ:
             os.set_inheritable(int(os.environ[variable]), True)

@@ -23,10 +23,10 @@ from objectives.launcher import (
     rank_environment,
     threads_per_rank,
 )
-from objectives.machine import GIB, Machine
+from objectives.machine import GIB, Machine, detect_machine
 
 Scripted = Callable[[str], LocalLauncher]
-Imported = Callable[[str], LocalLauncher]
+Imported = Callable[..., LocalLauncher]
 Running = Callable[[], list[psutil.Process]]
 
 # A tuner that runs one trial which never ends by itself.
@@ -236,7 +236,7 @@ def imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: Machine) 
     """The real launcher, with a module of these lines in place of what ranks import and run."""
     with contextlib.ExitStack() as resources:
 
-        def make(lines: str) -> LocalLauncher:
+        def make(lines: str, machine: Machine = machine) -> LocalLauncher:
             (tmp_path / "what_ranks_import.py").write_text(lines)
             monkeypatch.setattr(launcher_module, "WORKER_MODULE", "what_ranks_import")
             monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -287,14 +287,17 @@ def main():
 
 @pytest.mark.gpu
 def test_what_ranks_import_touches_no_gpu_so_that_none_has_to_start_over(imported: Imported, tmp_path: Path) -> None:
-    launcher = imported("""
+    launcher = imported(
+        """
 import os
 import objectives.rank.worker
 def main():
     os.write(int(os.environ["DS_TUNE_EVENT_FD"]), b'{"forked": true}')
-""")
+""",
+        detect_machine(gpus=1, cpu_ranks=2, memory_cap_bytes=None),
+    )
     processes = launcher.launch(stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log")
-    assert told(processes) == [{"forked": True}] * 2  # a rank that starts over finds no main() called
+    assert told(processes) == [{"forked": True}]  # a rank that starts over finds no main() called
 
 
 def environment(machine: Machine, rank: int) -> dict[str, str]:
