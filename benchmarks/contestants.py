@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,26 +103,29 @@ class Autotuner:
 
 
 class DsTune:
-    """ds-tune, which resumes its study."""
+    """ds-tune, which resumes its study.
 
-    def __init__(self, name: str, trials: int, options: Sequence[str], bench: Bench, sessions: Sessions) -> None:
+    Args:
+        options: of its command line; asked for when the search begins.
+    """
+
+    def __init__(
+        self, name: str, preset: str, trials: int, options: Callable[[], list[str]], bench: Bench, sessions: Sessions
+    ) -> None:
         self.name = name
         self.folder = bench.folder.with_name(name)
         self.sessions = sessions
-        self._command = [
-            *(sys.executable, "-P", "-m", "tuner", "--trials", str(trials), "--preset", name, "--no-verify"),
-            *("--results", str(self.folder), *options),
-        ]
+        self._words = ["--trials", str(trials), "--preset", preset, "--no-verify", "--results", str(self.folder)]
+        self._options = options
         self._bench = bench
 
     def tune(self) -> None:
         log = self.folder.with_suffix(".log")
         environment = self._bench.environment()
         self.folder.mkdir(exist_ok=True)
-        with session(self, self._command) as ending:
-            status = run_alone(
-                self._command, self.folder, environment, log, NO_LIMIT_SECONDS, grace_seconds=GRACE_SECONDS
-            )
+        command = [sys.executable, "-P", "-m", "tuner", *self._words, *self._options()]
+        with session(self, command) as ending:
+            status = run_alone(command, self.folder, environment, log, NO_LIMIT_SECONDS, grace_seconds=GRACE_SECONDS)
             ending.how = f"ended with status {status}"
         if status not in (0, 3):  # 3: nothing fits, which is a result
             raise EnvironmentFault(f"{self.name} {self.sessions.all[-1]['how']}:\n{tail(log)}")

@@ -3,9 +3,10 @@
     python benchmarks/head_to_head.py --out DIR [--gpus N | --ranks N] [--preset speed|full] [--rounds 3]
 
 Three contestants: `deepspeed`, DeepSpeed's autotuner in its fast mode over all ZeRO stages; `core`, ds-tune with 9
-trials; and ds-tune's wide preset with 20. None of them verifies: when all have chosen, the choices run again by the
-code that times ds-tune's trials, each time in fresh processes, one after the other, the order turned from round to
-round. On GPUs the optimizer's op is compiled before all of it.
+trials; and ds-tune's wide preset with 20. A fourth on request, `matched`: the wide preset at the global batch of the
+autotuner's winner. None of them verifies: when all have chosen, the choices run again by the code that times ds-tune's
+trials, each time in fresh processes, one after the other, the order turned from round to round. On GPUs the optimizer's
+op is compiled before all of it.
 
 It takes --call-seconds at most, ends what it started, and says that the same command goes on (exit status 130); it may
 as well be killed at any moment. What is done is not repeated. `tuning s` is the wall clock's over all calls. Of the
@@ -40,7 +41,7 @@ from deepspeed_autotuner import CHECKOUT, Bench, check_visible
 
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.ds_config import deepspeed_config
-from objectives.errors import DsTuneError, UsageError
+from objectives.errors import DsTuneError, EnvironmentFault, UsageError
 from objectives.files import write_atomically
 from objectives.launcher import LocalLauncher
 from objectives.machine import Machine, detect_machine, software_versions
@@ -52,6 +53,7 @@ from tuner.arguments import positive
 from tuner.spec import DEFAULT_TRIAL_SECONDS, DEFAULTS, parse_memory
 
 WIDE = "wide"
+MATCHED = "matched"
 LEAST_TUNING_SECONDS = 60.0
 """A search may be cut at any moment, but starting it again has its price."""
 
@@ -95,16 +97,26 @@ class HeadToHead:
         self._begun = False
         self._runs = Runs(out / "verification.jsonl")
         self._launcher = LocalLauncher(bench.machine)
-        options = ds_tune_options(bench, arguments)
 
         def sessions(name: str) -> Sessions:
             return Sessions(out / f"{name}.sessions.json")
 
-        wide, limit = arguments.preset, arguments.autotuner_seconds
+        def asked_for() -> list[str]:
+            return ds_tune_options(bench, arguments, bench.global_batch)
+
+        def matching() -> list[str]:
+            choice = autotuner.choice()
+            if choice is None:
+                raise EnvironmentFault("the autotuner chose nothing, so that there is no global batch of its to match")
+            return ds_tune_options(bench, arguments, choice.config.global_batch_size(self._machine.ranks))
+
+        wide, trials = arguments.preset, arguments.wide_trials
+        autotuner = Autotuner(bench, sessions(AUTOTUNER), arguments.autotuner_seconds)
         everybody: dict[str, Contestant] = {
-            AUTOTUNER: Autotuner(bench, sessions(AUTOTUNER), limit),
-            "core": DsTune("core", arguments.core_trials, options, bench, sessions("core")),
-            WIDE: DsTune(wide, arguments.wide_trials, options, bench, sessions(wide)),
+            AUTOTUNER: autotuner,
+            "core": DsTune("core", "core", arguments.core_trials, asked_for, bench, sessions("core")),
+            WIDE: DsTune(wide, wide, trials, asked_for, bench, sessions(wide)),
+            MATCHED: DsTune(MATCHED, wide, trials, matching, bench, sessions(MATCHED)),
         }
         self._contestants = [each for name, each in everybody.items() if name in arguments.contestants]
 
@@ -226,12 +238,12 @@ class HeadToHead:
         return {**session, "command": words}
 
 
-def ds_tune_options(bench: Bench, arguments: argparse.Namespace) -> list[str]:
+def ds_tune_options(bench: Bench, arguments: argparse.Namespace, global_batch: int | None) -> list[str]:
     """What the autotuner has in its Bench, as options of ds-tune."""
     workload, machine = bench.workload, bench.machine
     on = ["--gpus", str(machine.ranks)] if machine.device == "cuda" else ["--gpus", "0", "--ranks", str(machine.ranks)]
     cap = ["--memory-cap", arguments.memory_cap] if arguments.memory_cap else []
-    batch = ["--global-batch", str(bench.global_batch)] if bench.global_batch else []
+    batch = ["--global-batch", str(global_batch)] if global_batch else []
     trained = ["--model", workload.model, "--seq-len", str(workload.seq_len), "--dtype", workload.dtype]
     return [*trained, *on, *cap, *batch]
 
@@ -254,7 +266,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--call-seconds", type=float, default=570, metavar="S", help="of this call (default 570)")
     parser.add_argument("--rounds", type=positive, default=3, help="of the verification (default 3)")
     names = (AUTOTUNER, "core", WIDE)
-    parser.add_argument("--contestants", nargs="+", choices=names, default=names, help="default all")
+    parser.add_argument(
+        "--contestants", nargs="+", choices=(*names, MATCHED), default=names, help=f"default all but {MATCHED}"
+    )
     parser.add_argument("--preset", choices=("speed", "full"), default="speed", help="the wide one (default speed)")
     parser.add_argument("--core-trials", type=positive, default=9, metavar="N", help="default 9")
     parser.add_argument("--wide-trials", type=positive, default=20, metavar="N", help="default 20")
@@ -268,7 +282,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype")
     parser.add_argument("--memory-cap", metavar="SIZE")
     parser.add_argument("--global-batch", type=positive)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if MATCHED in arguments.contestants and AUTOTUNER not in arguments.contestants:
+        parser.error(f"--contestants {MATCHED} needs {AUTOTUNER}, whose global batch it takes")
+    return arguments
 
 
 def prepare(arguments: argparse.Namespace) -> HeadToHead:

@@ -9,15 +9,16 @@ on. The table is printed last.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,16 @@ import tabulate
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine, detect_machine
-from objectives.timing import PRECISE, StepPlan
+from objectives.timing import PRECISE, StepPlan, mean_ci95
 from objectives.trial import Failure, Measurement, TrialConfig
 from objectives.workload import Workload
 from tuner.spec import DEFAULTS
 
 PARTS = ("overhead", "fresh", "memory")
 
-# (stage, mbs, gas) by device: small and large, every stage.
+# (stage, mbs, gas) by device: small and large, every stage. A GPU of 80 GB has room for all of them.
 CONFIGS = {
-    "cuda": [(0, 4, 1), (1, 8, 1), (2, 8, 2), (3, 8, 1), (1, 16, 2), (0, 1, 1)],
+    "cuda": [(0, 4, 1), (1, 8, 1), (2, 8, 2), (3, 8, 2), (1, 8, 4), (0, 8, 4)],
     "cpu": [(0, 2, 1), (1, 4, 1), (2, 2, 2), (3, 2, 1), (1, 8, 2), (0, 1, 1)],
 }
 
@@ -126,20 +127,23 @@ class Bench:
             objective.close()
 
     def fresh(self) -> None:
-        """Each configuration warm and in fresh processes, in both orders."""
-        for turn, order in enumerate((("warm", "fresh"), ("fresh", "warm"))):
-            for mode in order:
-                objective = self.objective(fresh=mode == "fresh")
-                try:
-                    for config in self._missing(turn, mode):
-                        self.trial(objective, config, part="fresh", turn=turn, mode=mode)
-                finally:
-                    objective.close()
-
-    def _missing(self, turn: int, mode: str) -> Iterator[TrialConfig]:
-        for config in self.configs:
-            if not self.recorder.has(part="fresh", turn=turn, mode=mode, name=config.name):
-                yield config
+        """Each configuration warm and in fresh processes, one right after the other, in both orders."""
+        orders = (("warm", "fresh"), ("fresh", "warm"))
+        trials = [
+            (config, {"part": "fresh", "turn": turn, "mode": mode})
+            for turn, config in itertools.product(range(2), self.configs)
+            for mode in orders[turn]
+        ]
+        missing = [(config, key) for config, key in trials if not self.recorder.has(**key, name=config.name)]
+        if not missing:
+            return
+        with (
+            contextlib.closing(self.objective(fresh=False)) as warm,
+            contextlib.closing(self.objective(fresh=True)) as fresh,
+        ):
+            self.trial(warm, self.configs[0], part="fresh", turn=-1, mode="warm")  # only then it is warm
+            for config, key in missing:
+                self.trial(warm if key["mode"] == "warm" else fresh, config, **key)
 
 
 def _cpu_seconds() -> float:
@@ -155,17 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         seconds = [row["overhead_s"] for row in counted if row["stage"] in stages]
         if seconds:
             lines.append([f"overhead of a warm trial, {title}, median", f"{statistics.median(seconds):.2f} s"])
-    rates = {
-        (row["turn"], row["mode"], row["name"]): row.get("samples_per_s") for row in rows if row["part"] == "fresh"
-    }
-    ratios = [
-        rates[turn, "warm", name] / rate
-        for (turn, mode, name), rate in rates.items()
-        if mode == "fresh" and rate and rates.get((turn, "warm", name))
-    ]
-    if ratios:
-        lines.append(["warm over fresh, mean of the ratios", f"{statistics.fmean(ratios):.4f} ({len(ratios)} pairs)"])
-        lines.append(["warm over fresh, farthest from 1", f"{max(ratios, key=lambda ratio: abs(ratio - 1)):.4f}"])
+    lines += _fresh_lines([row for row in rows if row["part"] == "fresh" and "samples_per_s" in row])
     mixed = [row for row in rows if row["part"] == "memory" and "left_gib" in row]
     if mixed:
         for kind, left in mixed[-1]["left_gib"].items():
@@ -174,6 +168,30 @@ def table(rows: list[dict[str, Any]]) -> str:
     if shares:
         lines.append(["the tuner's own CPU, of a core", f"{statistics.fmean(shares):.2%}"])
     return tabulate.tabulate(lines, headers=["what", "figure"], tablefmt="pipe", disable_numparse=True)
+
+
+def _fresh_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Warm against fresh, and for scale what two runs in one way differ by."""
+    rates = {(row["turn"], row["mode"], row["name"]): row["samples_per_s"] for row in rows if row["turn"] >= 0}
+    ratios: dict[str, list[float]] = {}
+    for (turn, mode, name), rate in rates.items():
+        if mode == "warm" and (turn, "fresh", name) in rates:
+            ratios.setdefault(name, []).append(rate / rates[turn, "fresh", name])
+    if not ratios:
+        return []
+    apart = [
+        abs(rate / rates[0, mode, name] - 1)
+        for (turn, mode, name), rate in rates.items()
+        if turn == 1 and (0, mode, name) in rates
+    ]
+    every = [ratio for pair in ratios.values() for ratio in pair]
+    low, high = mean_ci95(every) if len(every) > 1 else (math.nan, math.nan)
+    mean = f"{statistics.fmean(every):.4f} ({low:.4f}–{high:.4f}, {len(every)} pairs)"
+    lines = [["warm over fresh, mean of the ratios", mean]]
+    lines += [[f"warm over fresh, {name}", f"{statistics.fmean(pair):.4f}"] for name, pair in ratios.items()]
+    if apart:
+        lines.append(["two runs in one way differ by, median", f"{statistics.median(apart):.2%}"])
+    return lines
 
 
 def main() -> None:

@@ -240,12 +240,15 @@ def test_what_interruptions_cost_the_autotuner_is_not_counted(
     assert autotuner_results.lost_seconds(tmp_path, began, 175, resumed=resumed, cut=cut) == lost
 
 
+CALLED = ["deepspeed", "core", "matched"]
+
+
 @pytest.fixture
 def call(run_script: Run, tmp_path: Path) -> Run:
     """One call of the script on two CPU ranks."""
 
     def call(*options: str) -> subprocess.CompletedProcess[str]:
-        few = ["--contestants", "deepspeed", "core", "--core-trials", "2", "--rounds", "1"]
+        few = ["--contestants", *CALLED, "--core-trials", "2", "--wide-trials", "1", "--rounds", "1"]
         small = ["--out", str(tmp_path / "out"), "--gpus", "0", "--seq-len", "16"]
         return run_script(BENCHMARKS / "head_to_head.py", *small, *few, *options)
 
@@ -264,11 +267,12 @@ def test_it_is_cut_off_goes_on_and_compares(call: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "out" / "head_to_head.json").read_text())
     assert told["complete"]
-    autotuner, core = told["contestants"]
-    assert (autotuner["calls"], core["calls"]) == (2, 1)
+    autotuner, core, matched = told["contestants"]
+    assert (autotuner["calls"], core["calls"], matched["calls"]) == (2, 1, 1)
     assert autotuner["tuning_seconds"] > 0
     assert (core["trials"], core["out_of_memory"], core["failed"]) == (2, 0, 0)
-    assert [(run["contestant"], run["round"]) for run in told["verification"]] == [("deepspeed", 0), ("core", 0)]
+    assert matched["winner"]["global_batch"] == autotuner["winner"]["global_batch"]
+    assert [(run["contestant"], run["round"]) for run in told["verification"]] == [(name, 0) for name in CALLED]
     assert all(row["verified"]["samples_per_second"] > 0 for row in told["contestants"])
     assert core["over_the_autotuner"][0] > 0
     assert str(tmp_path) not in json.dumps(told)
@@ -280,3 +284,9 @@ def test_it_is_cut_off_goes_on_and_compares(call: Run, tmp_path: Path) -> None:
     other = call("--core-trials", "3")
     assert other.returncode == 2
     assert "holds another comparison" in other.stderr
+
+
+def test_there_is_no_batch_to_match_without_the_autotuner(call: Run) -> None:
+    refused = call("--contestants", "core", "matched")
+    assert refused.returncode == 2
+    assert "--contestants matched needs deepspeed, whose global batch it takes" in refused.stderr
