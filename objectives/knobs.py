@@ -34,6 +34,8 @@ class Site:
     """Several heads of its attention share a key and a value."""
     pretrained: bool = False
     """Its weights are loaded, so that their shapes are given."""
+    states_share: float = 0.0
+    """What parameters and optimizer states take of a rank's memory under ZeRO-1; 0 where it is not known."""
 
 
 Exists: TypeAlias = Callable[[Mapping[str, Any], Site], bool]
@@ -58,9 +60,16 @@ class Knob:
     in_model: bool
     """Whether it changes how the model runs, so that the training script has to do it."""
     speed: tuple[Scalar, ...]
-    """Those of `values` that usually pay and keep the numbers: the preset `speed` has them."""
+    """Those of `values` that keep the numbers and usually pay where `pays`: the preset `speed` has them there."""
+    pays: Callable[[Site], bool]
+    saving: Scalar | None
+    """That of `values` to fall back on where nothing else fits."""
     numerics: str | None
     """What it changes about the numbers that training produces; such a knob is searched only on request."""
+
+    def usual(self, site: Site) -> tuple[Scalar, ...]:
+        """What the preset `speed` has of it here."""
+        return self.speed if self.pays(site) else ()
 
     def words(self, value: Scalar) -> str:
         """A value in a configuration's name, large counts as DeepSpeed's autotuner writes them."""
@@ -74,6 +83,19 @@ def always(config: Mapping[str, Any], site: Site) -> bool:
     return True
 
 
+def anywhere(site: Site) -> bool:
+    return True
+
+
+CROWDED_SHARE = 0.5
+"""Of a rank's memory: where the states take more, what the GPU loses by small micro-batches, or because nothing fits,
+is more than what the host's optimizer takes."""
+
+
+def states_crowd_the_memory(site: Site) -> bool:
+    return site.states_share > CROWDED_SHARE
+
+
 def knob(
     *,
     off: Scalar,
@@ -85,6 +107,8 @@ def knob(
     writes: Callable[[Any], Mapping[str, Any]] | None = None,
     in_model: bool = False,
     speed: tuple[Scalar, ...] = (),
+    pays: Callable[[Site], bool] = anywhere,
+    saving: Scalar | None = None,
     numerics: str | None = None,
 ) -> Any:
     """A field of `TrialConfig` that is a knob; see `Knob` for the arguments."""
@@ -98,6 +122,8 @@ def knob(
         writes=writes,
         in_model=in_model,
         speed=speed,
+        pays=pays,
+        saving=saving,
         numerics=numerics,
     )
     return dataclasses.field(default=off, metadata={"knob": entry})

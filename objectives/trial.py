@@ -26,6 +26,7 @@ from objectives.knobs import (
     partitions_parameters_on_a_gpu,
     reduces_by_owner,
     splits_into_groups,
+    states_crowd_the_memory,
     zero,
 )
 
@@ -50,7 +51,7 @@ class TrialConfig:
     """Samples a rank takes through one forward and backward pass."""
     gradient_accumulation_steps: int
     activation_checkpointing: int = knob(
-        off=0, values=(1, 2), label="ac", short="ckpt", in_model=True, speed=(1,),
+        off=0, values=(1, 2), label="ac", short="ckpt", in_model=True, speed=(1,), saving=1,
         meaning="every how many transformer blocks one forgets its activations and computes them again: 1 for all",
     )  # fmt: skip
     compile: str = knob(
@@ -106,11 +107,13 @@ class TrialConfig:
     )  # fmt: skip
     offload_optimizer: str = knob(
         off="off", values=("cpu", "cpu_half"), label="offload", short="offload", exists=can_offload_optimizer,
+        speed=("cpu",), pays=states_crowd_the_memory, saving="cpu",
         writes=lambda value: zero(**OFFLOADED[value]),
         meaning="optimizer states, or half of them, live in the host's memory and are updated there",
     )  # fmt: skip
     offload_parameters: str = knob(
         off="off", values=("cpu",), label="poffload", short="offload params", exists=partitions_parameters_on_a_gpu,
+        saving="cpu",
         writes=lambda value: zero(offload_param={"device": "cpu", "pin_memory": True}),
         meaning="ZeRO-3's partitions of the parameters live in the host's memory",
     )  # fmt: skip

@@ -102,24 +102,25 @@ def knob_dimension(field: str, values: Sequence[Scalar]) -> Dimension:
 PRESETS = ("core", "speed", "full")
 
 
-def knob_values(preset: str, allowed: Collection[str] = ()) -> dict[str, tuple[Scalar, ...]]:
+def knob_values(preset: str, site: Site, allowed: Collection[str] = ()) -> dict[str, tuple[Scalar, ...]]:
     """What a preset has of each knob, beside off; see `dimensions_of`."""
     found: dict[str, tuple[Scalar, ...]] = {}
     for field, knob in KNOBS.items():
-        found[field] = {"core": (), "speed": knob.speed, "full": knob.values}[preset]
+        found[field] = {"core": (), "speed": knob.usual(site), "full": knob.values}[preset]
         if knob.numerics is not None:
             found[field] = knob.values if field in allowed else ()
     return found
 
 
-def dimensions_of(preset: str, allowed: Collection[str] = ()) -> tuple[Dimension, ...]:
+def dimensions_of(preset: str, site: Site | None = None, allowed: Collection[str] = ()) -> tuple[Dimension, ...]:
     """The dimensions of a preset.
 
     Args:
         preset: `core` (stage, mbs, gas), `speed` (and what usually pays) or `full` (all that keeps the numbers).
+        site: decides what usually pays.
         allowed: knobs that change the numbers training produces, and are to be searched all the same.
     """
-    knobs = [knob_dimension(field, values) for field, values in knob_values(preset, allowed).items()]
+    knobs = [knob_dimension(field, values) for field, values in knob_values(preset, site or Site(), allowed).items()]
     return (*DIMENSIONS[:3], *knobs)
 
 
@@ -232,7 +233,8 @@ class Space:
     def _has_meaning(self, kind: Mapping[str, Any]) -> bool:
         """Whether every knob that is on does something, so that no two configurations are the same."""
         on = {field: kind[field] for field in KNOBS if field in kind and kind[field] != KNOBS[field].off}
-        unusual = sum(KNOBS[field].numerics is None and value not in KNOBS[field].speed for field, value in on.items())
+        knobs = {field: KNOBS[field] for field in on if KNOBS[field].numerics is None}
+        unusual = sum(on[field] not in knob.usual(self.site) for field, knob in knobs.items())
         return unusual <= MAX_UNUSUAL_KNOBS and all(KNOBS[field].exists(kind, self.site) for field in on)
 
     def _kind(self, config: TrialConfig) -> tuple[Any, ...]:
@@ -261,8 +263,10 @@ class Space:
             elif (limits.global_batch // limits.ranks) % micro_batch_size == 0:
                 yield micro_batch_size, limits.global_batch // limits.ranks // micro_batch_size
 
+    @functools.cached_property
     def baselines(self) -> tuple[TrialConfig, ...]:
-        """The untuned configuration, then what to fall back on where it does not fit: mbs 1 under more partitioning.
+        """The untuned configuration, then what to fall back on where it does not fit: mbs 1 under more partitioning,
+        then with the most of what the space has to save memory.
 
         Where only some may be tried: the smallest of each ZeRO stage, what costs speed to save memory last.
         """
@@ -270,10 +274,19 @@ class Space:
             smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
             return tuple(sorted(smallest, key=lambda config: (self._knobs_on(config), config.zero_stage)))
         accumulation = self.limits.global_batch // self.limits.ranks if self.limits.global_batch is not None else 1
-        return tuple(
+        untuned = tuple(
             TrialConfig(zero_stage=stage, micro_batch_size=1, gradient_accumulation_steps=accumulation)
             for stage in ZERO_STAGES
         )
+        return (*untuned, *self._most_saving())
+
+    def _most_saving(self) -> tuple[TrialConfig, ...]:
+        """The smallest configurations with as many memory-saving knobs as any has, and no others."""
+        saving = {field: knob.saving for field, knob in KNOBS.items() if knob.saving is not None}
+        smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
+        savers = [config for config in smallest if config.knobs_on and config.knobs_on.items() <= saving.items()]
+        most = max((len(config.knobs_on) for config in savers), default=0)
+        return tuple(config for config in savers if len(config.knobs_on) == most)
 
     def _knobs_on(self, config: TrialConfig) -> tuple[bool, ...]:
         return tuple(field in config.knobs_on for field in KNOBS)
@@ -336,8 +349,11 @@ def site_of(workload: Workload, machine: Machine) -> Site:
         architecture = architecture_of(workload)
     except UsageError:
         return site
+    width, moments = (4, 8) if workload.dtype == "fp32" else (2, 12)  # bytes of a weight, of its optimizer's states
+    states_bytes = architecture.parameters * (width + moments / machine.ranks)
     return dataclasses.replace(
         site,
+        states_share=states_bytes / machine.capacity_bytes,
         vocabulary=0 if architecture.is_masked else architecture.vocabulary,
         model_type=architecture.model_type,
         grouped_queries=architecture.key_value_heads != architecture.heads,
@@ -360,4 +376,5 @@ def study_space(
     """
     if only is not None:
         return Space(limits, only=only)
-    return Space(limits, dimensions_of(preset, allowed), site=site_of(workload, machine))
+    site = site_of(workload, machine)
+    return Space(limits, dimensions_of(preset, site, allowed), site=site)

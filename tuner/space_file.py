@@ -94,7 +94,7 @@ class SpaceFile:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
                 raise _refusal(self.path, f"{field} changes the numbers of training: add --allow numerics:{field}")
         kinds: list[dict[str, Any]] = [{}]
-        for field, choices in self._choices(allowed).items():
+        for field, choices in self._choices(site, allowed).items():
             kinds = [{**kind, field: value} for kind in kinds for value in _meaningful(kind, field, choices, site)]
             self._check_number(len(kinds))
         sizes = self._batch_sizes(limits)
@@ -120,10 +120,10 @@ class SpaceFile:
                 )
         return configs
 
-    def _choices(self, allowed: Collection[str]) -> dict[str, tuple[Scalar, ...]]:
+    def _choices(self, site: Site, allowed: Collection[str]) -> dict[str, tuple[Scalar, ...]]:
         """Stage and knobs with their values, in the order of `TrialConfig`."""
         choices: dict[str, tuple[Scalar, ...]] = {"zero_stage": ZERO_STAGES}
-        for field, values in knob_values(self.preset, allowed).items():
+        for field, values in knob_values(self.preset, site, allowed).items():
             choices[field] = (KNOBS[field].off, *values)
         return {field: self.values.get(field, values) for field, values in choices.items()}
 

@@ -184,7 +184,7 @@ class Study:
         if summary.baseline is not None or store.has_waiting():
             return None
         tried = {record.config.name: record for record in summary.records}
-        for config in self._space.baselines():
+        for config in self._space.baselines:
             record = tried.get(config.name)
             if record is None and self._is_in_vain(store, config):
                 continue
@@ -193,15 +193,17 @@ class Study:
                 return None
             if record.state is TrialState.COMPLETE:
                 return None
-        known = [tried[config.name] for config in self._space.baselines() if config.name in tried]
+        known = [tried[config.name] for config in self._space.baselines if config.name in tried]
         if any(record.state is TrialState.FAILED for record in known):
             return None  # a crash says nothing about memory
         smallest = "one sample a rank" if self._space.only is None else "the smallest configuration there is"
-        return f"not even {smallest} fits, in any ZeRO stage"
+        core = self._spec.only is None and self._spec.preset == "core"
+        hint = "; --preset speed also searches what saves memory" if core else ""
+        return f"not even {smallest} fits, in any ZeRO stage{hint}"
 
     def _is_in_vain(self, store: StudyStore, config: TrialConfig) -> bool:
         """Whether a baseline need not be launched; of the last there is, a trial has to say so."""
-        if not isinstance(self._sampler, CostModelSampler) or config == self._space.baselines()[-1]:
+        if not isinstance(self._sampler, CostModelSampler) or config == self._space.baselines[-1]:
             return False
         return self._sampler.certainly_too_large(config, store.study.get_trials(deepcopy=False))
 

@@ -156,6 +156,9 @@ def predict_step(
     # fp32 states read and written by the host, gradients and parameters over the bus.
     optimizer += offloaded * (28 + 2 * width) * shard / constants.host_bandwidth
     communication = 0.0
+    if stage >= 2:
+        # Each micro-step but the last adds its gradients to those in the host's memory: to the GPU and back.
+        communication += offloaded * (micro_steps - 1) * 2 * width * shard / constants.host_bandwidth
     if config.offload_parameters == "cpu":
         # Over the bus for the forward and again for the backward pass.
         communication += 2 * micro_steps * width * shard / constants.host_bandwidth

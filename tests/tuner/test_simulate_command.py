@@ -244,7 +244,9 @@ def test_where_zero_0_certainly_does_not_fit_it_is_not_launched(simulate: Run, f
 def test_nothing_fits(simulate: Run, folder: Path, hardware: str, launched: list[str]) -> None:
     status, output, _ = simulate("--trials", "9", hardware=hardware)
     assert status == 3
-    assert output.splitlines()[-1] == "Nothing fits: not even one sample a rank fits, in any ZeRO stage."
+    hint = "; --preset speed also searches what saves memory."
+    said = "Nothing fits: not even one sample a rank fits, in any ZeRO stage" + hint
+    assert output.splitlines()[-1] == said
     summary = store(folder).summary()
     assert summary.state is StudyState.NOTHING_FITS
     assert [record.config.name for record in summary.records] == launched

@@ -58,14 +58,14 @@ def test_a_trial_with_half_of_its_parameters_has_no_configuration() -> None:
 
 
 def test_the_baseline_is_untuned_and_falls_back_to_more_partitioning() -> None:
-    names = [config.name for config in Space(limits()).baselines()]
+    names = [config.name for config in Space(limits()).baselines]
     assert names == ["z0_gas1_tmbspg1", "z1_gas1_tmbspg1", "z2_gas1_tmbspg1", "z3_gas1_tmbspg1"]
 
 
 def test_the_baseline_of_a_global_batch_trains_on_that_batch() -> None:
     space = Space(limits(global_batch=24))
-    assert next(config.name for config in space.baselines()) == "z0_gas12_tmbspg1"
-    assert set(space.baselines()) <= set(space.legal)
+    assert next(config.name for config in space.baselines) == "z0_gas12_tmbspg1"
+    assert set(space.baselines) <= set(space.legal)
 
 
 def test_the_nearest_configuration_is_of_the_same_stage_and_nearest_in_doublings() -> None:
@@ -138,11 +138,11 @@ def test_a_restricted_space_keeps_to_the_limits_too() -> None:
 
 
 def test_the_baselines_of_a_restricted_space_are_the_smallest_and_save_memory_last() -> None:
-    assert Space(limits(), only=SOME).baselines() == (
+    assert Space(limits(), only=SOME).baselines == (
         config(1, 1), config(3, 2), config(1, 1, 4, 2), config(3, 2, 1, 2),
     )  # fmt: skip
     recorded = Space(limits(), only=Space(limits()).legal)
-    assert recorded.baselines() == Space(limits()).baselines()
+    assert recorded.baselines == Space(limits()).baselines
 
 
 def test_another_restriction_is_another_space() -> None:
@@ -192,7 +192,7 @@ def test_every_preset_enumerates_to_legal_configurations_only(preset: str, devic
         assert bounds.allow(config)
     for name, value in space.params(space.legal[-1]).items():
         assert space.distributions[name]._contains(space.distributions[name].to_internal_repr(value))
-    assert set(space.baselines()) <= set(space.legal)
+    assert set(space.baselines) <= set(space.legal)
 
 
 def test_the_presets_are_each_part_of_the_next() -> None:
@@ -207,6 +207,7 @@ def test_the_presets_are_each_part_of_the_next() -> None:
     assert core < speed < full
 
 
+GPT2_XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 H200 = Site(compute_capability=(9, 0), vocabulary=50257, model_type="gpt2", liger=True)
 V100 = Site(compute_capability=(7, 0), vocabulary=50257, model_type="gpt2")
 
@@ -320,3 +321,44 @@ def test_every_knob_says_what_it_means_and_has_a_name_of_its_own(field: str) -> 
     names = {TrialConfig(zero_stage=1, micro_batch_size=1, gradient_accumulation_steps=1, **{field: value}).name
              for value in (knob.off, *knob.values)}  # fmt: skip
     assert len(names) == 1 + len(knob.values)
+
+
+def test_the_optimizer_is_offloaded_where_its_states_crowd_the_memory_and_otherwise_only_in_full() -> None:
+    roomy, crowded = (dataclasses.replace(H200, states_share=share) for share in (0.3, 0.7))
+    bounds = Limits(ranks=1, max_micro_batch=2, max_global_batch=2)
+    offloads = {
+        (preset, site.states_share): {config.offload_optimizer for config in legal(bounds, preset, site)}
+        for preset in PRESETS
+        for site in (roomy, crowded)
+    }
+    assert offloads["core", 0.7] == offloads["speed", 0.3] == {"off"}
+    assert offloads["speed", 0.7] == {"off", "cpu"}
+    assert offloads["full", 0.3] == offloads["full", 0.7] == {"off", "cpu", "cpu_half"}
+
+
+def legal(bounds: Limits, preset: str, site: Site) -> tuple[TrialConfig, ...]:
+    return Space(bounds, dimensions_of(preset, site), site=site).legal
+
+
+def test_the_last_baselines_save_as_much_memory_as_the_space_can() -> None:
+    bounds = Limits(ranks=1, max_micro_batch=2, max_global_batch=4)
+
+    def fallbacks(preset: str, site: Site) -> list[str]:
+        found = Space(bounds, dimensions_of(preset, site), site=site).baselines
+        assert [config.zero_stage for config in found[:4]] == [0, 1, 2, 3] and not any(c.knobs_on for c in found[:4])
+        return [config.name for config in found[4:]]
+
+    crowded = dataclasses.replace(H200, states_share=0.7)
+    assert fallbacks("core", crowded) == []
+    assert fallbacks("speed", H200) == [f"z{stage}_ac1_gas1_tmbspg1" for stage in range(4)]
+    assert fallbacks("speed", crowded) == [f"z{stage}_ac1_offload-cpu_gas1_tmbspg1" for stage in (1, 2, 3)]
+    assert fallbacks("full", crowded) == ["z3_ac1_offload-cpu_poffload-cpu_gas1_tmbspg1"]
+
+
+def test_what_the_states_take_of_a_rank_s_memory() -> None:
+    machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=32 * GIB, compute_capability="9.0")
+    # 1.56e9 parameters in two bytes, and 12 bytes of states for each over two ranks: 11.6 GiB.
+    assert site_of(GPT2_XL, machine).states_share == pytest.approx(0.363, abs=0.002)
+    assert site_of(GPT2_XL, dataclasses.replace(machine, ranks=1)).states_share == pytest.approx(0.635, abs=0.002)
+    capped = dataclasses.replace(machine, memory_cap_bytes=16 * GIB)
+    assert site_of(GPT2_XL, capped).states_share == pytest.approx(0.725, abs=0.003)

@@ -96,7 +96,7 @@ def test_the_baseline_is_the_first_trial_and_falls_back_to_what_fits(
 def test_nothing_fits(tune: Tune, tmp_path: Path) -> None:
     done = tune("--trials", "9", answer="nothing fits")
     assert done.returncode == 3
-    assert "Nothing fits: not even one sample a rank fits, in any ZeRO stage." in done.stdout
+    assert "Nothing fits: not even one sample a rank fits, in any ZeRO stage; --preset speed also" in done.stdout
     assert finished_trials(tmp_path) == 4
 
 
