@@ -26,6 +26,7 @@ def release_trial(engine: deepspeed.DeepSpeedEngine | None) -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # offloaded states are pinned: 20 GiB of the host's memory for GPT2-xl
     _return_freed_pages()
 
 
