@@ -278,7 +278,7 @@ def search(surface: Surface, space: Space, policy: Policy, seed: int, trials: in
     runs: list[Run] = []
     regrets: dict[int, float] = {}
     seconds, good_after, asking = 0.0, None, 0.0
-    baselines = iter(space.baselines())
+    baselines = iter(space.baselines)
     while len(runs) < trials:
         config: TrialConfig | None
         if not any(run.rate for run in runs) and (config := next(baselines, None)) is not None:
