@@ -21,7 +21,7 @@ installed_python() {
     for python in python3 python; do
         # -P: the ds_tune.egg-info of a checkout in the current directory is no installation.
         "$python" -P -c 'import sys; from importlib.metadata import version; list(map(version, sys.argv[1:]))' \
-            ds-tune ${1:+pytest} 2>/dev/null && return
+            ds-tune ${1:+pytest pytest-timeout pytest-xdist} 2>/dev/null && return
     done
     return 1
 }
