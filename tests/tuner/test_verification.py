@@ -81,10 +81,14 @@ def test_the_three_fastest_are_candidates_if_they_are_close() -> None:
     assert [each.number for each in candidates(summary(10, 100, 99, 80))] == [1, 2]
 
 
+def test_the_two_fastest_are_candidates_however_far_apart() -> None:
+    assert [each.number for each in candidates(summary(10, 100, 60, 50))] == [1, 2]
+
+
 def test_what_was_stopped_early_is_no_candidate() -> None:
     study = summary(10, 100)
     stopped = record(2, measurement(99, stopped_early=True))
-    assert [each.number for each in candidates(dataclasses.replace(study, records=[*study.records, stopped]))] == [1]
+    assert [each.number for each in candidates(dataclasses.replace(study, records=[*study.records, stopped]))] == [1, 0]
 
 
 def test_everybody_runs_once_the_baseline_too() -> None:
@@ -113,8 +117,8 @@ def test_a_single_candidate_runs_once_beside_the_baseline() -> None:
     assert turn(summary(10, 100), {1: [100], 0: [10]}) == []
 
 
-def test_a_baseline_that_is_the_fastest_runs_alone() -> None:
-    assert turn(summary(100, 10), {}) == [0]
+def test_a_baseline_that_is_the_fastest_runs_once_beside_the_next() -> None:
+    assert turn(summary(100, 10), {}) == [0, 1]
 
 
 def test_who_fails_in_fresh_processes_is_out() -> None:
