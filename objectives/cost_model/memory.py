@@ -146,7 +146,7 @@ def predict_memory(
     waiting = (shard if stage >= 2 else count) if waits else 0.0
     batch_tokens = config.micro_batch_size * seq_len
     hidden_tensor = width * batch_tokens * architecture.hidden
-    tensors = _tensors_of_a_block(
+    tensors = tensors_of_a_block(
         architecture, seq_len=seq_len, width=width, attention=attention, compiled=config.compile != "off"
     )
     block = constants.activation_factor * hidden_tensor * tensors
@@ -176,7 +176,7 @@ def predict_memory(
     )
 
 
-def _tensors_of_a_block(
+def tensors_of_a_block(
     architecture: Architecture, *, seq_len: int, width: int, attention: str, compiled: bool
 ) -> float:
     """Tensors that one block keeps, in units of one of shape (mbs, seq_len, hidden) in the training precision.

@@ -1,14 +1,16 @@
 """Seconds of one whole optimizer step, part by part.
 
-Compute saturates: below some tokens the host cannot launch kernels fast enough, above it a fraction of the peak is
-reached. Communication follows ZeRO's volumes; what overlaps with compute is hidden. Only a prior: the study's own
-measurements correct it (`objectives.cost_model.calibration`).
+Compute saturates: below some tokens the host cannot launch kernels fast enough. Above, matrix products reach a fraction
+of the peak, and what is between them moves its tensors at the memory's bandwidth: the two terms of the roofline
+(Williams et al. 2009), added, as neither hides the other. Communication follows ZeRO's volumes; what overlaps with
+compute is hidden. Only a prior: the study's own measurements correct it (`objectives.cost_model.calibration`).
 """
 
 import dataclasses
 
 from objectives.cost_model.architecture import Architecture
 from objectives.cost_model.hardware import Hardware
+from objectives.cost_model.memory import tensors_of_a_block
 from objectives.trial import TrialConfig
 
 
@@ -16,10 +18,17 @@ from objectives.trial import TrialConfig
 class StepConstants:
     """What no data sheet says: from probes on H200s, unless it says otherwise (docs/cost-model.md)."""
 
-    efficiency: float = 0.37
-    """Fraction of the peak that a large micro-batch reaches."""
-    single_efficiency: float = 0.75
+    efficiency: float = 0.57
+    """Fraction of the peak that matrix products reach. With `traffic` from two machines that differ in the memory's
+    bandwidth alone: GPT2-xl trains 27.9 samples/s on an H100 and 32.6 on each of two H200s."""
+    single_efficiency: float = 0.875
     """The same in fp32."""
+    traffic: float = 12.6
+    """Times that the tensors which a block keeps go through memory, forward and backward pass together."""
+    compiled_traffic: float = 9.3
+    """The same where blocks are compiled, and keep less: 42.2 samples/s on that H100, 46.6 on each of those H200s."""
+    dropout_cost: float = 0.08
+    """Of the compute: drawing its random numbers. 41.2 samples/s without on an H100, 38.3 with it."""
     launch_seconds: float = 2.2e-3
     """Of one block's forward and backward pass, however small the batch."""
     zero3_launch_factor: float = 4.0
@@ -39,10 +48,8 @@ class StepConstants:
     published models on 16 V100s whose ZeRO-2 was timed: 6 to 18% slower than ZeRO-1 in all of them."""
     zero3_overlap: float = 0.3
     """Of ZeRO-3's communication that hides behind compute; the other stages' does not, by default."""
-    compiled_compute_factor: float = 0.82
-    """Of a large micro-batch's time when its blocks are compiled: fewer passes over memory between the products."""
-    compiled_launch_factor: float = 0.5
-    """Of the time to launch its kernels: fewer of them."""
+    compiled_launch_factor: float = 0.7
+    """Of the time to launch its kernels: fewer of them. 76 ms a micro-step of GPT2-xl beside an H200."""
     odd_vocabulary_cost: float = 1.8
     """How much longer than its share of the FLOPs an output projection takes whose columns are no multiple of 64."""
     timer_seconds: float = 1.5e-3
@@ -62,6 +69,9 @@ class StepConstants:
 CPU_CONSTANTS = StepConstants(
     efficiency=1.0,
     single_efficiency=1.0,
+    traffic=0.0,  # small matrices: their products are what the memory bounds
+    compiled_traffic=0.0,
+    dropout_cost=0.0,
     launch_seconds=3e-3,
     zero3_launch_factor=4.0,
     optimizer_bytes=60.0,
@@ -130,15 +140,21 @@ def predict_step(
     recomputed = 1 / config.activation_checkpointing / 3 if config.activation_checkpointing else 0.0
     efficiency = constants.single_efficiency if dtype == "fp32" else constants.efficiency
     flops = config.micro_batch_size * architecture.flops_per_sample(seq_len) * (1 + recomputed)
-    compute = flops / (efficiency * accelerator.peak_flops(dtype))
+    products = flops / (efficiency * accelerator.peak_flops(dtype))
     launch = architecture.layers * constants.launch_seconds * accelerator.launch_factor * (1 + recomputed)
     on_gpu = hardware.device == "cuda"
-    if config.compile != "off" and on_gpu:
-        compute *= constants.compiled_compute_factor
+    compiled = config.compile != "off" and on_gpu
+    if compiled:
         launch *= constants.compiled_launch_factor
     projection = architecture.vocabulary * architecture.hidden / architecture.parameters
     if (config.padded_vocabulary or config.vocabulary) and on_gpu:
-        compute *= max(1 - constants.odd_vocabulary_cost * projection, 0.5)
+        products *= max(1 - constants.odd_vocabulary_cost * projection, 0.5)
+    kept = tensors_of_a_block(architecture, seq_len=seq_len, width=width, attention="sdpa", compiled=compiled)
+    moved = kept * width * config.micro_batch_size * seq_len * architecture.hidden * architecture.layers
+    moved *= (constants.compiled_traffic if compiled else constants.traffic) * (1 + recomputed)
+    compute = products + moved / accelerator.memory_bandwidth
+    if architecture.dropout and config.dropout == "none":
+        compute /= 1 + constants.dropout_cost
     if config.loss_computation == "chunked":
         compute *= 1 + projection / 3  # the backward pass makes the logits again
     if config.attention == "eager":

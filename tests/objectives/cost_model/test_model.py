@@ -97,7 +97,9 @@ def test_attention_and_constants_are_the_callers() -> None:
     assert CostModel(XL, hardware, attention="eager").predict(of).memory.peak_bytes > usual.memory.peak_bytes
     roomy = CostModel(XL, hardware, memory_constants=MemoryConstants(activation_factor=2.0)).predict(of)
     assert roomy.memory.activations == pytest.approx(2 * usual.memory.activations)
-    slow = CostModel(XL, hardware, step_constants=StepConstants(efficiency=0.37 / 2)).predict(of)
+    usually = StepConstants()
+    half = StepConstants(efficiency=usually.efficiency / 2, traffic=2 * usually.traffic)
+    slow = CostModel(XL, hardware, step_constants=half).predict(of)
     assert slow.step.compute == pytest.approx(2 * usual.step.compute)
 
 
