@@ -48,7 +48,7 @@ def tune(arguments: argparse.Namespace) -> int:
     answers = answers_for(arguments)
     spec = make_spec(arguments, answers)
     # With --json, standard output belongs to the document alone.
-    output = rich.console.Console(stderr=arguments.json)
+    output = _output(stderr=arguments.json)
     console = Console(output, quiet=arguments.quiet)
     for line in answers.notes:
         console.say(line)
@@ -88,6 +88,12 @@ def _with_cost_model(spec: StudySpec, console: Console) -> tuple[StudySpec, Cost
     except UsageError as error:
         console.say(f"Searching without a cost model (--sampler tpe): {error}")
         return dataclasses.replace(spec, sampler="tpe"), None
+
+
+def _output(*, stderr: bool = False) -> rich.console.Console:
+    on_terminal = rich.console.Console(stderr=stderr).is_terminal
+    known = on_terminal or "COLUMNS" in os.environ
+    return rich.console.Console(stderr=stderr, width=None if known else PIPE_COLUMNS)
 
 
 def _exit_status(summary: StudySummary, console: Console) -> int:
@@ -190,15 +196,14 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     elif not arguments.quiet:
-        on_terminal = rich.console.Console().is_terminal
-        print_plan(found, rich.console.Console(width=None if on_terminal else PIPE_COLUMNS))
+        print_plan(found, _output())
     return EXIT_FOUND if found.fitting else EXIT_NOTHING_FITS
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Prints a stored study."""
     summary = _load(arguments).summary()
-    console = Console(rich.console.Console(stderr=arguments.json), quiet=arguments.quiet)
+    console = Console(_output(stderr=arguments.json), quiet=arguments.quiet)
     console.study_opened(summary, [])
     for count, record in enumerate(summary.records, start=1):
         console.trial_finished(record, dataclasses.replace(summary, records=summary.records[:count]))

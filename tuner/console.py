@@ -236,11 +236,11 @@ def stage_table(summary: StudySummary) -> rich.table.Table:
     """DeepSpeed's table of tuning spaces."""
     mark = summary.figures.mark
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best by ZeRO stage"), title_justify="left")
-    table.add_column("tuning space")
-    table.add_column("experiments", justify="right")
-    table.add_column(mark("samples/s"), justify="right")
-    table.add_column("peak GiB", justify="right")
-    table.add_column("configuration", no_wrap=True)
+    table.add_column("tuning space", no_wrap=True)
+    table.add_column("experiments", justify="right", no_wrap=True)
+    table.add_column(mark("samples/s"), justify="right", no_wrap=True)
+    table.add_column("peak GiB", justify="right", no_wrap=True)
+    table.add_column("configuration", overflow="fold")
     rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
     for space, count, best in [*rows, ("global", len(summary.records), summary.best)]:
         if best is None:
@@ -260,7 +260,7 @@ def best_table(summary: StudySummary) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best configuration"), title_justify="left")
     table.add_column("", no_wrap=True)
     for title, _ in shown:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     table.add_row("name", *(record.config.name for _, record in shown))
     rate = "samples/s in the search" if summary.figures is Figures.MEASURED else mark("samples/s")
     table.add_row(rate, *(rate_words(record) for _, record in shown))
