@@ -127,7 +127,7 @@ def become_rank(given: dict[str, int], environment: object) -> None:
 def cuda_was_touched() -> bool:
     """Whether this fork comes too late for CUDA: `cuInit` fails where the process that forked has called it."""
     torch = sys.modules.get("torch")
-    if torch is None or torch.version.cuda is None:
+    if torch is None or torch.version.cuda is None or os.environ.get("DS_ACCELERATOR") == "cpu":
         return False
     if torch.cuda._is_in_bad_fork():
         return True
