@@ -155,11 +155,13 @@ def predict_step(
     projection = architecture.vocabulary * architecture.hidden / architecture.parameters
     if (config.padded_vocabulary or config.vocabulary) and on_gpu:
         products *= max(1 - constants.odd_vocabulary_cost * projection, 0.5)
-    kept = tensors_of_a_block(architecture, seq_len=seq_len, width=width, attention="sdpa", compiled=compiled)
+    spared = architecture.dropout and config.dropout == "none"
+    block = dataclasses.replace(architecture, dropout=architecture.dropout and not spared)
+    kept = tensors_of_a_block(block, seq_len=seq_len, width=width, attention="sdpa", compiled=compiled)
     moved = kept * width * config.micro_batch_size * seq_len * architecture.hidden * architecture.layers
     moved *= (constants.compiled_traffic if compiled else constants.traffic) * (1 + recomputed)
     compute = products + moved / accelerator.memory_bandwidth
-    if architecture.dropout and config.dropout == "none":
+    if spared:
         compute /= 1 + constants.dropout_cost
     if config.loss_computation == "chunked":
         compute *= 1 + projection / 3  # the backward pass makes the logits again

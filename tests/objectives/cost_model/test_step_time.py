@@ -14,6 +14,8 @@ from objectives.workload import SHIPPED_MODELS
 
 XL: Architecture = architecture_from_config(SHIPPED_MODELS["gpt2-xl"], "gpt2-xl")
 
+WIDE = TrialConfig(zero_stage=0, micro_batch_size=16, gradient_accumulation_steps=8)
+
 
 def estimate(
     stage: int, mbs: int = 1, gas: int = 1, every: int = 0, *, on: str = "1xH200", dtype: str = "fp16"
@@ -214,3 +216,28 @@ def test_zero_2_pays_for_each_owner_of_gradients_in_each_micro_step() -> None:
     few, many = (with_knobs(2, on=f"{ranks}xH200") for ranks in (2, 16))
     alike = [with_knobs(1, on=f"{ranks}xH200") for ranks in (2, 16)]
     assert many.communication - alike[1].communication > 2 * (few.communication - alike[0].communication)
+
+
+def test_a_gpu_whose_memory_is_slower_takes_longer_for_what_is_between_its_products() -> None:
+    h100, h200 = (predict_step(WIDE, XL, parse_hardware(on), seq_len=1024, dtype="fp16") for on in ("1xH100", "1xH200"))
+    assert parse_hardware("1xH100").accelerator.peak_flops("fp16") == parse_hardware("1xH200").accelerator.peak_flops(
+        "fp16"
+    )
+    assert 1.1 < h100.compute / h200.compute < 1.3
+    compiled = dataclasses.replace(WIDE, compile="blocks")
+    gains = [
+        plain.compute / predict_step(compiled, XL, parse_hardware(on), seq_len=1024, dtype="fp16").compute
+        for plain, on in ((h100, "1xH100"), (h200, "1xH200"))
+    ]
+    assert gains[0] > gains[1] > 1.1  # compiling saves traffic
+
+
+def test_zero_1_and_2_handle_each_gradient_in_each_micro_step() -> None:
+    plain, *hooked = (estimate(stage, 16, gas=4) for stage in range(4))
+    assert plain.hooks == hooked[2].hooks == 0
+    assert hooked[0].hooks == hooked[1].hooks == pytest.approx(4 * 48 * 0.3e-3)
+    assert hooked[0].seconds - hooked[0].hooks == pytest.approx(plain.seconds, rel=0.01)
+
+
+def test_without_dropout_there_are_no_random_numbers_to_draw() -> None:
+    assert with_knobs(0).compute / with_knobs(0, dropout="none").compute > 1.08
