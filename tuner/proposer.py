@@ -26,7 +26,7 @@ from objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.003
 """What is not expected to make training so much faster is not worth a trial. Replayed on the recorded surface, the best
-that is left out is 0.1% faster on average; with half a percent it is 0.6%, for one trial less, and with one percent 2.9%
+that is left out is 0.1% faster on average; half a percent would leave out 0.6% for one trial less, one percent 2.9%
 (benchmarks/search.py)."""
 
 COST_POWER = 0.5
