@@ -50,8 +50,8 @@ def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel)
     step = model.predict(best.config).step
     optimizer = measured.optimizer_seconds / statistics.fmean(measured.step_seconds)
     others = {
-        "compute": step.compute if step.compute >= step.launch else 0.0,
-        "launch": step.launch if step.launch > step.compute else 0.0,
+        "compute": step.compute + step.hooks if step.compute >= step.launch else 0.0,
+        "launch": step.launch + step.hooks if step.launch > step.compute else 0.0,
         "communication": step.communication,
     }
     rest = math.fsum(others.values())
