@@ -13,8 +13,9 @@ from objectives.timing import StepPlan
 from objectives.trial import Measurement, Outcome, TrialConfig
 
 MIB = 2**20
-GAS = 400
-# On a CPU a step of so many tiny micro-steps takes two to four seconds; here every step counts as a long one.
+GAS = 1600
+# On a CPU a step of so many tiny micro-steps takes about ten seconds, far longer than anything else on the machine can
+# make micro-steps look as if they still got faster; here every step counts as a long one.
 PLAN = StepPlan(min_timed_steps=2, max_timed_steps=2, mid_step_seconds=0.0, long_step_seconds=0.0)
 FAR_FASTER = 1e6
 
@@ -53,8 +54,8 @@ def stopped(outcome: Outcome, stage: int) -> Measurement:
     assert outcome.samples_per_second == pytest.approx(2 * GAS / estimate)
     assert outcome.forward_seconds + outcome.backward_seconds == pytest.approx(estimate, rel=0.5)
     assert outcome.optimizer_seconds == 0.0
-    # Those used are half of those run, behind the first two: the step did not come to its end.
-    assert outcome.from_micro_steps < GAS / 2
+    # What it took is what its micro-steps took: those used are half of those run, behind the first two.
+    assert outcome.from_micro_steps < GAS / 4
     return outcome
 
 
