@@ -14,8 +14,8 @@ CLOSE = 0.05
 """A third that is this much slower than the fastest does not catch up by the noise of one run."""
 
 MAX_ROUNDS = 2
-"""A run in fresh processes takes half a minute for GPT2-xl on H200s. What two rounds leave open is a percent or less,
-and then free memory is the better reason."""
+"""A run in fresh processes takes about ten seconds for GPT2-xl on H100s. What two rounds leave open is a percent or
+less, and then free memory is the better reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ class StepConstants:
     """Fraction of the peak that matrix products reach. With `traffic` from two machines that differ in the memory's
     bandwidth alone: GPT2-xl trains 27.9 samples/s on an H100 and 32.6 on each of two H200s."""
     single_efficiency: float = 0.875
-    """The same in fp32."""
+    """The same in fp32, assumed: with the traffic, compute as a whole then reaches 75% of a V100's peak."""
     traffic: float = 12.6
     """Times that the tensors which a block keeps go through memory, forward and backward pass together."""
     compiled_traffic: float = 9.3
