@@ -185,7 +185,7 @@ def _fresh_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
         if turn == 1 and (0, mode, name) in rates
     ]
     every = [ratio for pair in ratios.values() for ratio in pair]
-    low, high = mean_ci95(every) if len(every) > 1 else (math.nan, math.nan)
+    low, high = mean_ci95(every, independent=True) if len(every) > 1 else (math.nan, math.nan)
     mean = f"{statistics.fmean(every):.4f} ({low:.4f}–{high:.4f}, {len(every)} pairs)"
     lines = [["warm over fresh, mean of the ratios", mean]]
     lines += [[f"warm over fresh, {name}", f"{statistics.fmean(pair):.4f}"] for name, pair in ratios.items()]

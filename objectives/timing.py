@@ -294,15 +294,17 @@ def effective_size(values: Sequence[float]) -> float:
     return max(count * (1 - correlation) / (1 + correlation), 3.0)
 
 
-def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
+def mean_ci95(values: Sequence[float], *, independent: bool = False) -> tuple[float, float]:
     """The 95% confidence interval of the mean by Student's t; a single value has an unbounded one.
 
-    Steps that follow each other resemble each other: the interval counts `effective_size` of them.
+    Args:
+        independent: the values are no series. Steps that follow each other resemble each other: of those the interval
+            counts `effective_size`.
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return (-math.inf, math.inf)
-    size = effective_size(values)
+    size = float(len(values)) if independent else effective_size(values)
     half = _quantile(_T95, size) * statistics.stdev(values) / math.sqrt(size)
     return (mean - half, mean + half)
 

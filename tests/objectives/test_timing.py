@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -132,6 +133,14 @@ def test_the_interval_of_a_mean_is_student_s() -> None:
     assert mean_ci95([1, 4, 2, 5, 3]) == pytest.approx((3 - 1.96293, 3 + 1.96293), abs=1e-4)
     # t(1) = 12.706: two values say little.
     assert mean_ci95([1, 3]) == pytest.approx((2 - 12.706, 2 + 12.706))
+
+
+def test_values_that_are_no_series_all_count() -> None:
+    rising = [1.0 + step / 100 for step in range(12)]
+    half = 2.201 * statistics.stdev(rising) / math.sqrt(12)  # t(11)
+    mean = statistics.fmean(rising)
+    assert mean_ci95(rising, independent=True) == pytest.approx((mean - half, mean + half), abs=1e-5)
+    assert mean_ci95(rising)[1] > mean + 2 * half
 
 
 def test_many_values_use_the_last_quantile_of_the_table() -> None:
