@@ -60,7 +60,8 @@ class SimulatedObjective:
         machine, stage, own = self._random("machine"), self._random(config.zero_stage), self._random(config.name)
         peak = prediction.memory.peak_bytes
         peak *= math.exp(MEMORY_DEVIATION * machine.standard_normal() + CONFIG_MEMORY_DEVIATION * own.standard_normal())
-        usable = self._machine.capacity_bytes * (1 - own.uniform(*FRAGMENTATION))
+        for_tensors = self._machine.capacity_bytes - self._model.hardware.outside_bytes
+        usable = for_tensors * (1 - own.uniform(*FRAGMENTATION))
         if peak > usable:
             return Failure(
                 kind=FailureKind.OUT_OF_MEMORY,
@@ -104,7 +105,7 @@ class SimulatedObjective:
             skipped_steps=0,
             stopped_early=best is not None and is_hopeless(steps, best),
             peak_memory_bytes=int(peak),
-            reserved_memory_bytes=int(min(peak * 1.06, self._machine.capacity_bytes)),
+            reserved_memory_bytes=int(min(peak * 1.06, for_tensors)),
             alloc_retries=0,
             setup_seconds=SETUP_SECONDS,
             wall_seconds=SETUP_SECONDS + math.fsum(warmup) + math.fsum(steps),

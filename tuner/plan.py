@@ -9,7 +9,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from objectives.cost_model.calibration import FRAGMENTATION, calibrate_memory, calibrate_rates
+from objectives.cost_model.calibration import usable_bytes
 from objectives.cost_model.forecast import Forecast
 from objectives.cost_model.hardware import Hardware, hardware_of, parse_hardware
 from objectives.cost_model.model import CostModel, Prediction
@@ -31,7 +31,7 @@ class PlanRow:
     forecast: Forecast
     prediction: Prediction
 
-    def reason(self, capacity_bytes: int) -> str:
+    def reason(self, hardware: Hardware) -> str:
         """Why it does not fit: what it needs of what there is, and what needs the most."""
         memory = self.prediction.memory
         if memory.step_bytes > memory.backward_bytes:
@@ -50,7 +50,7 @@ class PlanRow:
             }
         largest = sorted(parts, key=lambda name: -parts[name])[:2]
         needs = " and ".join(f"{parts[name] / GIB:.1f} GiB of {name}" for name in largest)
-        usable = capacity_bytes * (1 - FRAGMENTATION) / GIB
+        usable = usable_bytes(hardware.capacity_bytes, hardware.outside_bytes) / GIB
         return (
             f"needs {self.forecast.peak_memory_bytes / GIB:.1f} of the {usable:.1f} GiB that an allocator can use, "
             f"among them {needs}"
@@ -94,9 +94,7 @@ class Plan:
             "model_parameters": self.parameters,
             "configurations": self.configurations,
             "fitting": [row.to_json() for row in self.fitting],
-            "not_fitting": [
-                {**row.to_json(), "reason": row.reason(self.hardware.capacity_bytes)} for row in self.refused
-            ],
+            "not_fitting": [{**row.to_json(), "reason": row.reason(self.hardware)} for row in self.refused],
         }
 
 
@@ -120,8 +118,7 @@ def make_plan(model: CostModel, space: Space, *, best: int, each_accumulation: b
     """
     proposer = Proposer(model, space.legal)
     grid = proposer.grid
-    rates = calibrate_rates(grid, [])
-    memory = calibrate_memory(grid, [], float(model.hardware.capacity_bytes))
+    rates, memory = proposer.beliefs([])
 
     def row(number: int) -> PlanRow:
         return PlanRow(
@@ -181,7 +178,7 @@ def print_plan(plan: Plan, console: rich.console.Console) -> None:
     if plan.refused:
         console.print(_memory_table("Does not fit: the smallest micro-batch of each kind, GiB", plan.refused))
         for row in plan.refused:
-            console.print(f"{row.config.name} {row.reason(plan.hardware.capacity_bytes)}", soft_wrap=True)
+            console.print(f"{row.config.name} {row.reason(plan.hardware)}", soft_wrap=True)
 
 
 def _speed_table(rows: Sequence[PlanRow]) -> rich.table.Table:

@@ -72,6 +72,7 @@ class Proposer:
         self.grid = grid_of(model, configs)
         self._row = {config: row for row, config in enumerate(self.grid.configs)}
         self._capacity_bytes = float(model.hardware.capacity_bytes)
+        self._outside_bytes = model.hardware.outside_bytes
         self._seconds = _trial_seconds(self.grid.log_rate, configs, model.hardware.ranks, plan or StepPlan())
 
     def row(self, config: TrialConfig) -> int | None:
@@ -82,7 +83,7 @@ class Proposer:
         """What is believed after these observations, of the whole grid."""
         return (
             calibrate_rates(self.grid, observations),
-            calibrate_memory(self.grid, observations, self._capacity_bytes),
+            calibrate_memory(self.grid, observations, self._capacity_bytes, outside_bytes=self._outside_bytes),
         )
 
     def propose(

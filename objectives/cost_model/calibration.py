@@ -146,11 +146,13 @@ class MemoryPosterior:
     mean_bytes: Floats
     deviation_bytes: Floats
     capacity_bytes: float
+    outside_bytes: float = 0.0
+    """Of the capacity, what tensors cannot have (`Hardware.outside_bytes`)."""
 
     @property
     def fits(self) -> Floats:
         """Probability that each runs without running out of memory."""
-        usable = self.capacity_bytes * (1 - FRAGMENTATION)
+        usable = usable_bytes(self.capacity_bytes, self.outside_bytes)
         spread = np.hypot(self.deviation_bytes, FRAGMENTATION_SPREAD * self.capacity_bytes)
         return normal_cdf((usable - self.mean_bytes) / spread)
 
@@ -182,10 +184,25 @@ def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePost
     return RatePosterior(relative / relative.sum(), np.array(means), np.array(deviations))
 
 
+def usable_bytes(capacity_bytes: float, outside_bytes: float) -> float:
+    """What tensors can have, when nothing more than usual is lost to fragments."""
+    return (capacity_bytes - outside_bytes) * (1 - FRAGMENTATION)
+
+
 def calibrate_memory(
-    grid: Grid, observations: Sequence[Observation], capacity_bytes: float, trust: MemoryTrust | None = None
+    grid: Grid,
+    observations: Sequence[Observation],
+    capacity_bytes: float,
+    trust: MemoryTrust | None = None,
+    *,
+    outside_bytes: float = 0.0,
 ) -> MemoryPosterior:
-    """Predicted peaks of the whole grid, given what was measured of some of it."""
+    """Predicted peaks of the whole grid, given what was measured of some of it.
+
+    Args:
+        capacity_bytes: of a rank, after any cap.
+        outside_bytes: of these, what tensors cannot have.
+    """
     kernel = _memory_kernel(grid, trust or MemoryTrust())
     measured = [each for each in observations if each.peak_bytes is not None]
     rows = np.array([each.row for each in measured], dtype=int)
@@ -195,14 +212,14 @@ def calibrate_memory(
         if not each.ran_out:
             continue
         mean, variance = _posterior_at(kernel, each.row, rows, residuals, noise)
-        limit = capacity_bytes * (1 - FRAGMENTATION) - grid.peak_bytes[each.row]
+        limit = usable_bytes(capacity_bytes, outside_bytes) - grid.peak_bytes[each.row]
         site = _gaussian_of_excess(mean, variance, limit)
         if site is not None:
             rows = np.append(rows, each.row)
             residuals, noise = np.append(residuals, site[0]), np.append(noise, site[1])
     mean_bytes, variances, _ = _condition(kernel, rows, residuals, noise)
     variances = variances + (MEMORY_NOISE * grid.peak_bytes) ** 2
-    return MemoryPosterior(grid.peak_bytes + mean_bytes, np.sqrt(variances), capacity_bytes)
+    return MemoryPosterior(grid.peak_bytes + mean_bytes, np.sqrt(variances), capacity_bytes, outside_bytes)
 
 
 def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[float, float] | None:

@@ -104,6 +104,11 @@ _NAMES = (
 CPU_FLOPS_A_RANK = 40 * GIGA
 """Of one or two cores in fp32; the study's own measurements correct it."""
 
+OUTSIDE_GIB = (1.7, 2.1)
+"""What a rank holds of its device besides tensors, alone and beside others: context, kernels, NCCL. From what torch
+2.11 said when H100s were full; of a smaller device at most `OUTSIDE_SHARE` is assumed."""
+OUTSIDE_SHARE = 0.05
+
 _SPEC = re.compile(r"(?:(\d+)\s*[x×]\s*)?(.+)", re.IGNORECASE)
 
 
@@ -121,6 +126,15 @@ class Hardware:
     @property
     def name(self) -> str:
         return f"{self.ranks}x{self.accelerator.name}"
+
+    @property
+    def outside_bytes(self) -> float:
+        """Bytes of the capacity that no tensor can have. A cap holds for tensors alone: it leaves room for the rest."""
+        if self.device == "cpu":
+            return 0.0
+        whole = self.accelerator.memory_bytes
+        outside = min(OUTSIDE_GIB[self.ranks > 1] * GIB, OUTSIDE_SHARE * whole)
+        return max(self.capacity_bytes - (whole - outside), 0.0)
 
     @property
     def device(self) -> str:

@@ -154,7 +154,8 @@ def test_running_out_of_memory_says_where_and_how_much_there_was() -> None:
         assert (outcome.kind, outcome.phase) == (FailureKind.OUT_OF_MEMORY, phase)
         assert "simulated" in outcome.message
         assert outcome.peak_memory_bytes is not None
-        assert 0.96 < outcome.peak_memory_bytes / simulation.machine.capacity_bytes < 1
+        # Of 31.7 GiB, 5% are no tensor's; of the rest 1 to 3% are lost to fragments.
+        assert 0.96 < outcome.peak_memory_bytes / (0.95 * simulation.machine.capacity_bytes) < 1
         assert outcome.wall_seconds > 0
 
 

@@ -191,6 +191,15 @@ def test_a_failure_does_not_overrule_what_was_measured() -> None:
     assert memory.fits[ROW["z3_gas1_tmbspg12"]] < 0.3
 
 
+def test_what_no_tensor_can_have_counts_for_fitting_and_not_for_certainty() -> None:
+    cap = 80 * GIB
+    whole, less = calibrate_memory(GRID, [], cap), calibrate_memory(GRID, [], cap, outside_bytes=2.5 * GIB)
+    near = [row for row in range(len(GRID)) if 0.92 * cap < GRID.peak_bytes[row] < cap]
+    assert near
+    assert all(less.fits[row] < whole.fits[row] - 0.05 for row in near)
+    assert (less.certainly_too_large == whole.certainly_too_large).all()
+
+
 CAPS = [24, 32, 36, 40, 60, 80, None]
 
 

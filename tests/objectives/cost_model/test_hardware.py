@@ -70,6 +70,31 @@ def test_a_cap_leaves_a_rank_less_memory_and_the_gpu_as_fast() -> None:
     assert capped.accelerator == parse_hardware("2xH200").accelerator
 
 
+@pytest.mark.parametrize(
+    ("ranks", "full_gib"),
+    # What torch reported free for tensors on H100s: 79.18 GiB in all, less what the process held besides its own.
+    [(1, 79.18 - 1.67), (2, 79.18 - 2.05)],
+)
+def test_not_all_of_a_device_is_for_tensors(ranks: int, full_gib: float) -> None:
+    hardware = hardware_of(machine("NVIDIA H100 80GB HBM3", 81559, ranks=ranks))
+    assert (hardware.capacity_bytes - hardware.outside_bytes) / GIB == pytest.approx(full_gib, abs=0.2)
+
+
+def test_a_cap_is_for_tensors_as_far_as_the_device_has_room_for_the_rest() -> None:
+    assert parse_hardware("2xH200", memory_cap_bytes=80 * GIB).outside_bytes == 0
+    near = parse_hardware("2xH200", memory_cap_bytes=139 * GIB)
+    assert near.capacity_bytes - near.outside_bytes == pytest.approx((139.8 - 2.1) * GIB)
+
+
+def test_of_a_small_device_little_is_assumed_to_be_lost() -> None:
+    assert parse_hardware("4xRTX4090").outside_bytes == pytest.approx(0.05 * 23.6 * GIB)
+
+
+def test_a_cpu_rank_has_all_of_its_memory() -> None:
+    cpu = Machine(device="cpu", name="CPU", ranks=2, memory_bytes=8 * GIB)
+    assert hardware_of(cpu).outside_bytes == 0
+
+
 def test_a_cap_of_more_than_there_is_is_refused() -> None:
     has = CATALOGUE["V100-32GB"].memory_bytes
     assert parse_hardware("V100-32GB", memory_cap_bytes=has).capacity_bytes == has

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from objectives.cost_model.calibration import Observation, calibrate_memory
 from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel, Prediction
+from objectives.cost_model.model import CostModel, Prediction, grid_of
 from objectives.machine import Machine
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
@@ -20,12 +21,19 @@ CLAIMS = " ".join((ROOT / "docs" / "cost-model.md").read_text().split())
 LARGE_MICRO_BATCH = 6
 
 
+def machine_of_study(study: dict[str, Any]) -> Machine:
+    return Machine.from_json({key: value for key, value in study["hardware"].items() if key != "description"})
+
+
+def model_of_study(study: dict[str, Any]) -> CostModel:
+    workload = Workload(**{key: study["model"][key] for key in ("model", "seq_len", "dtype")})
+    return CostModel(workload, hardware_of(machine_of_study(study)))
+
+
 def trials_beside_predictions(path: Path) -> list[tuple[TrialConfig, dict[str, Any], Prediction]]:
     """The configurations of a study that ran, what each measured, and what would have been predicted."""
     study = json.loads(path.read_text())
-    workload = Workload(**{key: study["model"][key] for key in ("model", "seq_len", "dtype")})
-    machine = {key: value for key, value in study["hardware"].items() if key != "description"}
-    model = CostModel(workload, hardware_of(Machine.from_json(machine)))
+    model = model_of_study(study)
     ran = [(TrialConfig.from_json(each["config"]), each) for each in study["trials"] if each["state"] == "complete"]
     return [(config, each, model.predict(config)) for config, each in ran]
 
@@ -56,6 +64,33 @@ def test_rates_are_as_near_as_the_documentation_says_where_compute_decides(
     ]
     assert f"Over the {len(errors)} trials on H100s and H200s" in CLAIMS
     assert f"off by {statistics.median(errors):.1%} in the median and {max(errors):.0%} at most" in CLAIMS
+
+
+def test_what_ran_out_of_an_uncapped_device_was_seen_to_be_less_likely_to_fit_than_nearly_all_that_ran() -> None:
+    """As the search saw it: each trial after those before it."""
+    ran, ran_out = [], []
+    for path in STUDIES:
+        study = json.loads(path.read_text())
+        if study["hardware"]["memory_cap_bytes"] is not None:
+            continue
+        hardware = hardware_of(machine_of_study(study))
+        grid = grid_of(model_of_study(study), [TrialConfig.from_json(each["config"]) for each in study["trials"]])
+        observations: list[Observation] = []
+        for row, each in enumerate(study["trials"]):
+            memory = calibrate_memory(
+                grid, observations, float(hardware.capacity_bytes), outside_bytes=hardware.outside_bytes
+            )
+            is_near = 0.85 < memory.mean_bytes[row] / hardware.capacity_bytes < 1
+            if each["state"] == "complete":
+                observations.append(Observation(row=row, peak_bytes=float(each["peak_memory_bytes"])))
+            elif each["reason"].startswith("out of memory"):
+                observations.append(Observation(row=row, ran_out=True))
+            else:
+                continue
+            if is_near:
+                (ran_out if observations[-1].ran_out else ran).append(memory.fits[row])
+    assert (len(ran), min(ran)) == (20, pytest.approx(0.77, abs=0.01))
+    assert sorted(ran_out) == pytest.approx([0.24, 0.90, 0.95], abs=0.01)
 
 
 def test_what_ran_was_never_held_for_certain_not_to_fit(
