@@ -83,6 +83,9 @@ class StepPlan:
     long_step_precision: float = 0.02
     """One long step is enough where its micro-steps show that its 95% interval is within this fraction of it; 0 asks
     for more steps in any case."""
+    long_loser_factor: float = 1.2
+    """One long step is enough, too, where all of that interval is above so many times the best's: a loser need not be
+    known closely. Far enough above, for a step may still be slower than those that would follow."""
     min_long_steps: int = 2
     """What is enough of long steps in place of `min_timed_steps`, where they agree; one more is where they have used up
     `timed_seconds`, for two that differ say next to nothing about their mean."""
@@ -126,7 +129,7 @@ class StepPlan:
         spent, mean = math.fsum(step_seconds), statistics.fmean(steady)
         if mean > self.long_step_seconds:
             theirs = micro_step_seconds[cut * len(micro_step_seconds) // count :]
-            return 0 if self._is_enough_of_long(steady, theirs, spent) else 1
+            return 0 if self._is_enough_of_long(steady, theirs, spent, best_step_seconds) else 1
         missing = self.min_timed_steps - len(steady)
         if missing <= 0 and (spent >= self.timed_seconds or self._is_precise(steady)):
             return 0
@@ -155,11 +158,19 @@ class StepPlan:
             watched_seconds=self.mid_step_seconds,
         )
 
-    def _is_enough_of_long(self, steady: Sequence[float], micro_step_seconds: Sequence[float], spent: float) -> bool:
+    def _is_enough_of_long(
+        self,
+        steady: Sequence[float],
+        micro_step_seconds: Sequence[float],
+        spent: float,
+        best_step_seconds: float | None,
+    ) -> bool:
         mean = statistics.fmean(steady)
         if len(steady) < self.min_long_steps:
             low, high = step_ci95(steady, micro_step_seconds)
-            return (high - low) / 2 <= self.long_step_precision * mean and not is_drifting(micro_step_seconds)
+            has_lost = best_step_seconds is not None and low > self.long_loser_factor * best_step_seconds
+            precision = math.inf if has_lost and self.long_step_precision else self.long_step_precision
+            return (high - low) / 2 <= precision * mean and not is_drifting(micro_step_seconds)
         if max(steady) - min(steady) <= self.long_steps_agree * mean:
             return True
         # Steps that get faster one by one may still be a warm-up; so many are seldom a coincidence, and a long one.

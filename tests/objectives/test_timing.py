@@ -72,6 +72,17 @@ def test_one_long_step_is_enough_where_its_micro_steps_show_that_it_is_precise()
     assert plan.next_steps([0.8], None, noisy(0.08, 0.001, 9)) > 0, "it is not long"
 
 
+def test_one_long_step_is_enough_of_a_configuration_that_has_clearly_lost() -> None:
+    plan = StepPlan()
+    rough = noisy(0.5, 0.08, 7)  # 4 s and some percent, as ZeRO-3's steps are
+    assert plan.next_steps([4.0], None, rough) > 0, "a rate that is wanted"
+    assert plan.next_steps([4.0], 3.0, rough) == 0
+    assert plan.next_steps([4.0], 3.6, rough) > 0, "it may be as fast"
+    assert plan.next_steps([4.0], 3.0, sorted(rough, reverse=True)) > 0, "it gets faster"
+    assert plan.next_steps([4.0], 3.0, rough[:3]) > 0, "too few to know its spread"
+    assert PRECISE.next_steps([4.0], 3.0, rough) > 0, "comparing closely, a loser's rate is wanted too"
+
+
 def test_what_is_compared_closely_is_timed_longer() -> None:
     assert len(timed([2.5, 2.52, 2.48, 2.5], plan=PRECISE)) == 3
     assert len(timed([2.5, 2.6, 2.5, 2.6], plan=PRECISE)) == 4, "they differ by 4%"
