@@ -8,10 +8,11 @@ Printed are, for each surface and policy, the regret after 5, 9 and 20 trials (h
 mean, 95th percentile, worst), the trials among the first 9 that ran out of memory, and the recorded seconds until the
 chosen configuration was within 2% of the best (of the runs that got there in 20 trials, and how many did).
 
-`--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less 1.5% for fragments, counts as out
-of memory. docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is expected to
-gain 0.3%; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high` and `ours-low` its predicted bytes
-30% off: what a wrong prior costs. `oracle` knows the surface: what it loses, the noise takes from every policy.
+`--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less 1.5% for fragments, counts as
+out of memory. docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is
+expected to gain 0.3%; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high` and `ours-low` its
+predicted bytes 30% off: what a wrong prior costs. `oracle` knows the surface: what it loses, the noise takes from
+every policy.
 """
 
 import argparse
