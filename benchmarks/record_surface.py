@@ -184,7 +184,7 @@ def main() -> int:
         notice=lambda text: print(text, file=sys.stderr, flush=True),
     )
     try:
-        objective.prepare()
+        objective.prepare(grid(arguments, site_of(workload, machine)))
         warm = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
         objective.run(warm, folder, lambda phase: None)  # the first trial of a process takes seconds longer
         for config in grid(arguments, site_of(workload, machine)):

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,11 @@ class DeepSpeedObjective:
         self._launcher = launcher
         self._log_folder = log_folder
         self._trial_seconds = trial_seconds
-        self._setup = {
+        self._setup: dict[str, Any] = {
             "workload": workload.to_json(),
             "machine": machine.to_json(),
             "plan": dataclasses.asdict(plan or StepPlan()),
+            "optimizers": [],
         }
         self._fresh_ranks = fresh_ranks
         self._notice = notice
@@ -58,7 +59,10 @@ class DeepSpeedObjective:
         self._start_seconds = 0.0
         self._seconds_per_sample: float | None = None  # of a rank: the slowest so far
 
-    def prepare(self) -> None:
+    def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
+        # Optimizers are compiled before the first trial: those of all configurations, not of the first alone.
+        of_each = {(config.optimizer, config.offload_optimizer): config for config in configs}
+        self._setup["optimizers"] = [config.to_json() for config in of_each.values()]
         failure = self._start()
         if failure is not None:
             raise EnvironmentFault(f"the training processes do not start: {failure.message}\n{failure.log_tail}")

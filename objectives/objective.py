@@ -1,5 +1,6 @@
 """What the search asks of whatever answers its trials."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,11 @@ class Objective(Protocol):
     def figures(self) -> Figures:
         """Of which kind its outcomes' figures are."""
 
-    def prepare(self) -> None:
+    def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
         """Does what can be done before the first configuration is known.
+
+        Args:
+            configs: all that may be run; what only some of them need is made ready as well.
 
         Raises:
             UsageError, EnvironmentFault: no trial could ever run; said before one is begun.

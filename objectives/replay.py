@@ -1,5 +1,6 @@
 """The objective that trains nothing: each configuration is answered with what was recorded of it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from objectives.rank_group import OnPhase
@@ -15,7 +16,7 @@ class ReplayObjective:
     def __init__(self, surface: Surface) -> None:
         self._surface = surface
 
-    def prepare(self) -> None:
+    def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
         """Nothing can be missing: the recording has been read."""
 
     def run(

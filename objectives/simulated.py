@@ -7,6 +7,7 @@ little by configuration.
 
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class SimulatedObjective:
         self._seed = seed
         self._plan = plan or StepPlan()
 
-    def prepare(self) -> None:
+    def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
         """Nothing to start."""
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ class Study:
             if not prepared:
                 # As late as this, so that a finished study starts no process, and before the first trial is asked
                 # for, so that a machine that cannot run any leaves none behind.
-                self._objective.prepare()
+                self._objective.prepare(self._space.legal)
                 prepared = True
             record = self._run_trial(store, summary)
             elapsed, clock = time.monotonic() - clock, time.monotonic()

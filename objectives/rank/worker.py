@@ -33,6 +33,8 @@ from objectives.timing import StepPlan
 from objectives.trial import Failure, TrialConfig
 from objectives.workload import Workload
 
+ANY_CONFIG = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
+
 
 class Worker:
     """One rank, ready to run trials."""
@@ -52,8 +54,9 @@ class Worker:
         self._blocks = load_blocks(self._workload, self._model_config.get_text_config().vocab_size)
         connect_ranks(self._device)
         self._rank = torch.distributed.get_rank()
-        load_optimizer_op(self._any_ds_config(), progress.notice)
-        import_muon(self._any_ds_config())
+        for config in [TrialConfig.from_json(each) for each in setup["optimizers"]] or [ANY_CONFIG]:
+            load_optimizer_op(self._ds_config(config), progress.notice)
+        import_muon(self._ds_config(ANY_CONFIG))
         zero3_release.install()
         # What the imports made stays: a trial's collection of garbage need not walk half a million objects each time.
         gc.collect()
@@ -61,9 +64,7 @@ class Worker:
         cap_memory(self._machine)
         self._held_after_first: dict[str, int] | None = None
 
-    def _any_ds_config(self) -> dict[str, Any]:
-        """A configuration as every trial will have it, as far as the optimizer is concerned."""
-        config = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
+    def _ds_config(self, config: TrialConfig) -> dict[str, Any]:
         return deepspeed_config(config, self._workload, ranks=self._machine.ranks, device=self._machine.device)
 
     def run(

@@ -1,5 +1,6 @@
 """Ranks that stay alive: trial after trial in one pair of processes, with nothing left between them."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.machine import GIB, Machine
 from objectives.timing import StepPlan
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from objectives.workload import Workload
 
 MIB = 2**20
 ONE_STEP = StepPlan(warmup_steps=1, zero3_extra_warmup_steps=0, min_timed_steps=2, max_timed_steps=2)
@@ -133,3 +135,22 @@ def test_a_trial_that_is_clearly_slower_than_the_best_is_stopped(
     assert isinstance(outcome, Measurement)
     assert outcome.stopped_early
     assert len(outcome.step_seconds) < 30
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_only_some_trials_need_is_compiled_before_the_first(
+    objective: Callable[..., DeepSpeedObjective],
+    workload: Workload,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed's CPUAdam, really compiled: for no trial yet, and told in a line."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    own_adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": False}}}
+    told: list[str] = []
+    tuned = objective(workload=dataclasses.replace(workload, base_ds_config=own_adam), notice=told.append)
+    on_the_host = [dataclasses.replace(config(stage), offload_optimizer="cpu") for stage in (1, 2)]
+    tuned.prepare(on_the_host)
+    assert [line for line in told if "Compiling DeepSpeed's cpu_adam" in line] == told and len(told) == 1
+    assert list((tmp_path / "extensions").glob("**/cpu_adam.so"))
+    assert not list((tmp_path / "extensions").glob("**/fused_adam.so")), "no trial needs it"

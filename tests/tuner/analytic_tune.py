@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class AnalyticObjective:
         self._prepared = prepared
         self._runs = 0
 
-    def prepare(self) -> None:
+    def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
         if self._prepared is not None:
             with self._prepared.open("a") as file:
                 file.write("prepared\n")
