@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from objectives.machine import Machine
 
 WORKER_MODULE = "objectives.rank.worker"
 TEMPLATE_MODULE = "objectives.rank.template"
+EXIT_LINE = re.compile(rb"^exit (-?\d+)\n", re.MULTILINE)
 
 
 class RankExit(Protocol):
@@ -184,12 +186,11 @@ class ForkedRank:
 
     def wait(self) -> int:
         if self.returncode is None:
-            while self._lines.count(b"\n") < 2 and (told := self._told.read(64)):
+            while (ended := EXIT_LINE.search(self._lines)) is None and (told := self._told.read(64)):
                 self._lines += told
             self._told.close()
-            numbers = self._lines.split()
             # Whoever cannot be forked any more has ended as the template has.
-            self.returncode = int(numbers[1]) if len(numbers) == 2 else self._template.wait()
+            self.returncode = int(ended[1]) if ended is not None else self._template.wait()
         return self.returncode
 
 

@@ -3,8 +3,8 @@
 `objectives.launcher` starts it with two arguments: the module whose `main()` a rank runs, and the descriptor of a Unix
 socket. Each message there asks for one rank: a JSON document `{"process_group": …, "environment": {…}}`, where the
 environment is what the rank has beside this process's own, and the descriptors that `DESCRIPTORS` names. Into the
-descriptor `exit` go, a line each, the rank's process id as soon as it is in its group, and when it has ended its exit
-status as `subprocess` has it.
+descriptor `exit` the rank writes a line as soon as it is in its group, before all that it may say elsewhere; and this
+process `exit` and the rank's status as `subprocess` has it, when it has ended.
 
 The standard library's forkserver does the same for multiprocessing, but a process can have only one, with the
 environment of its first use, and its children import the tuner's main module. Nothing here may touch a GPU: CUDA works
@@ -76,8 +76,12 @@ class Template:
         if rank == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            with contextlib.suppress(PermissionError):  # the parent sees the same, and ends this process
+            try:
                 os.setpgid(0, group)
+            except PermissionError:
+                os._exit(1)  # the group is gone, and with it whoever wanted the rank
+            with contextlib.suppress(BrokenPipeError):
+                os.write(given["exit"], b"forked\n")
             self._requests.close()
             for descriptor in [given.pop("exit"), *self._exits.values()]:
                 os.close(descriptor)
@@ -86,14 +90,6 @@ class Template:
         for name in given.keys() - {"exit"}:
             os.close(given[name])
         self._exits[rank] = given["exit"]
-        try:
-            # Not left to the rank alone: the tuner may kill the group as soon as it has read the process id.
-            os.setpgid(rank, group)
-        except ProcessLookupError:
-            pass  # it is gone already
-        except PermissionError:
-            os.kill(rank, signal.SIGKILL)  # its group is gone, and with it whoever wanted the rank
-        self._tell(rank, rank)
         return False
 
     def _report_exits(self) -> None:
@@ -102,12 +98,10 @@ class Template:
                 rank, status = os.waitpid(-1, os.WNOHANG)
                 if rank == 0:
                     return
-                self._tell(rank, os.waitstatus_to_exitcode(status))
-                os.close(self._exits.pop(rank))
-
-    def _tell(self, rank: int, number: int) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
-            os.write(self._exits[rank], b"%d\n" % number)
+                descriptor = self._exits.pop(rank)
+                with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+                    os.write(descriptor, b"exit %d\n" % os.waitstatus_to_exitcode(status))
+                os.close(descriptor)
 
 
 def become_rank(given: dict[str, int], environment: object) -> None:
