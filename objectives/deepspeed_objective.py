@@ -60,7 +60,7 @@ class DeepSpeedObjective:
         self._seconds_per_sample: float | None = None  # of a rank: the slowest so far
 
     def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
-        # Optimizers are compiled before the first trial: those of all configurations, not of the first alone.
+        # Optimizers are compiled before the first trial: the first configuration's, and where possible all others.
         of_each = {(config.optimizer, config.offload_optimizer): config for config in configs}
         self._setup["optimizers"] = [config.to_json() for config in of_each.values()]
         failure = self._start()

@@ -36,19 +36,21 @@ def optimizer_op(ds_config: Mapping[str, Any]) -> str | None:
     return "CPUAdamBuilder" if offload.get("device", "none") != "none" else "FusedAdamBuilder"
 
 
-def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None]) -> None:
+def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None], *, is_required: bool = True) -> None:
     """Compiles and loads the optimizer's op; rank 0 compiles while the others wait.
 
     Args:
         notice: `Progress.notice`, called when it is going to take long.
+        is_required: nothing can run without it. Of another it is only told that it cannot be compiled.
 
     Raises:
-        EnvironmentFault: it cannot be compiled here.
+        EnvironmentFault: it is required and cannot be compiled here.
     """
     name = optimizer_op(ds_config)
     if name is None:
         return
     builder = get_accelerator().create_op_builder(name)
+    is_there = [True]
     if torch.distributed.get_rank() == 0:
         slow = threading.Timer(
             SLOW_LOAD_SECONDS,
@@ -63,14 +65,19 @@ def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None])
                 builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError) as error:
             said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise EnvironmentFault(
+            fault = EnvironmentFault(
                 f"DeepSpeed's {builder.name} cannot be compiled ({said}): it needs a C++ compiler, and for GPUs the "
                 'CUDA toolkit; or let --ds-config set "torch_adam": true in the optimizer\'s params'
-            ) from error
+            )
+            if is_required:
+                raise fault from error
+            notice(f"{fault}. Trials that need it will fail.", seconds=COMPILE_SECONDS)
+            is_there = [False]
         finally:
             slow.cancel()
-    torch.distributed.barrier()
-    builder.load(verbose=False)
+    torch.distributed.broadcast_object_list(is_there)  # the others wait here
+    if is_there[0]:
+        builder.load(verbose=False)
 
 
 def import_muon(ds_config: Mapping[str, Any]) -> None:

@@ -54,8 +54,10 @@ class Worker:
         self._blocks = load_blocks(self._workload, self._model_config.get_text_config().vocab_size)
         connect_ranks(self._device)
         self._rank = torch.distributed.get_rank()
-        for config in [TrialConfig.from_json(each) for each in setup["optimizers"]] or [ANY_CONFIG]:
-            load_optimizer_op(self._ds_config(config), progress.notice)
+        first, *others = [TrialConfig.from_json(each) for each in setup["optimizers"]] or [ANY_CONFIG]
+        load_optimizer_op(self._ds_config(first), progress.notice)
+        for config in others:
+            load_optimizer_op(self._ds_config(config), progress.notice, is_required=False)
         import_muon(self._ds_config(ANY_CONFIG))
         zero3_release.install()
         # What the imports made stays: a trial's collection of garbage need not walk half a million objects each time.

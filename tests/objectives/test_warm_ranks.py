@@ -154,3 +154,22 @@ def test_an_optimizer_that_only_some_trials_need_is_compiled_before_the_first(
     assert [line for line in told if "Compiling DeepSpeed's cpu_adam" in line] == told and len(told) == 1
     assert list((tmp_path / "extensions").glob("**/cpu_adam.so"))
     assert not list((tmp_path / "extensions").glob("**/fused_adam.so")), "no trial needs it"
+
+
+def test_an_optimizer_that_cannot_be_compiled_does_not_keep_others_from_training(
+    objective: Callable[..., DeepSpeedObjective],
+    workload: Workload,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "/no/compiler")
+    own_adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": False}}}
+    told: list[str] = []
+    tuned = objective(
+        workload=dataclasses.replace(workload, base_ds_config=own_adam), notice=told.append, plan=ONE_STEP
+    )
+    trains = dataclasses.replace(config(1), optimizer="torch_fused")
+    tuned.prepare([trains, dataclasses.replace(config(1), offload_optimizer="cpu")])
+    assert any("cpu_adam cannot be compiled" in line and "Trials that need it will fail" in line for line in told)
+    assert isinstance(tuned.run(trains, tmp_path, lambda phase: None), Measurement)
