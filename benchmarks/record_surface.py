@@ -184,10 +184,11 @@ def main() -> int:
         notice=lambda text: print(text, file=sys.stderr, flush=True),
     )
     try:
-        objective.prepare(grid(arguments, site_of(workload, machine)))
+        configs = grid(arguments, site_of(workload, machine))
+        objective.prepare(configs)
         warm = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
         objective.run(warm, folder, lambda phase: None)  # the first trial of a process takes seconds longer
-        for config in grid(arguments, site_of(workload, machine)):
+        for config in configs:
             kind = str((config.zero_stage, config.knobs_on))
             key = (kind, config.micro_batch_size, config.gradient_accumulation_steps)
             if key in known or beyond(config, rows):

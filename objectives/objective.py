@@ -17,7 +17,7 @@ class Objective(Protocol):
         """Of which kind its outcomes' figures are."""
 
     def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
-        """Does what can be done before the first configuration is known.
+        """Does what can be done before the first trial.
 
         Args:
             configs: all that may be run; what only some of them need is made ready as well.

@@ -104,7 +104,7 @@ _NAMES = (
 CPU_FLOPS_A_RANK = 40 * GIGA
 """Of one or two cores in fp32; the study's own measurements correct it."""
 
-OUTSIDE_GIB = (1.7, 2.1)
+OUTSIDE_ALONE_GIB, OUTSIDE_GIB = 1.7, 2.1
 """What a rank holds of its device besides tensors, alone and beside others: context, kernels, NCCL. From what torch
 2.11 said when H100s were full; of a smaller device at most `OUTSIDE_SHARE` is assumed."""
 OUTSIDE_SHARE = 0.05
@@ -133,7 +133,7 @@ class Hardware:
         if self.device == "cpu":
             return 0.0
         whole = self.accelerator.memory_bytes
-        outside = min(OUTSIDE_GIB[self.ranks > 1] * GIB, OUTSIDE_SHARE * whole)
+        outside = min((OUTSIDE_GIB if self.ranks > 1 else OUTSIDE_ALONE_GIB) * GIB, OUTSIDE_SHARE * whole)
         return max(self.capacity_bytes - (whole - outside), 0.0)
 
     @property

@@ -26,7 +26,7 @@ from objectives.rank.device import cap_memory, claim_device, lift_cap, local_ran
 from objectives.rank.distributed import connect_ranks
 from objectives.rank.loss_curve import run_losses
 from objectives.rank.model import load_config
-from objectives.rank.ops import import_muon, load_optimizer_op
+from objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
 from objectives.rank.progress import Progress
 from objectives.rank.training import run_trial
 from objectives.timing import StepPlan
@@ -54,10 +54,10 @@ class Worker:
         self._blocks = load_blocks(self._workload, self._model_config.get_text_config().vocab_size)
         connect_ranks(self._device)
         self._rank = torch.distributed.get_rank()
-        first, *others = [TrialConfig.from_json(each) for each in setup["optimizers"]] or [ANY_CONFIG]
-        load_optimizer_op(self._ds_config(first), progress.notice)
-        for config in others:
-            load_optimizer_op(self._ds_config(config), progress.notice, is_required=False)
+        configs = [TrialConfig.from_json(each) for each in setup["optimizers"]] or [ANY_CONFIG]
+        of_each_op = {optimizer_op(ds_config): ds_config for ds_config in map(self._ds_config, configs)}
+        for number, ds_config in enumerate(of_each_op.values()):
+            load_optimizer_op(ds_config, progress.notice, is_required=number == 0)
         import_muon(self._ds_config(ANY_CONFIG))
         zero3_release.install()
         # What the imports made stays: a trial's collection of garbage need not walk half a million objects each time.

@@ -137,18 +137,23 @@ def test_a_trial_that_is_clearly_slower_than_the_best_is_stopped(
     assert len(outcome.step_seconds) < 30
 
 
+@pytest.fixture
+def own_adam(workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workload:
+    """Trains with DeepSpeed's Adam, of which nothing is compiled yet."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": False}}
+    return dataclasses.replace(workload, base_ds_config={"optimizer": optimizer})
+
+
 @pytest.mark.slow
 def test_an_optimizer_that_only_some_trials_need_is_compiled_before_the_first(
     objective: Callable[..., DeepSpeedObjective],
-    workload: Workload,
+    own_adam: Workload,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """DeepSpeed's CPUAdam, really compiled: for no trial yet, and told in a line."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    own_adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": False}}}
     told: list[str] = []
-    tuned = objective(workload=dataclasses.replace(workload, base_ds_config=own_adam), notice=told.append)
+    tuned = objective(workload=own_adam, notice=told.append)
     on_the_host = [dataclasses.replace(config(stage), offload_optimizer="cpu") for stage in (1, 2)]
     tuned.prepare(on_the_host)
     assert [line for line in told if "Compiling DeepSpeed's cpu_adam" in line] == told and len(told) == 1
@@ -158,17 +163,13 @@ def test_an_optimizer_that_only_some_trials_need_is_compiled_before_the_first(
 
 def test_an_optimizer_that_cannot_be_compiled_does_not_keep_others_from_training(
     objective: Callable[..., DeepSpeedObjective],
-    workload: Workload,
+    own_adam: Workload,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "/no/compiler")
-    own_adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": False}}}
     told: list[str] = []
-    tuned = objective(
-        workload=dataclasses.replace(workload, base_ds_config=own_adam), notice=told.append, plan=ONE_STEP
-    )
+    tuned = objective(workload=own_adam, notice=told.append, plan=ONE_STEP)
     trains = dataclasses.replace(config(1), optimizer="torch_fused")
     tuned.prepare([trains, dataclasses.replace(config(1), offload_optimizer="cpu")])
     assert any("cpu_adam cannot be compiled" in line and "Trials that need it will fail" in line for line in told)
