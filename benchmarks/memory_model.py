@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import tabulate
-from search import Ours, Run, capped, search, space_of
+from policies import Ours, Run
+from search import capped, search, space_of
 
 from objectives.cost_model.calibration import Observation
 from objectives.cost_model.hardware import parse_hardware

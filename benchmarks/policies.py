@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import optuna
 
-from objectives.cost_model.calibration import TIGHT, TIGHT_ERROR, Observation
+from objectives.cost_model.calibration import Observation, observation_of
 from objectives.cost_model.hardware import hardware_of
 from objectives.cost_model.model import CostModel
 from objectives.surface import Surface
@@ -71,14 +71,11 @@ class Ours:
         for run in runs:
             row = self._proposer.row(run.config)
             assert row is not None
-            if run.rate is None:
-                observations.append(Observation(row=row, ran_out=True))
-            elif isinstance(run.outcome, Measurement):
-                peak = float(run.outcome.peak_memory_bytes)
-                error = TIGHT_ERROR if peak > TIGHT * self._capacity else 0.005
-                observations.append(
-                    Observation(row=row, log_rate=math.log(run.rate), relative_error=error, peak_bytes=peak)
-                )
+            said = observation_of(row, run.outcome, self._capacity)
+            assert said is not None
+            if run.rate is not None:
+                said = dataclasses.replace(said, log_rate=math.log(run.rate))
+            observations.append(said)
         return observations
 
     def next(self, runs: Sequence[Run]) -> TrialConfig | None:

@@ -212,13 +212,15 @@ def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, l
     Returns:
         The configuration with no more micro-steps than show everything; and the references in the order to try them,
         each smaller than the one before it. None where the configuration is itself untuned. What was allowed to change
-        the numbers is in the references, too.
+        the numbers is in the references, too, and so is what the baseline needs to fit.
     """
     baseline = summary.baseline
     stage = baseline.config.zero_stage if baseline is not None else winner.zero_stage
     accumulation = min(winner.gradient_accumulation_steps, COMPARED_ACCUMULATION)
     config = dataclasses.replace(winner, gradient_accumulation_steps=accumulation)
-    knobs_kept = {field: value for field, value in winner.knobs_on.items() if KNOBS[field].numerics is not None}
+    saving = baseline.config.knobs_on if baseline is not None else {}
+    changing = {field: value for field, value in winner.knobs_on.items() if KNOBS[field].numerics is not None}
+    knobs_kept = {**saving, **changing}
     if "quantized_weights" in knobs_kept:
         stage = winner.zero_stage  # only there are weights gathered, and rounded
     if winner.zero_stage == stage and knobs_kept == winner.knobs_on:
@@ -226,7 +228,7 @@ def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, l
     fitted = [
         record.config.micro_batch_size
         for record in summary.eligible
-        if record.config.zero_stage == stage and not record.config.knobs_on
+        if record.config.zero_stage == stage and record.config.knobs_on == saving
     ]
     largest = max(fitted, default=1)
     sizes = [

@@ -42,7 +42,7 @@ class PlanRow:
             }
         else:
             parts = {
-                "parameters": memory.parameters,
+                "parameters": memory.parameters + memory.gathered,
                 "optimizer states": memory.optimizer_states,
                 "gradients": memory.gradients,
                 "activations": memory.activations,
@@ -208,7 +208,7 @@ def _memory_table(title: str, rows: Sequence[PlanRow]) -> rich.table.Table:
     for row in rows:
         memory = row.prediction.memory
         parts = (
-            memory.parameters,
+            memory.parameters + memory.gathered,
             memory.gradients + memory.buckets,
             memory.optimizer_states,
             memory.activations,

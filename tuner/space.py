@@ -258,7 +258,8 @@ class Space:
             if limits.global_batch is None:
                 most = limits.max_global_batch // (limits.ranks * micro_batch_size)
                 step = 2 if knobs >= MANY_KNOBS else 1
-                powers = [2**power for power in range(0, most.bit_length(), step)]
+                # The most there may be, too: that is where an optimizer step, or a reduction, is paid for least often.
+                powers = sorted({*(2**power for power in range(0, most.bit_length(), step)), most})
                 yield from ((micro_batch_size, gas) for gas in (powers if knobs else range(1, most + 1)))
             elif (limits.global_batch // limits.ranks) % micro_batch_size == 0:
                 yield micro_batch_size, limits.global_batch // limits.ranks // micro_batch_size

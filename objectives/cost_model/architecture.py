@@ -31,8 +31,9 @@ class Architecture:
     """An activation that transformers writes out in Python, each of whose steps keeps a tensor (`gelu_new`)."""
     rms_norm: bool
     dropout: bool
-    disentangled_attention: bool
-    """DeBERTa's: three score matrices, and no fused kernel for them."""
+    relative_columns: int
+    """Of DeBERTa's scores by relative position, content to position and the reverse together; 0 for other attention.
+    There is no fused kernel for them."""
     parameters: int
     block_parameters: int
     """Of one transformer block."""
@@ -160,16 +161,31 @@ def architecture_from_config(document: Mapping[str, Any], model: str) -> Archite
         gated_mlp=gated,
         unfused_activation=activation == "gelu_new",
         rms_norm=gated,
-        dropout=any(
-            config.get(key, 0.1 if model_type in ("gpt2", *BERT_LIKE, "distilbert", "deberta-v2") else 0.0)
-            for key in ("resid_pdrop", "hidden_dropout_prob", "dropout")
-        ),
-        disentangled_attention=model_type.startswith("deberta"),
+        dropout=_has_dropout(config, model_type),
+        relative_columns=_relative_columns(config, size("positions", 1)) if model_type.startswith("deberta") else 0,
         parameters=layers * block + outside,
         block_parameters=block,
         is_masked=model_type in (*BERT_LIKE, "distilbert", "deberta-v2"),
         is_exact=model_type in FAMILIES,
     )
+
+
+def _has_dropout(config: Mapping[str, Any], model_type: str) -> bool:
+    stated = [config[key] for key in ("resid_pdrop", "hidden_dropout_prob", "dropout") if key in config]
+    # transformers' defaults are 0.1 in these families.
+    return any(stated) if stated else model_type in ("gpt2", *BERT_LIKE, "distilbert", "deberta-v2")
+
+
+def _relative_span(config: Mapping[str, Any], positions: int) -> int:
+    """How many relative positions DeBERTa tells apart, to each side."""
+    buckets, reach = config.get("position_buckets", -1), config.get("max_relative_positions", -1)
+    return int(buckets if buckets > 0 else reach if reach > 0 else positions)
+
+
+def _relative_columns(config: Mapping[str, Any], positions: int) -> int:
+    if not config.get("relative_attention", False):
+        return 0
+    return 2 * _relative_span(config, positions) * len({"c2p", "p2c"}.intersection(config.get("pos_att_type") or []))
 
 
 def _linear(inputs: int, outputs: int) -> int:
@@ -215,10 +231,7 @@ def _small_parameters(
         if config.get("position_biased_input", True):
             outside += positions * hidden
         if config.get("relative_attention", False):
-            reach = config.get("max_relative_positions", -1)
-            reach = positions if reach < 1 else reach
-            buckets = config.get("position_buckets", -1)
-            outside += 2 * (buckets if buckets > 0 else reach) * hidden
+            outside += 2 * _relative_span(config, positions) * hidden
             if "layer_norm" in str(config.get("norm_rel_ebd", "none")):
                 outside += 2 * hidden
         if (kernel := config.get("conv_kernel_size", 0)) > 0:

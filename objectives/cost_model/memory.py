@@ -18,6 +18,12 @@ DEFAULT_BUCKET_ELEMENTS = 500_000_000
 LIVE_PARAMETER_ELEMENTS = 1_000_000_000
 """ZeRO-3 keeps at most so many gathered parameters (`stage3_max_live_parameters`)."""
 
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""ZeRO-3's optimizer takes so many at once (`sub_group_size`)."""
+
+REUSE_ELEMENTS = 1_000_000_000
+"""ZeRO-3 keeps what it needs again before it has used so many others (`stage3_max_reuse_distance`)."""
+
 PREFETCH_ELEMENTS = 50_000_000
 """ZeRO-3 gathers so many ahead (`stage3_prefetch_bucket_size`)."""
 
@@ -33,7 +39,7 @@ class MemoryConstants:
     activation_factor: float = 1.0
     """Measured bytes of a sample over the tensors that were counted."""
     logit_bytes: float | None = None
-    """Of each logit; None for what today's transformers keep, which take the loss in fp32."""
+    """Of each logit; None for what today's transformers keep."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +50,14 @@ class MemoryEstimate:
     gradients: float
     """Those that wait while another micro-step runs: none where there is only one."""
     optimizer_states: float
+    gathered: float
+    """Whole parameters that ZeRO-3 has from the other ranks, or from the host, where the backward pass begins."""
     buckets: float
-    """Those that live through the forward pass: ZeRO-3's, and those through which gradients go to the host. The other
-    stages make theirs in the backward pass."""
+    """Those that are there when the backward pass begins; other stages make theirs, and let go of them, within it."""
     activations: float
     """Of one micro-batch, logits and loss not counted."""
     logits: float
-    """The last layer's output, its fp32 copy and their gradients."""
+    """What is kept of them for the loss, and their gradients."""
     recomputed_block: float
     """What a checkpointed block holds while it is computed again, when the logits are gone."""
     step_transient: float
@@ -64,7 +71,7 @@ class MemoryEstimate:
     @property
     def backward_bytes(self) -> float:
         """At the start of the backward pass."""
-        return self.states_bytes + self.gradients + self.buckets + self.fixed + self.batch_bytes
+        return self.states_bytes + self.gradients + self.gathered + self.buckets + self.fixed + self.batch_bytes
 
     @property
     def batch_bytes(self) -> float:
@@ -125,25 +132,35 @@ def predict_memory(
     elif stage in (1, 2):
         transient = 2 * width * shard + 4 * shard  # averaged gradients, flattened, in fp32
     else:
-        transient = width * shard + 4 * shard + width * min(bucket_elements, count)
+        # The gradients; those of one group flattened, and in fp32.
+        copies = 4 if dtype == "fp32" else width + 4
+        transient = width * shard + copies * min(shard, SUB_GROUP_ELEMENTS) + width * min(bucket_elements, count)
     if offloaded:
         # The gradients, and the bucket through which they go to the host.
         on_their_way = width * shard + width * min(bucket_elements, count)
         transient = offloaded * on_their_way + (1 - offloaded) * transient
     largest = max(architecture.vocabulary * architecture.hidden, architecture.block_parameters)
+    accumulates = config.gradient_accumulation_steps > 1
     buckets = 0.0
     if stage == 3:
         buckets = width * min(bucket_elements, count)
     elif offloaded:
         # GPT2-xl on one H100: 19.54 and 19.33 GiB measured, 19.42 predicted; without these 18.34.
         buckets = width * (min(bucket_elements, count) + largest)
-    live = 0.0
+    elif stage == 1 and accumulates:
+        # Made in the first micro-step's backward pass, and not let go before the gradients are reduced in the last.
+        buckets = width * min(bucket_elements, count)
+    gathered = 0.0
     kept_elsewhere = stage == 3 and config.offload_parameters == "cpu"
     if stage == 3 and (ranks > 1 or kept_elsewhere):
-        live = width * min(LIVE_PARAMETER_ELEMENTS, largest + architecture.block_parameters + PREFETCH_ELEMENTS, count)
+        # What comes next, and what the forward pass had last, which is kept: it and its reuse are as far from the turn.
+        elements = largest + architecture.block_parameters + PREFETCH_ELEMENTS + REUSE_ELEMENTS // 2
+        gathered = width * min(LIVE_PARAMETER_ELEMENTS, elements, count)
     # ZeRO-3's gradient buffer is there from the start.
-    waits = stage == 3 or config.gradient_accumulation_steps > 1
+    waits = stage == 3 or accumulates
     waiting = (shard if stage >= 2 else count) if waits else 0.0
+    if offloaded and stage >= 2:
+        waiting = 0.0  # on the host, too
     batch_tokens = config.micro_batch_size * seq_len
     hidden_tensor = width * batch_tokens * architecture.hidden
     tensors = tensors_of_a_block(
@@ -154,8 +171,8 @@ def predict_memory(
     checkpointed = -(-architecture.layers // every) if every else 0
     # Of a checkpointed block only its input is kept.
     activations = (architecture.layers - checkpointed) * block + checkpointed * hidden_tensor
-    # The model's output, the copy in fp32 that the loss is taken of, its log-softmax, and the gradient of each.
-    logit_bytes = constants.logit_bytes or (2 * width + 4 + (4 if dtype != "fp32" else 0))
+    # The log-softmax, its gradient and that of the logits; transformers takes causal models' loss in fp32.
+    logit_bytes = constants.logit_bytes or 3 * (width if architecture.is_masked else 4)
     logits = batch_tokens * architecture.vocabulary * logit_bytes
     if config.loss_computation != "default":
         # Those of a piece, and the sum of the pieces' gradients of the projection.
@@ -164,9 +181,10 @@ def predict_memory(
     if config.parameter_group:
         partition += count / config.parameter_group  # the group's copy for the backward pass
     return MemoryEstimate(
-        parameters=width * (partition if stage == 3 else count) + live,
+        parameters=width * (partition if stage == 3 else count),
         gradients=width * waiting,
         optimizer_states=(1 - offloaded) * state_width * (count if stage == 0 else shard),
+        gathered=gathered,
         buckets=buckets,
         activations=activations,
         logits=logits,
@@ -191,14 +209,15 @@ def tensors_of_a_block(
     if architecture.rms_norm:
         norms += 2 * 4 / width  # transformers computes RMSNorm in fp32
     mixing = query + key_value + query + mask
-    if architecture.gated_mlp:
-        mixing += query + key_value / 2  # rotated queries and keys
     # One tensor of a score for each head and pair of positions.
     scores = architecture.heads * seq_len / architecture.hidden
-    if architecture.disentangled_attention:
-        mixing += scores * (5 + mask)  # of content and of both relative positions besides
-    elif attention == "eager":
-        mixing += scores * (2 + mask)  # the softmax and what dropout left of it
+    if attention == "eager" or architecture.relative_columns:
+        mixing += scores * (2 + mask if architecture.dropout else 1)  # the softmax and what dropout left of it
+    if architecture.relative_columns:
+        # The scores that are looked up by position, the positions' embeddings, repeated for each sample, and keys that
+        # are scaled beside those that are not.
+        mixing += architecture.relative_columns * (architecture.heads / architecture.hidden + query / seq_len)
+        mixing += key_value / 2
     activations = feed_forward * (4 if architecture.gated_mlp else 2) + mask
     if architecture.unfused_activation and not compiled:
         activations += 3 * feed_forward  # tanh, half of x, one plus tanh

@@ -71,29 +71,33 @@ def build_model(
     torch.manual_seed(0)
     dtype = TORCH_DTYPES[dtype_of(ds_config)]
     auto_class = model_class(config)
-    partition = contextlib.nullcontext()
-    if ds_config["zero_optimization"]["stage"] == 3 and not workload.pretrained:
-        # The precision is the configuration's: an argument `dtype` is not heeded on CPUs, where it makes fp32 bf16.
-        partition = deepspeed.zero.Init(config_dict_or_path=dict(ds_config))
-    with partition, device:
-        model: torch.nn.Module
+    with contextlib.ExitStack() as contexts:
+        if ds_config["zero_optimization"]["stage"] == 3 and not workload.pretrained:
+            auto_class._model_mapping[type(config)]  # imported now: DeBERTa's TorchScript does not compile in there
+            # BERT's own initialization fails on parameters that are partitioned.
+            contexts.enter_context(transformers.initialization.no_init_weights())
+            # The precision is the configuration's: an argument `dtype` is not heeded on CPUs, where it makes fp32 bf16.
+            contexts.enter_context(deepspeed.zero.Init(config_dict_or_path=dict(ds_config)))
+        contexts.enter_context(device)
+        model: Any
         if workload.pretrained:
             model = auto_class.from_pretrained(workload.model, config=config, dtype=dtype)
         else:
             model = auto_class.from_config(config, dtype=dtype)
     if not workload.pretrained:
         initialize_weights(model)
-    model.train()
-    return model
+        model.tie_weights()
+    trained: torch.nn.Module = model.train()
+    return trained
 
 
 def initialize_weights(model: torch.nn.Module) -> None:
     """Gives a new model its initial weights, the same in every ZeRO stage and on every rank.
 
-    transformers has done so already, but for nothing under `deepspeed.zero.Init`, where the parameters were partitioned
-    and empty by then: what is left is torch's own initialization, with which GPT-2's first loss is 87 and not 8. Its
-    `initialize_weights_zero3` gathers the parameters of one module at a time, and so misses those that a module sets in
-    its children, as GPT-2's attention does. Here a whole transformer block is gathered.
+    transformers has done so already, but not under `deepspeed.zero.Init`, where parameters are partitioned, and empty,
+    as soon as they are made. Its `initialize_weights_zero3` gathers the parameters of one module at a time, and so
+    misses those that a module sets in its children, as GPT-2's attention does. Here a whole transformer block is
+    gathered.
     """
     owners = {
         module: owner

@@ -1,8 +1,10 @@
 """The losses of real DeepSpeed on two ranks: every way of training gives the same ones, and a wrong one is found."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +56,39 @@ def test_every_stage_and_every_knob_that_keeps_the_numbers_gives_the_same_losses
     assert all(0 < each.first_loss_error < 1e-6 and each.learned_error < 1e-3 for each in checks)
     learned = checks[0].reference_curve.losses
     assert learned[-1] < learned[0] - 0.1
+
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 500},
+        {
+            "model_type": "deberta-v2", "architectures": ["DebertaV2ForMaskedLM"], "vocab_size": 500,
+            "relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "conv_kernel_size": 3,
+        },
+        {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 500, "pad_token_id": 0},
+    ],
+    ids=lambda fields: fields["model_type"],
+)  # fmt: skip
+def test_models_of_other_kinds_begin_and_learn_partitioned_as_they_do_whole(
+    fields: dict[str, Any], objective: Callable[..., DeepSpeedObjective], workload: Workload, tmp_path: Path
+) -> None:
+    """ZeRO-3 comes first, when nothing of the model has been imported yet."""
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **fields}))
+    training = objective(workload=dataclasses.replace(workload, model=str(tmp_path)))
+    curves = []
+    for config in (cut(3), cut(0)):
+        curve = training.losses(config, tmp_path, lambda phase: None)
+        assert isinstance(curve, LossCurve), curve
+        curves.append(curve)
+    partitioned, whole = curves
+    check = NumericsCheck(reference="z0", dtype="fp32", curve=partitioned, reference_curve=whole)
+    assert check.fault is None
+    assert whole.losses[-1] < whole.losses[0]
 
 
 def test_bf16_keeps_them_within_its_own_rounding(

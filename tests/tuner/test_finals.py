@@ -95,6 +95,15 @@ def test_what_was_allowed_to_change_the_numbers_is_in_the_reference_too() -> Non
     assert names(references) == ["z0_dropout-none_gas1_tmbspg1"]
 
 
+def test_where_nothing_untuned_fits_the_reference_saves_memory_as_the_baseline_does() -> None:
+    saving = {"activation_checkpointing": 1, "offload_optimizer": "cpu"}
+    winner = config(1, 6, 21, compile="blocks", offload_optimizer="cpu")
+    gated, references = compared(winner, summary(config(1, 1, **saving), winner))
+    assert gated == config(1, 6, 2, compile="blocks", offload_optimizer="cpu")
+    assert names(references) == ["z1_ac1_offload-cpu_gas12_tmbspg1"]
+    assert compared(config(1, 8, **saving), summary(config(1, 1, **saving)))[1] == []
+
+
 def test_each_setting_is_taken_back_by_itself() -> None:
     winner = config(1, 8, 2, compile="blocks", overlap_comm="on")
     found = ablated(winner, summary(config(0, 1), winner), lambda config: True)

@@ -97,7 +97,7 @@ def test_a_whole_study_of_recorded_points_takes_seconds(folder: Path) -> None:
     started = time.monotonic()
     command = [sys.executable, "-P", "-m", "tuner", "--replay", "surface.jsonl", "--trials", "9", "--seed", "1"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == (

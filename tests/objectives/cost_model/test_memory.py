@@ -100,13 +100,9 @@ def test_the_states_of_each_stage_are_those_of_zeros_table(
     count = architecture("llama-2-7b").parameters
     found = estimate(config(stage, gas=2), model="llama-2-7b", ranks=ranks, dtype=dtype)
     states = found.parameters + found.gradients + found.optimizer_states
-    gathered = 0.0
-    if stage == 3 and ranks > 1:
-        # Beside its shard a rank holds the parameters of the module that runs, and of what comes next.
-        width = 4 if dtype == "fp32" else 2
-        gathered = found.parameters - width * count / ranks
-        assert 0 < gathered <= width * LIVE_PARAMETER_ELEMENTS
-    assert (states - gathered) / count == pytest.approx(a_parameter(ranks))
+    assert states / count == pytest.approx(a_parameter(ranks))
+    # Beside its shard a rank holds the parameters of the module that runs, of what comes next, and some for later.
+    assert (0 < found.gathered <= 4 * LIVE_PARAMETER_ELEMENTS) == (stage == 3 and ranks > 1)
 
 
 @pytest.mark.parametrize("stage", range(3))
@@ -118,8 +114,7 @@ def test_with_one_micro_step_no_gradient_waits(stage: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 16])
-# So small a model as BERT-base is gathered as a whole in stage 3.
-@pytest.mark.parametrize("model", [model for model in MODELS if model != "bert-base"])
+@pytest.mark.parametrize("model", MODELS)
 def test_more_partitioning_never_needs_more_states(model: str, ranks: int, dtype: str) -> None:
     states = [estimate(config(stage), model=model, ranks=ranks, dtype=dtype).states_bytes for stage in range(4)]
     assert states == sorted(states, reverse=True)
@@ -172,11 +167,6 @@ def test_debertas_attention_has_no_fused_kernel() -> None:
         estimate(config(1, mbs=8), model="deberta-v2-xxlarge", attention=attention) for attention in ("eager", "sdpa")
     )
     assert eager == sdpa
-    plain = dataclasses.replace(architecture("deberta-v2-xxlarge"), disentangled_attention=False)
-    written_out = predict_memory(
-        config(1, mbs=8), plain, ranks=1, seq_len=1024, dtype="fp16", attention="eager"
-    ).activations
-    assert eager.activations > 1.5 * written_out
 
 
 @pytest.mark.parametrize(
@@ -247,9 +237,10 @@ def test_offloaded_parameters_are_only_there_while_they_are_gathered() -> None:
     xl = architecture("gpt2-xl")
     for ranks in (1, 4):
         plain, offloaded = (estimate(knobs(3, offload_parameters=value), ranks=ranks) for value in ("off", "cpu"))
-        gathered = 2 * (xl.vocabulary * xl.hidden + xl.block_parameters + 50_000_000)
-        assert offloaded.parameters == pytest.approx(gathered)
-        assert plain.parameters == pytest.approx(2 * xl.parameters / ranks + (gathered if ranks > 1 else 0))
+        gathered = 2 * (xl.vocabulary * xl.hidden + xl.block_parameters + 550_000_000)
+        assert (offloaded.parameters, offloaded.gathered) == pytest.approx((0, gathered))
+        assert plain.parameters == pytest.approx(2 * xl.parameters / ranks)
+        assert plain.gathered == pytest.approx(gathered if ranks > 1 else 0)
 
 
 def test_half_of_the_optimizer_on_the_host_is_half_of_the_way() -> None:
@@ -257,6 +248,13 @@ def test_half_of_the_optimizer_on_the_host_is_half_of_the_way() -> None:
     assert whole.optimizer_states == 0
     assert half.optimizer_states == off.optimizer_states / 2
     assert half.step_transient == pytest.approx((off.step_transient + whole.step_transient) / 2)
+
+
+def test_with_the_optimizer_on_the_host_partitioned_gradients_wait_there_as_well() -> None:
+    configs = [dataclasses.replace(config(stage, gas=2), offload_optimizer="cpu") for stage in (1, 2, 3)]
+    whole = estimate(config(1, gas=2), ranks=2).gradients
+    assert whole > 0
+    assert [estimate(each, ranks=2).gradients for each in configs] == [whole, 0, 0]
 
 
 def test_a_group_of_ranks_has_all_parameters_a_second_time() -> None:
