@@ -143,15 +143,16 @@ class Finals:
         winner, before = summary.best, summary.contributions
         if winner is None or (before is not None and before.winner == winner.config.name):
             return
-        known = {record.config: record.outcome for record in summary.records}
+        known = {record.config: record for record in summary.records}
         in_search = winner.samples_per_second or 0.0
         again: float | None = None  # the winner's rate in the processes that the others run in here
         started, affordable = time.monotonic(), max(MIN_ABLATION_SECONDS, ABLATION_SHARE * summary.tuning_seconds)
         ablations, missing = [], False
         try:
             for field, config in ablated(winner.config, summary, self._is_legal):
-                outcome, against = known.get(config), in_search
-                if outcome is None:
+                if config in known:
+                    outcome, against = beside(known[config], winner, summary)
+                else:
                     missing = time.monotonic() - started >= affordable
                     if missing:
                         break
@@ -204,6 +205,14 @@ def ablated(
                 changes.append((field, value))
     configs = [(field, TrialConfig.from_json({**winner.to_json(), field: value})) for field, value in changes]
     return [(field, config) for field, config in configs if is_legal(config)]
+
+
+def beside(record: TrialRecord, winner: TrialRecord, summary: StudySummary) -> tuple[Outcome, float]:
+    """What a trial's configuration did, and the winner's samples/s beside it: both as verified, where both were."""
+    outcome, ours, theirs = record.outcome, summary.verified(winner), summary.verified(record)
+    if ours is None or theirs is None or not isinstance(outcome, Measurement):
+        return outcome, winner.samples_per_second or 0.0
+    return dataclasses.replace(outcome, samples_per_second=theirs.samples_per_second), ours.samples_per_second
 
 
 def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, list[TrialConfig]]:

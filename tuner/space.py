@@ -132,6 +132,10 @@ SPARSE_MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 MANY_KNOBS = 6
 
+EVERY_SIZE_TO = 128
+MICRO_BATCH_STEP, ACCUMULATION_STEP = 1.05, 1.25
+"""Above that many, batch sizes that are so much apart: nobody could tell those between them from each other."""
+
 MAX_UNUSUAL_KNOBS = 1
 """So many knobs at once may have a value that is not in the preset `speed`: what they bring hardly depends on each
 other, and all of their combinations would be millions."""
@@ -145,6 +149,14 @@ def _values(field: str, distribution: BaseDistribution) -> Sequence[Any]:
             return range(low, high + 1)
         case other:
             raise TypeError(f"{field}: a {type(other).__name__} cannot be enumerated")
+
+
+def _thinned(largest: int, step: float) -> list[int]:
+    """Every size up to `EVERY_SIZE_TO`, then each the step larger than the one before, and the largest."""
+    sizes = list(range(1, min(largest, EVERY_SIZE_TO) + 1))
+    while sizes[-1] < largest:
+        sizes.append(min(math.ceil(sizes[-1] * step), largest))
+    return sizes
 
 
 def _largest_micro_batch(limits: Limits) -> int:
@@ -248,21 +260,23 @@ class Space:
     def _batch_sizes(self) -> Iterator[tuple[int, int]]:
         """Every (micro_batch_size, gradient_accumulation_steps) within the limits."""
         limits = self.limits
-        knobs = sum(dimension.off is not None for dimension in self.dimensions)
         largest = _largest_micro_batch(limits)
-        sizes: Sequence[int] = range(1, largest + 1)
-        if knobs and limits.global_batch is None:
-            listed = SPARSE_MICRO_BATCHES if knobs >= MANY_KNOBS else COARSE_MICRO_BATCHES
-            sizes = [size for size in listed if size <= largest]
+        if limits.global_batch is not None:
+            samples = limits.global_batch // limits.ranks
+            yield from ((size, samples // size) for size in range(1, largest + 1) if samples % size == 0)
+            return
+        knobs = sum(dimension.off is not None for dimension in self.dimensions)
+        listed = SPARSE_MICRO_BATCHES if knobs >= MANY_KNOBS else COARSE_MICRO_BATCHES
+        sizes = [size for size in listed if size <= largest] if knobs else _thinned(largest, MICRO_BATCH_STEP)
         for micro_batch_size in sizes:
-            if limits.global_batch is None:
-                most = limits.max_global_batch // (limits.ranks * micro_batch_size)
-                step = 2 if knobs >= MANY_KNOBS else 1
+            most = limits.max_global_batch // (limits.ranks * micro_batch_size)
+            if not knobs:
+                accumulations = _thinned(most, ACCUMULATION_STEP)
+            else:
+                powers = range(0, most.bit_length(), 2 if knobs >= MANY_KNOBS else 1)
                 # The most there may be, too: that is where an optimizer step, or a reduction, is paid for least often.
-                powers = sorted({*(2**power for power in range(0, most.bit_length(), step)), most})
-                yield from ((micro_batch_size, gas) for gas in (powers if knobs else range(1, most + 1)))
-            elif (limits.global_batch // limits.ranks) % micro_batch_size == 0:
-                yield micro_batch_size, limits.global_batch // limits.ranks // micro_batch_size
+                accumulations = sorted({*(2**power for power in powers), most})
+            yield from ((micro_batch_size, accumulation) for accumulation in accumulations)
 
     @functools.cached_property
     def baselines(self) -> tuple[TrialConfig, ...]:

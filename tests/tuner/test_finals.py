@@ -15,7 +15,7 @@ from objectives.numerics import LossCurve, NumericsCheck
 from objectives.trial import Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, StudySummary, TrialRecord
-from tuner.finals import ablated, compared
+from tuner.finals import ablated, beside, compared
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -120,6 +120,19 @@ def test_each_setting_is_taken_back_by_itself() -> None:
         "compile",
         "overlap_comm",
     ]
+
+
+def test_what_was_verified_is_compared_as_it_was_verified() -> None:
+    study = summary(config(0, 1), config(0, 4), config(0, 8))
+    baseline, other, winner = study.records
+    runs = {each.config.name: [dataclasses.replace(TRAINS, samples_per_second=rate)] for each, rate in
+            ((baseline, 1.5), (winner, 2.4))}  # fmt: skip
+    study = dataclasses.replace(study, verification=runs)
+    outcome, against = beside(baseline, winner, study)
+    assert isinstance(outcome, Measurement)
+    assert (outcome.samples_per_second, against) == pytest.approx((1.5, 2.4))
+    # In the search they were 1, 2 and 3.
+    assert beside(other, winner, study) == (other.outcome, 3.0)
 
 
 def test_what_each_setting_brings_is_measured_once_and_reported(tune: Tune, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The configurations of a study keep to its limits."""
 
 import dataclasses
+import itertools
 import math
 
 import optuna
@@ -24,6 +25,26 @@ def test_every_legal_configuration_keeps_to_the_limits_and_none_is_missing() -> 
     assert {(config.zero_stage, config.micro_batch_size, config.gradient_accumulation_steps) for config in legal} == {
         (stage, mbs, gas) for stage in range(4) for mbs in range(1, 7) for gas in range(1, 13) if 2 * mbs * gas <= 24
     }
+
+
+def test_large_batch_sizes_are_a_twentieth_and_a_quarter_apart() -> None:
+    legal = Space(limits(max_micro_batch=1000, max_global_batch=2_000_000)).legal
+    sizes = sorted({config.micro_batch_size for config in legal})
+    assert sizes[:128] == list(range(1, 129))
+    assert sizes[-1] == 1000
+    assert all(larger <= math.ceil(1.05 * size) for size, larger in itertools.pairwise(sizes))
+    accumulations = sorted({config.gradient_accumulation_steps for config in legal if config.micro_batch_size == 1000})
+    assert accumulations[:128] == list(range(1, 129))
+    assert accumulations[128:] == [160, 200, 250, 313, 392, 490, 613, 767, 959, 1000]
+
+
+def test_beside_other_knobs_the_largest_global_batch_is_in_reach_of_every_micro_batch() -> None:
+    space = Space(limits(max_micro_batch=16, max_global_batch=256), dimensions_of("speed", H200), site=H200)
+    most = {
+        size: max(config.gradient_accumulation_steps for config in space.legal if config.micro_batch_size == size)
+        for size in (1, 3, 12, 16)
+    }
+    assert most == {1: 128, 3: 42, 12: 10, 16: 8}
 
 
 def test_a_global_batch_fixes_the_product_and_gas_follows() -> None:
