@@ -36,6 +36,9 @@ FIT_POWER = 2
 """How much the probability of fitting weighs; 1 would be the plain expectation, but a trial that runs out of memory
 also leaves a person with one result fewer."""
 
+TWIN_FITS = 0.5
+"""On one GPU ZeRO-3 is not for what is so likely to fit in a lower stage."""
+
 SETUP_SECONDS = (0.6, 0.6, 0.6, 3.5)
 """What a warm trial takes besides its steps, by ZeRO stage (measured on an H200 with GPT2-xl)."""
 
@@ -73,6 +76,7 @@ class Proposer:
         self._row = {config: row for row, config in enumerate(self.grid.configs)}
         self._capacity_bytes = float(model.hardware.capacity_bytes)
         self._outside_bytes = model.hardware.outside_bytes
+        self._twins = _twins(self.grid.configs) if model.hardware.ranks == 1 else {}
         self._seconds = _trial_seconds(self.grid.log_rate, configs, model.hardware.ranks, plan or StepPlan())
 
     def row(self, config: TrialConfig) -> int | None:
@@ -102,14 +106,19 @@ class Proposer:
         if not open_rows.any():
             return None
         gains = self._gains(rates, observations) * memory.fits**FIT_POWER
-        score = gains / self._seconds**COST_POWER * (1 + 1e-6 * random.random(len(self.grid)))
-        # Where nothing is left to gain, the order is that of the chances to be any good at all.
-        score = score + 1e-12 * np.exp(rates.mean) * memory.fits
+        gains[[row for row, twins in self._twins.items() if (memory.fits[twins] > TWIN_FITS).any()]] = 0.0
+        expected_gain = float(np.max(np.where(open_rows, gains, 0.0)))
+        if expected_gain >= ENOUGH_GAIN:
+            score = gains / self._seconds**COST_POWER
+        else:
+            # Nothing is left to gain: what is likely to be good, and to fit.
+            score = np.exp(rates.mean - float(rates.mean.max())) * memory.fits**FIT_POWER
+        score = score * (1 + 1e-6 * random.random(len(self.grid)))
         row = int(np.argmax(np.where(open_rows, score, -np.inf)))
         return Proposal(
             config=self.grid.configs[row],
             forecast=self.forecast(row, rates, memory),
-            expected_gain=float(np.max(np.where(open_rows, gains, 0.0))),
+            expected_gain=expected_gain,
         )
 
     def forecast(self, row: int, rates: RatePosterior, memory: MemoryPosterior) -> Forecast:
@@ -154,6 +163,20 @@ class Proposer:
             density = np.exp(-0.5 * ahead**2) / math.sqrt(2 * math.pi)
             gains += weight * deviation * (ahead * normal_cdf(ahead) + density)
         return gains
+
+
+def _twins(configs: Sequence[TrialConfig]) -> dict[int, list[int]]:
+    """For each row of ZeRO-3 those that differ in a lower stage alone.
+
+    On one GPU there is nothing to partition: what stage 3 adds is work, so that it only gains where they don't fit.
+    """
+    rows = {config: row for row, config in enumerate(configs)}
+    twins = {}
+    for config, row in rows.items():
+        if config.zero_stage == 3:
+            lower = (dataclasses.replace(config, zero_stage=stage) for stage in range(3))
+            twins[row] = [rows[twin] for twin in lower if twin in rows]
+    return twins
 
 
 def _trial_seconds(log_rate: Floats, configs: Sequence[TrialConfig], ranks: int, plan: StepPlan) -> Floats:

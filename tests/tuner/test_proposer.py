@@ -335,7 +335,7 @@ def test_a_configuration_that_is_not_of_the_space_has_no_row() -> None:
 
 
 def test_a_space_of_five_thousand_is_searched_as_well() -> None:
-    space = Space(Limits(ranks=2, max_micro_batch=64, max_global_batch=560))
+    space = Space(Limits(ranks=2, max_micro_batch=64, max_global_batch=640))
     assert 4900 < len(space.legal) < 5300
     proposer = Proposer(CostModel(XL, parse_hardware("2xH200")), space.legal)
     grid, random = proposer.grid, np.random.default_rng(0)
@@ -356,3 +356,33 @@ def test_a_space_of_five_thousand_is_searched_as_well() -> None:
     assert proposal is not None
     assert proposer.row(proposal.config) not in rows
     assert proposal.forecast.probability_of_fitting > 0.9
+
+
+@pytest.mark.parametrize(("hardware", "tries"), [("1xH100", False), ("2xH100", True)])
+def test_on_one_gpu_zero_3_is_not_tried_where_a_lower_stage_fits(hardware: str, tries: bool) -> None:
+    space = Space(Limits(ranks=int(hardware[0]), max_micro_batch=2, max_global_batch=2 * int(hardware[0])))
+    proposer = Proposer(CostModel(XL, parse_hardware(hardware)), space.legal)
+    observations: list[Observation] = []
+    proposed = []
+    while (
+        proposal := proposer.propose(observations, [each.row for each in observations], np.random.default_rng(0))
+    ) is not None:
+        if proposal.expected_gain < ENOUGH_GAIN:
+            break
+        row = proposer.row(proposal.config)
+        assert row is not None
+        proposed.append(proposal.config.zero_stage)
+        # All level: nothing in the measurements speaks against a stage.
+        observations.append(Observation(row=row, log_rate=0.0, relative_error=0.05, peak_bytes=40e9))
+    assert (3 in proposed) == tries
+
+
+def test_on_one_gpu_zero_3_is_for_what_runs_out_of_memory_otherwise() -> None:
+    space = Space(Limits(ranks=1, max_micro_batch=2, max_global_batch=2))
+    proposer = Proposer(CostModel(XL, parse_hardware("1xH100")), space.legal)
+    observations = [
+        Observation(row=row, ran_out=True) for row, config in enumerate(proposer.grid.configs) if config.zero_stage < 3
+    ]
+    proposal = proposer.propose(observations, [each.row for each in observations], np.random.default_rng(0))
+    assert proposal is not None and proposal.config.zero_stage == 3
+    assert proposal.expected_gain > ENOUGH_GAIN
