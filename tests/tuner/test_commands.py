@@ -1,5 +1,6 @@
 """What the commands answer to options that cannot be: one sentence, exit status 2, nothing written."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -201,6 +202,21 @@ def test_every_option_says_what_it_does() -> None:
     for make_parser, _ in COMMANDS.values():
         for action in make_parser()._actions:
             assert action.help, action.option_strings
+
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "options.md"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_the_documentation_s_table_of_its_command(name: str) -> None:
+    sections = re.split(r"^## ", DOCUMENTATION.read_text(), flags=re.MULTILINE)
+    [section] = [section for section in sections if name in section.splitlines()[0].split(", ")]
+    table = "".join(line.split(" | ")[0] for line in section.splitlines() if line.startswith("| "))
+    documented = set(re.findall(r"`(--[\w-]+)", table))
+    options = {option for action in COMMANDS[name][0]()._actions for option in action.option_strings}
+    missing = options - documented - {"-h", "--help"}
+    assert not missing
+    assert documented <= options or name in ("report", "export", "dashboard")  # which have one table
 
 
 def test_the_same_folder_names_do_not_shadow_the_program(
