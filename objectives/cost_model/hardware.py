@@ -160,8 +160,10 @@ def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardwar
     if not found and (sized := _SIZED.fullmatch(name)) and (chips := _called(sized[1])):
         found = [chip for chip in chips if int(sized[2]) in SOLD_AS_GB.get(chip.name, ())]
         if not found:
-            sizes = ", ".join(map(_with_size, chips))
-            raise UsageError(f"--hardware {text}: no {sized[1]} with {sized[2]} GB is known; write one of {sizes}")
+            sizes = [name for chip in chips for name in _with_sizes(chip)]
+            raise UsageError(
+                f"--hardware {text}: no {sized[1]} with {sized[2]} GB is known; write {' or '.join(sizes)}"
+            )
     if len(found) != 1:
         hint = f"say which: {', '.join(each.name for each in found)}" if found else f"known are {', '.join(CATALOGUE)}"
         raise UsageError(f"--hardware {text}: write a number and a GPU, such as 16xV100-32GB; {hint}")
@@ -182,9 +184,8 @@ def _called(name: str) -> list[Accelerator]:
     return exactly or [known for known in CATALOGUE.values() if _plain(known.name).startswith(plain)]
 
 
-def _with_size(accelerator: Accelerator) -> str:
-    sizes = SOLD_AS_GB.get(accelerator.name)
-    return f"{accelerator.name} ({' or '.join(map(str, sizes))} GB)" if sizes else accelerator.name
+def _with_sizes(accelerator: Accelerator) -> list[str]:
+    return [f"{accelerator.name}-{gb}GB" for gb in SOLD_AS_GB.get(accelerator.name, ())] or [accelerator.name]
 
 
 def _plain(name: str) -> str:

@@ -68,10 +68,10 @@ def test_what_could_be_several_is_asked_about_by_name(text: str, candidates: lis
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("1xH100-94GB", "no H100 with 94 GB is known; write one of H100 (80 GB)"),
-        ("B200-80GB", "no B200 with 80 GB is known; write one of B200 (180 or 192 GB)"),
-        ("V100-64GB", "no V100 with 64 GB is known; write one of V100-16GB, V100-32GB"),
-        ("A100 24GB", "no A100 with 24 GB is known; write one of A100-40GB, A100-80GB"),
+        ("1xH100-94GB", "no H100 with 94 GB is known; write H100-80GB"),
+        ("B200-80GB", "no B200 with 80 GB is known; write B200-180GB or B200-192GB"),
+        ("V100-64GB", "no V100 with 64 GB is known; write V100-16GB or V100-32GB"),
+        ("A100 24GB", "no A100 with 24 GB is known; write A100-40GB or A100-80GB"),
         ("RTX-24GB", "write a number and a GPU, such as 16xV100-32GB; say which: RTX3090, RTX4090"),
     ],
 )
