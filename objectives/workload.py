@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from objectives.errors import UsageError
+from objectives.model_sizes import check_sizes
 
 DTYPES = ("fp16", "bf16", "fp32")
 
@@ -75,8 +76,15 @@ def check_workload(workload: Workload) -> None:
     if workload.seq_len < 2:
         raise UsageError(f"--seq-len must be at least 2 (got {workload.seq_len})")
     _check_model(workload)
+    if workload.tokenizer is not None and workload.dataset is None:
+        raise UsageError(
+            f"--tokenizer {workload.tokenizer} is for the text of --dataset, and synthetic tokens have none; "
+            "add --dataset or leave out --tokenizer"
+        )
     if workload.dataset is not None and not _HUB_ID.fullmatch(workload.dataset):
-        dataset_files(workload.dataset)
+        _, files = dataset_files(workload.dataset)
+        if all(Path(file).stat().st_size == 0 for file in files):
+            raise UsageError(f"--dataset {workload.dataset} is empty; name files with text or token ids in them")
 
 
 def _check_model(workload: Workload) -> None:
@@ -100,10 +108,11 @@ def _check_model(workload: Workload) -> None:
         return
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--model {model}: {path} cannot be read as JSON ({error})") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise UsageError(f"--model {model}: {path} is no Hugging Face configuration (it has no model_type)")
+    check_sizes(config, model)
 
 
 def model_config_path(model: str) -> Path | None:
@@ -155,11 +164,44 @@ def load_base_ds_config(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"--ds-config {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--ds-config {path} is not JSON ({error})") from error
     if not isinstance(document, dict):
         raise UsageError(f"--ds-config {path} must hold a JSON object")
-    zero = document.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UsageError(f"--ds-config {path}: zero_optimization must be an object")
+    if (mistake := _mistake_in(document)) is not None:
+        raise UsageError(f"--ds-config {path}: {mistake}")
     return document
+
+
+MOST_ELEMENTS = 2**63
+"""More than any bucket has; beyond, a number is a slip or an infinity."""
+
+
+def _mistake_in(document: Mapping[str, Any]) -> str | None:
+    """What is of another kind than it must be, among the settings that ds-tune itself reads or writes into.
+
+    The rest is DeepSpeed's to judge. A value `"auto"` is as good as none: `objectives.ds_config` leaves it out.
+    """
+    for section in ("zero_optimization", "optimizer", "fp16", "bf16"):
+        if not isinstance(_stated(document, section, {}), dict):
+            return f"{section} must be an object"
+    zero, optimizer = _stated(document, "zero_optimization", {}), _stated(document, "optimizer", None)
+    if not isinstance(_stated(zero, "offload_optimizer", {}), dict | None):
+        return "zero_optimization.offload_optimizer must be an object"
+    bucket = _stated(zero, "reduce_bucket_size", 0)
+    if isinstance(bucket, int | float) and not 0 <= bucket < MOST_ELEMENTS:
+        return f"zero_optimization.reduce_bucket_size must be a number of elements, not {bucket}"
+    if optimizer is not None:
+        if not isinstance(_stated(optimizer, "type", None), str):
+            return 'optimizer.type must be the name of an optimizer, such as "AdamW"'
+        if not isinstance(_stated(optimizer, "params", {}), dict):
+            return "optimizer.params must be an object"
+    clipping = _stated(document, "gradient_clipping", 0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not clipping >= 0:
+        return "gradient_clipping must be a number from 0 on"
+    return None
+
+
+def _stated(document: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = document.get(key, default)
+    return default if value == "auto" else value

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from objectives.cost_model.hardware import CATALOGUE
 from objectives.errors import UsageError
@@ -23,10 +24,23 @@ TRAINING_OPTIONS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, ending usage errors in one sentence as all of ds-tune's do."""
+    """argparse, ending usage errors in one sentence as all of ds-tune's do, and taking no empty values."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # What argparse reads a text and a path with.
+        self.register("type", None, filled)
+        self.register("type", Path, lambda text: Path(filled(text)))
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UsageError(f"{message} ({self.prog} --help shows the options)")
+
+
+def filled(text: str) -> str:
+    """An argparse type: any text but an empty one, which is a shell's variable that was never set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its value is empty; write one, or leave the option out")
+    return text
 
 
 def positive(text: str) -> int:

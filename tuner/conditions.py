@@ -30,6 +30,9 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 _WHAT_THERE_IS = "names, whole numbers, words in quotes, lists, + - * // %, comparisons, in, and, or, not"
 
+MOST_LEVELS = 100
+"""Deep enough for anything that a person writes, and far from where Python gives up."""
+
 
 class Condition:
     """One condition."""
@@ -42,8 +45,13 @@ class Condition:
         self.text = text
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
+            is_deep = _levels(self._tree) > MOST_LEVELS
         except (SyntaxError, ValueError):
             raise ValueError(f"{text!r} is no condition; it is made of {_WHAT_THERE_IS}") from None
+        except (RecursionError, MemoryError):
+            is_deep = True
+        if is_deep:
+            raise ValueError(f"{text[:60]!r}… is nested too deeply; write several conditions")
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Name) and node.id not in names:
                 near = difflib.get_close_matches(node.id, names, n=1)
@@ -100,9 +108,20 @@ class Condition:
             case ast.UnaryOp(operand=operand):
                 return -self._evaluate(operand, values)
             case ast.BinOp(left=left, op=op, right=right):
-                return _ARITHMETIC[type(op)](self._evaluate(left, values), self._evaluate(right, values))
+                one, other = self._evaluate(left, values), self._evaluate(right, values)
+                if not isinstance(one, int) or not isinstance(other, int):  # Python would repeat and format words
+                    raise TypeError(f"{ast.unparse(node)} is no arithmetic of whole numbers")
+                return _ARITHMETIC[type(op)](one, other)
             case ast.Compare(left=left, ops=ops, comparators=rest):
                 sides = [self._evaluate(part, values) for part in (left, *rest)]
                 pairs = zip(ops, sides, sides[1:], strict=False)
                 return all(_COMPARISONS[type(op)](one, other) for op, one, other in pairs)
         raise AssertionError(ast.dump(node))  # `_check` has refused it
+
+
+def _levels(tree: ast.AST) -> int:
+    """How deep a tree is, counted without recursion."""
+    count, level = 0, [tree]
+    while level:
+        count, level = count + 1, [child for node in level for child in ast.iter_child_nodes(node)]
+    return count

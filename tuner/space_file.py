@@ -26,7 +26,7 @@ from objectives.errors import UsageError
 from objectives.knobs import Scalar, Site
 from objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from tuner.conditions import Condition
-from tuner.space import COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values
+from tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values
 
 FIELDS = (*CORE_FIELDS, *KNOBS)
 PRESETS_TO_EXTEND = ("core", "speed")
@@ -55,7 +55,7 @@ class SpaceFile:
         document = _parse(path)
         for key in document:
             if key not in ("preset", "search", "fixed", "constraints"):
-                raise _refusal(path, f"{_unknown(key, ('preset', 'search', 'fixed', 'constraints'))}")
+                raise _refusal(path, f"{_unknown(str(key), ('preset', 'search', 'fixed', 'constraints'))}")
         preset = document.get("preset", "core")
         if preset not in PRESETS_TO_EXTEND:
             raise _refusal(path, f"preset is {' or '.join(PRESETS_TO_EXTEND)}, not {preset!r}")
@@ -104,14 +104,18 @@ class SpaceFile:
             for kind in kinds
             for size, accumulation in sizes
         ]
+        within = [config for config in every if limits.allow(config)]
+        if not within:
+            raise _refusal(self.path, self._beyond(limits))
         try:
-            configs = tuple(config for config in every if self._holds(config, limits))
+            configs = tuple(config for config in within if self._holds(config, limits))
         except ValueError as error:
             raise _refusal(self.path, f"constraints: {error}") from None
         if not configs:
             raise _refusal(
                 self.path,
-                f"none of its {len(every)} configurations keeps to its constraints and the limits of the batch sizes",
+                f"none of its {len(within)} configurations within the limits of the batch sizes keeps to its "
+                "constraints; loosen one",
             )
         for field, listed in self.values.items():
             if field in KNOBS and not any(getattr(config, field) in listed for config in configs):
@@ -140,7 +144,30 @@ class SpaceFile:
     def _holds(self, config: TrialConfig, limits: Limits) -> bool:
         names = {field: getattr(config, field) for field in FIELDS}
         names |= {"ranks": limits.ranks, "global_batch_size": config.global_batch_size(limits.ranks)}
-        return limits.allow(config) and all(condition.holds(names) for condition in self.conditions)
+        return all(condition.holds(names) for condition in self.conditions)
+
+    def _beyond(self, limits: Limits) -> str:
+        """Which limit is in the way where none of its batch sizes keeps to them, and what would let one through."""
+        if (total := limits.global_batch) is not None:
+            sizes = [size for size, step in self._batch_sizes(limits) if size * step * limits.ranks == total]
+            if not sizes:
+                return (
+                    f"no micro_batch_size × gradient_accumulation_steps of it makes --global-batch {total} on "
+                    f"{limits.ranks} ranks; list other values, or name another batch"
+                )
+            return (
+                f"--global-batch {total} takes a micro_batch_size of {min(sizes)} or more of it, and "
+                f"--max-micro-batch is {limits.max_micro_batch}; list smaller values, or add "
+                f"--max-micro-batch {min(sizes)}"
+            )
+        size, step = (min(map(int, self.values.get(field, (1,)))) for field in BATCH_FIELDS)
+        samples = size * step * limits.ranks
+        options = [f"--max-micro-batch {size}"] if size > limits.max_micro_batch else []
+        options += [f"--max-global-batch {samples}"] if samples > limits.max_global_batch else []
+        return (
+            f"its smallest batch, micro_batch_size {size} and gradient_accumulation_steps {step} on {limits.ranks} "
+            f"ranks, is beyond the limits; list smaller values, or add {' '.join(options)}"
+        )
 
     def _check_number(self, count: int) -> None:
         if count > MAX_CONFIGURATIONS:
@@ -166,19 +193,20 @@ def _parse(path: Path) -> Mapping[str, Any]:
         raise UsageError(f"--space {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise _refusal(path, "it is not a text file") from None
+    if path.suffix not in (".toml", ".yaml", ".yml"):
+        raise _refusal(path, "name it .toml, .yaml or .yml, after what is in it")
+    language = "TOML" if path.suffix == ".toml" else "YAML"
     try:
-        if path.suffix == ".toml":
-            document: Any = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            document = yaml.safe_load(text)
-        else:
-            raise _refusal(path, "name it .toml, .yaml or .yml, after what is in it")
-    except tomllib.TOMLDecodeError as error:
-        raise _refusal(path, f"not TOML: {error}") from None
-    except yaml.YAMLError as error:
+        document: Any = tomllib.loads(text) if language == "TOML" else yaml.safe_load(text)
+    except yaml.reader.ReaderError:
+        raise _refusal(path, "it is not a text file") from None
+    except RecursionError:
+        raise _refusal(path, f"not {language} for a space: it is nested too deeply") from None
+    except Exception as error:  # PyYAML lets through what int, date and the like raise
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise _refusal(path, f"not YAML: {getattr(error, 'problem', None) or error}{where}") from None
+        said = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise _refusal(path, f"not {language}: {said}{where}") from None
     if not isinstance(document, Mapping) or not document:
         raise _refusal(path, "it says nothing; list fields under search or fixed")
     return document
@@ -242,6 +270,8 @@ def _value(path: Path, field: str, value: Any) -> Scalar:
 def _whole(path: Path, name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _refusal(path, f"{name} takes whole numbers, not {value!r}")
+    if abs(value) >= 2**63:
+        raise _refusal(path, f"{name} takes whole numbers below 2^63")
     return value
 
 
@@ -251,4 +281,5 @@ def _unknown(word: str, known: Sequence[str]) -> str:
 
 
 def _refusal(path: Path, why: str) -> UsageError:
-    return UsageError(f"--space {path}: {why}")
+    """In one line, whatever line breaks the file's own words have."""
+    return UsageError(f"--space {path}: {' '.join(why.splitlines())}")

@@ -1,6 +1,7 @@
 """StudySpec: what one run of the tuner was asked for, checked."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,12 +75,13 @@ def parse_memory(text: str) -> int:
     """Bytes from `24GiB`, `24GB`, `512MiB` or a bare number of GiB.
 
     Raises:
-        UsageError: it is none of these, or zero.
+        UsageError: it is none of these, less than a byte, or more than a number can be.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) == 0:
+    size = float(match[1]) * _UNIT_BYTES[(match[2] or "GiB").lower()] if match is not None else 0.0
+    if size < 1 or not math.isfinite(size):
         raise UsageError(f"--memory-cap {text}: write a size such as 24GiB or 512MiB")
-    return int(float(match[1]) * _UNIT_BYTES[(match[2] or "GiB").lower()])
+    return int(size)
 
 
 def results_folder(path: Path) -> ResultsFolder:

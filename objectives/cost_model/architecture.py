@@ -10,6 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from objectives.errors import UsageError
+from objectives.model_sizes import (
+    BERT_LIKE,
+    FAMILIES,
+    LLAMA_LIKE,
+    SIZE_NAMES,
+    check_sizes,
+    stated_sizes,
+    text_configuration,
+)
 from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
 
 
@@ -54,42 +63,6 @@ class Architecture:
         return float(seq_len * (6 * self.parameters + 12 * self.layers * self.heads * self.head_dim * seq_len))
 
 
-# What transformers fills in where a configuration leaves a key out; the families' own names for the sizes.
-_NAMES = {
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden": ("hidden_size", "n_embd", "dim", "d_model"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "key_value_heads": ("num_key_value_heads", "num_kv_heads"),
-    "intermediate": ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"),
-    "positions": ("max_position_embeddings", "n_positions"),
-    "vocabulary": ("vocab_size",),
-}
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
-    "llama": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-              "num_attention_heads": 32},
-    "mistral": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                "num_attention_heads": 32, "num_key_value_heads": 8},
-    "qwen2": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-              "num_attention_heads": 32},
-    "qwen3": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "head_dim": 128},
-    "bert": {"vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-             "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2},
-    "roberta": {"vocab_size": 50265, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2},
-    "distilbert": {"vocab_size": 30522, "dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12,
-                   "max_position_embeddings": 512},
-    "deberta-v2": {"vocab_size": 128100, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 24,
-                   "num_attention_heads": 24, "max_position_embeddings": 512, "type_vocab_size": 0},
-}  # fmt: skip
-"""Families whose parameters are counted exactly, with the defaults that matter to the count."""
-
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-BERT_LIKE = ("bert", "roberta")
-
-
 def architecture_of(workload: Workload) -> Architecture:
     """The architecture of a workload's model.
 
@@ -120,14 +93,15 @@ def architecture_from_config(document: Mapping[str, Any], model: str) -> Archite
     """Reads a configuration in transformers' JSON form.
 
     Raises:
-        UsageError: it lacks the sizes of a transformer.
+        UsageError: it lacks the sizes of a transformer, or no model can have those that it says.
     """
-    document = document.get("text_config") or document
+    check_sizes(document, model)
+    document = text_configuration(document)
     model_type = str(document.get("model_type", "unknown"))
-    config = {**FAMILIES.get(model_type, {}), **{key: value for key, value in document.items() if value is not None}}
+    config = stated_sizes(document)
 
     def size(name: str, default: int | None = None) -> int:
-        found = next((config[key] for key in _NAMES[name] if key in config), default)
+        found = next((config[key] for key in SIZE_NAMES[name] if key in config), default)
         if not isinstance(found, int) or found < 1:
             raise UsageError(f"--model {model}: its configuration does not say its {name.replace('_', ' ')}")
         return found

@@ -84,6 +84,12 @@ CATALOGUE = {
     )
 }
 
+SOLD_AS_GB = {
+    "T4": (16,), "A10": (24,), "A6000": (48,), "L4": (24,), "L40S": (48,), "H100": (80,), "H200": (141,),
+    "B200": (180, 192), "RTX3090": (24,), "RTX4090": (24,), "RTX5090": (32,),
+}  # fmt: skip
+"""The size that makers and shops say, of those whose name has none because there is no other."""
+
 # What `nvidia-smi` calls them. The first pattern that matches; memory decides between the sizes of one chip.
 _NAMES = (
     ("V100", ("V100-16GB", "V100-32GB")),
@@ -110,6 +116,7 @@ OUTSIDE_ALONE_GIB, OUTSIDE_GIB = 1.7, 2.1
 OUTSIDE_SHARE = 0.05
 
 _SPEC = re.compile(r"(?:(\d+)\s*[x×]\s*)?(.+)", re.IGNORECASE)
+_SIZED = re.compile(r"(.+?)[\s_-]+(\d{1,4})\s*Gi?B?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,21 +149,24 @@ class Hardware:
 
 
 def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardware:
-    """Hardware from words such as `16xV100-32GB`, `2xH200` or `RTX4090`.
+    """Hardware from words such as `16xV100-32GB`, `2xH200`, `H100-80GB` or `RTX4090`.
 
     Raises:
         UsageError: it is not in the catalogue, or the cap is more than it has.
     """
     match = _SPEC.fullmatch(text.strip())
     count, name = (match[1], match[2]) if match else (None, text)
-    plain = _plain(name)
-    found = [known for known in CATALOGUE.values() if _plain(known.name) == plain]
-    if not found:
-        found = [known for known in CATALOGUE.values() if _plain(known.name).startswith(plain)]
-        if len(found) != 1:
-            known = ", ".join(CATALOGUE)
-            hint = f"say which: {', '.join(each.name for each in found)}" if found else f"known are {known}"
-            raise UsageError(f"--hardware {text}: write a number and a GPU, such as 16xV100-32GB; {hint}")
+    found = _called(name)
+    if not found and (sized := _SIZED.fullmatch(name)) and (chips := _called(sized[1])):
+        found = [chip for chip in chips if int(sized[2]) in SOLD_AS_GB.get(chip.name, ())]
+        if not found:
+            sizes = [name for chip in chips for name in _with_sizes(chip)]
+            raise UsageError(
+                f"--hardware {text}: no {sized[1]} with {sized[2]} GB is known; write {' or '.join(sizes)}"
+            )
+    if len(found) != 1:
+        hint = f"say which: {', '.join(each.name for each in found)}" if found else f"known are {', '.join(CATALOGUE)}"
+        raise UsageError(f"--hardware {text}: write a number and a GPU, such as 16xV100-32GB; {hint}")
     ranks = int(count or 1)
     if ranks < 1:
         raise UsageError(f"--hardware {text}: at least one GPU")
@@ -165,6 +175,17 @@ def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardwar
         has = accelerator.memory_bytes / GIB
         raise UsageError(f"--memory-cap is more than an {accelerator.name} has ({has:.1f} GiB)")
     return Hardware(accelerator=accelerator, ranks=ranks, capacity_bytes=memory_cap_bytes or accelerator.memory_bytes)
+
+
+def _called(name: str) -> list[Accelerator]:
+    """Those of the catalogue that are called so, or else that begin so."""
+    plain = _plain(name)
+    exactly = [known for known in CATALOGUE.values() if _plain(known.name) == plain]
+    return exactly or [known for known in CATALOGUE.values() if _plain(known.name).startswith(plain)]
+
+
+def _with_sizes(accelerator: Accelerator) -> list[str]:
+    return [f"{accelerator.name}-{gb}GB" for gb in SOLD_AS_GB.get(accelerator.name, ())] or [accelerator.name]
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from objectives.ds_config import dtype_of
 from objectives.errors import UsageError
+from objectives.model_sizes import check_sizes
 from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,6 +33,7 @@ def load_config(workload: Workload) -> transformers.PretrainedConfig:
     except (OSError, ValueError, StrictDataclassError) as error:
         said = " ".join(str(error).splitlines()[:2])
         raise UsageError(f"--model {workload.model} cannot be loaded: {said}") from error
+    check_sizes(config.to_dict(), workload.model)
     model_class(config)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and workload.seq_len > limit:

@@ -63,6 +63,18 @@ def test_a_model_is_named_by_its_folder_or_its_configuration(tmp_path: Path) -> 
     check_workload(dataclasses.replace(NANO, model=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"n_head": 7}, "its n_embd of 768 cannot be divided among 7 heads (n_head)"),
+        ({"n_layer": -1}, "its n_layer must be a whole number from 1 on, not -1"),
+    ],
+)
+def test_a_model_whose_sizes_cannot_be_is_refused(tmp_path: Path, fields: dict[str, Any], why: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **fields}))
+    assert refusal(model=str(tmp_path)) == f"--model {tmp_path} cannot be built: {why}"
+
+
 @pytest.mark.parametrize(("model", "limit"), [("gpt2-nano", 256), ("gpt2", 1024)])
 def test_a_sequence_longer_than_the_model_takes_is_refused(model: str, limit: int) -> None:
     check_workload(dataclasses.replace(NANO, model=model, seq_len=limit))
@@ -90,6 +102,22 @@ def test_a_dataset_of_mixed_kinds_is_refused(tmp_path: Path) -> None:
 def test_a_dataset_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.docx").touch()
     assert "found .docx" in refusal(dataset=str(tmp_path / "a.docx"))
+
+
+def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
+    empty, full = tmp_path / "a.txt", tmp_path / "b.txt"
+    empty.touch()
+    assert refusal(dataset=str(empty)) == f"--dataset {empty} is empty; name files with text or token ids in them"
+    assert "is empty" in refusal(dataset=str(tmp_path))
+    full.write_text("Some text.\n")
+    check_workload(dataclasses.replace(NANO, dataset=str(tmp_path)))
+
+
+def test_a_tokenizer_is_for_a_dataset(tmp_path: Path) -> None:
+    sentence = "--tokenizer words is for the text of --dataset, and synthetic tokens have none; "
+    assert refusal(tokenizer="words").startswith(sentence)
+    (tmp_path / "a.txt").write_text("Some text.\n")
+    check_workload(dataclasses.replace(NANO, tokenizer="words", dataset=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +154,28 @@ def test_a_deepspeed_configuration_is_read(tmp_path: Path) -> None:
         (None, "cannot be read"),
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object"),
+        ("[" * 100_000, "is not JSON"),
         ('{"zero_optimization": 3}', "zero_optimization must be an object"),
+        ('{"zero_optimization": null}', "zero_optimization must be an object"),
+        ('{"zero_optimization": {"offload_optimizer": "cpu"}}', "zero_optimization.offload_optimizer must be an obj"),
+        ('{"zero_optimization": {"reduce_bucket_size": Infinity}}', "reduce_bucket_size must be a number of elements"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": -1}}',
+            "reduce_bucket_size must be a number of elements, not -1",
+        ),
+        ('{"optimizer": "AdamW"}', "optimizer must be an object"),
+        ('{"optimizer": null}', "optimizer must be an object"),
+        ('{"optimizer": {"params": {"lr": 1e-4}}}', 'optimizer.type must be the name of an optimizer, such as "AdamW"'),
+        ('{"optimizer": {"type": 3}}', "optimizer.type must be the name of an optimizer"),
+        ('{"optimizer": {"type": null}}', "optimizer.type must be the name of an optimizer"),
+        ('{"optimizer": {"type": "AdamW", "params": [1e-4]}}', "optimizer.params must be an object"),
+        ('{"optimizer": {"type": "AdamW", "params": null}}', "optimizer.params must be an object"),
+        ('{"fp16": true}', "fp16 must be an object"),
+        ('{"bf16": [true]}', "bf16 must be an object"),
+        ('{"gradient_clipping": "much"}', "gradient_clipping must be a number from 0 on"),
+        ('{"gradient_clipping": null}', "gradient_clipping must be a number from 0 on"),
+        ('{"gradient_clipping": -1}', "gradient_clipping must be a number from 0 on"),
+        ('{"gradient_clipping": NaN}', "gradient_clipping must be a number from 0 on"),
     ],
 )
 def test_a_file_that_is_no_deepspeed_configuration_is_refused(
@@ -135,5 +184,21 @@ def test_a_file_that_is_no_deepspeed_configuration_is_refused(
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(UsageError) as raised:
         load_base_ds_config(path)
+    assert str(raised.value).startswith(f"--ds-config {path}")
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_the_trainer_fills_in_may_stand_for_anything_in_a_deepspeed_configuration(tmp_path: Path) -> None:
+    document = {
+        "fp16": {"enabled": "auto"},
+        "bf16": "auto",
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "AdamW", "params": "auto"},
+        "zero_optimization": {"stage": 3, "offload_optimizer": None, "reduce_bucket_size": "auto"},
+    }
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(document))
+    assert load_base_ds_config(path) == document

@@ -1,5 +1,6 @@
 """What the commands answer to options that cannot be: one sentence, exit status 2, nothing written."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "missing ds-config": (["--ds-config", "no.json"], "--ds-config no.json cannot be read (No such file or directory)"),
     "broken ds-config": (["--ds-config", "broken.json"], "--ds-config broken.json is not JSON"),
     "ds-config list": (["--ds-config", "list.json"], "--ds-config list.json must hold a JSON object"),
+    "ds-config word": (["--ds-config", "word.json"], "--ds-config word.json: optimizer must be an object"),
+    "tokens of nothing": (["--tokenizer", "t"], "--tokenizer t is for the text of --dataset, and synthetic tokens"),
+    "no data": (["--dataset", "nothing.txt"], "nothing.txt is empty; name files with text or token ids in them"),
+    "impossible model": (["--model", "seven.json"], "seven.json cannot be built: its n_embd of 768 cannot be divided"),
     "micro-batch": (["--max-micro-batch", "0"], "argument --max-micro-batch: 0 is not"),
     "both batches": (["--global-batch", "4", "--max-global-batch", "4"], "not allowed with argument"),
     "odd batch": (["--global-batch", "7"], "--global-batch 7 must be a multiple of the 2 ranks"),
@@ -83,7 +88,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "V100-32GB has no bf16; use fp16",
     ),
     "plan of nothing": (["plan", "--hardware", "H900"], "--hardware H900: write a number and a GPU, such as"),
-    "plan of any": (["plan", "--hardware", ""], "write a number and a GPU, such as 16xV100-32GB"),
+    "plan of any": (["plan", "--hardware", ""], "argument --hardware: its value is empty"),
     "plan of two sizes": (["plan", "--hardware", "8xV100"], "say which: V100-16GB, V100-32GB"),
     "plan of no GPU": (["plan", "--hardware", "0xH200"], "--hardware 0xH200: at least one GPU"),
     "plan of a cap": (["plan", "--hardware", "RTX4090", "--memory-cap", "24GiB"], "an RTX4090 has (23.6 GiB)"),
@@ -92,6 +97,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "plan of a model": (["plan", "--hardware", "H100", "--model", "gpt5"], "--model gpt5 is neither a file, a folder"),
     "plan of a folder": (["plan", "--hardware", "H100", "--model", "empty"], "empty has no config.json"),
     "plan of a file": (["plan", "--hardware", "H100", "--model", "list.json"], "list.json is no Hugging Face config"),
+    "plan of an impossible model": (["plan", "--hardware", "H100", "--model", "seven.json"], "among 7 heads (n_head)"),
     "plan of a batch": (["plan", "--hardware", "2xH100", "--global-batch", "7"], "must be a multiple of the 2 ranks"),
     "plan of no batch": (["plan", "--hardware", "4xH100", "--max-global-batch", "3"], "--max-global-batch 3 is less"),
     "plan of none": (["plan", "--best", "0"], "argument --best: 0 is not a whole number from 1 on"),
@@ -107,6 +113,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "word.json").write_text('{"optimizer": "AdamW"}')
+    (tmp_path / "seven.json").write_text('{"model_type": "gpt2", "n_head": 7}')
+    (tmp_path / "nothing.txt").touch()
     return tmp_path
 
 
@@ -125,6 +134,39 @@ def test_what_cannot_be_is_said_in_one_sentence_before_anything_is_written(
     assert error.count("\n") == 1 and error.endswith("\n")
     assert "secret" not in error
     assert sorted(folder.rglob("*")) == before
+
+
+EMPTY = {
+    (command, action.option_strings[-1])
+    for command, (make_parser, _) in COMMANDS.items()
+    for action in make_parser()._actions
+    if action.option_strings and action.nargs is None
+}
+
+
+@pytest.mark.parametrize(("command", "option"), sorted(EMPTY))
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_value_is_never_taken_for_none(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str, option: str, value: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main([command, option, value]) == 2
+    _, error = capsys.readouterr()
+    assert error.startswith(f"ds-tune: argument {option}: ")
+    assert error.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--dataset", "--memory-cap", "--results", "--model", "--ds-config", "--space", "--tokenizer", "--study",
+        "--storage", "--hardware", "--replay", "--allow",
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_named_as_what_it_is(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert main(["tune", f"{option}="]) == 2
+    assert f"argument {option}: its value is empty; write one, or leave the option out" in capsys.readouterr().err
 
 
 def test_a_command_may_be_named_or_not(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +202,21 @@ def test_every_option_says_what_it_does() -> None:
     for make_parser, _ in COMMANDS.values():
         for action in make_parser()._actions:
             assert action.help, action.option_strings
+
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "options.md"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_the_documentation_s_table_of_its_command(name: str) -> None:
+    sections = re.split(r"^## ", DOCUMENTATION.read_text(), flags=re.MULTILINE)
+    [section] = [section for section in sections if name in section.splitlines()[0].split(", ")]
+    table = "".join(line.split(" | ")[0] for line in section.splitlines() if line.startswith("| "))
+    documented = set(re.findall(r"`(--[\w-]+)", table))
+    options = {option for action in COMMANDS[name][0]()._actions for option in action.option_strings}
+    missing = options - documented - {"-h", "--help"}
+    assert not missing
+    assert documented <= options or name in ("report", "export", "dashboard")  # which have one table
 
 
 def test_the_same_folder_names_do_not_shadow_the_program(

@@ -52,6 +52,34 @@ def test_what_is_no_condition_is_refused_with_its_words(text: str, why: str) -> 
     assert repr(text) in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not " * 2000 + "zero_stage == 1",
+        "not " * 100 + "zero_stage == 1",
+        "-" * 2000 + "zero_stage == 1",
+        "zero_stage ** " + "-" * 500 + "1 == 1",
+        "zero_stage" + " + 1" * 50_000 + " == 1",
+    ],
+    ids=["2000 nots", "100 nots", "2000 signs", "signs where nothing may be", "50000 sums"],
+)
+def test_what_is_nested_too_deeply_is_refused_with_its_first_words(text: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        Condition(text, NAMES)
+    assert str(refused.value) == f"{text[:60]!r}… is nested too deeply; write several conditions"
+
+
+def test_long_conditions_are_not_deep_ones() -> None:
+    assert Condition(" or ".join(["micro_batch_size == 8"] * 1000), NAMES).holds(VALUES)
+    assert not Condition("not " * 51 + "(zero_stage == 2)", NAMES).holds(VALUES)
+
+
+@pytest.mark.parametrize("text", ["compile * 10 == 'a'", "'%99999999999d' % zero_stage == ''", "[1] * 10 == [1]"])
+def test_arithmetic_is_for_whole_numbers(text: str) -> None:
+    with pytest.raises(ValueError, match="is no arithmetic of whole numbers"):
+        Condition(text, NAMES).holds(VALUES)
+
+
 @pytest.mark.parametrize("text", ["compile < 3", "micro_batch_size % 0 == 1", "2 in zero_stage"])
 def test_what_cannot_be_compared_is_said_when_it_is_tried(text: str) -> None:
     with pytest.raises(ValueError, match=text.split()[0]):

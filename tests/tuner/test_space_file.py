@@ -143,8 +143,31 @@ REFUSED = {
     "constraints that are no list": ("constraints = 'zero_stage > 1'\n", "constraints is a list of conditions"),
     "a constraint that is code": ("constraints = ['exit() == 1']\n", "constraints: 'exit() == 1': there is no exit"),
     "a constraint that compares unlike things": ("constraints = ['compile < 3']\n", "constraints: 'compile < 3': "),
-    "constraints that nothing meets": ("constraints = ['zero_stage > 3']\n", "configurations keeps to its constraints"),
-    "sizes beyond the limits": ("[fixed]\nmicro_batch_size = 500\n", "keeps to its constraints and the limits"),
+    "constraints that nothing meets": (
+        "constraints = ['zero_stage > 3']\n", "within the limits of the batch sizes keeps to its constraints",
+    ),
+    "a constraint without an end": (f"constraints = ['{'not ' * 2000}ranks == 1']\n", "is nested too deeply"),
+    "sizes beyond a limit": (
+        "[fixed]\nmicro_batch_size = 100\n",
+        "its smallest batch, micro_batch_size 100 and gradient_accumulation_steps 1 on 2 ranks, is beyond the limits; "
+        "list smaller values, or add --max-micro-batch 100",
+    ),
+    "sizes beyond the limits": (
+        "[search]\nmicro_batch_size = [1000]\n", "or add --max-micro-batch 1000 --max-global-batch 2000",
+    ),
+    "sums beyond the limits": (
+        "[fixed]\nmicro_batch_size = 8\ngradient_accumulation_steps = 32\n", "or add --max-global-batch 512",
+    ),
+    "a number of 400 digits": (
+        f"[fixed]\nmicro_batch_size = 1{'0' * 400}\n", "micro_batch_size takes whole numbers below 2^63",
+    ),
+    "a range to 400 digits": (
+        f"[search]\nmicro_batch_size = {{min = 1, max = 1{'0' * 400}, factor = 2}}\n",
+        "search.micro_batch_size.max takes whole numbers below 2^63",
+    ),
+    "a number of 5000 digits": (f"[fixed]\nmicro_batch_size = 1{'0' * 5000}\n", "not TOML: Exceeds the limit"),
+    "tables in tables": (f"[fixed]\ncompile = {'[' * 5000}", "not TOML for a space: it is nested too deeply"),
+    "a word of two lines": ("[fixed]\ncompile = 'off\\n'\n".replace("'", '"'), "compile is one of off, blocks"),
     "a knob without a meaning": (
         "[fixed]\nzero_stage = 0\noverlap_comm = 'on'\n", "overlap_comm has no meaning in any configuration left",
     ),
@@ -162,7 +185,49 @@ def test_what_cannot_be_meant_is_refused_with_the_files_name(write: Write, text:
         configurations(path)
     assert why in str(refused.value)
     assert str(refused.value).startswith(f"--space {path}: ")
-    assert "\n" not in str(refused.value).removesuffix("\n") or "not TOML" in why
+    assert len(str(refused.value).splitlines()) == 1
+
+
+REFUSED_YAML = {
+    "a key that is no word": ("1: 2\n", "there is no 1; there are preset, search, fixed, constraints"),
+    "a field that is no word": ("search: {1: [2]}\n", "search: there is no 1; there are "),
+    "a date that is none": ("search:\n  micro_batch_size: [2024-13-45]\n", "not YAML: month must be in 1..12"),
+    "a date": ("search:\n  micro_batch_size: [2024-12-24]\n", "takes whole numbers, not datetime.date(2024, 12, 24)"),
+    "no time at all": ("preset: !!timestamp core\n", "not YAML: "),
+    "lists in lists": ("preset: " + "[" * 5000, "not YAML for a space: it is nested too deeply"),
+    "characters of no text": ("preset: \x00\x01\n", "it is not a text file"),
+    "a word of two lines": ('fixed: {compile: "off\\n"}\n', "compile is one of off, blocks"),
+}
+
+
+@pytest.mark.parametrize(("text", "why"), REFUSED_YAML.values(), ids=REFUSED_YAML)
+def test_what_cannot_be_meant_in_yaml_is_refused_in_one_sentence(write: Write, text: str, why: str) -> None:
+    path = write(text, "space.yaml")
+    with pytest.raises(UsageError) as refused:
+        configurations(path)
+    assert why in str(refused.value)
+    assert str(refused.value).startswith(f"--space {path}: ")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "micro_batch_size = [5, 7]",
+            "no micro_batch_size × gradient_accumulation_steps of it makes --global-batch 48 on 2",
+        ),
+        (
+            "micro_batch_size = [12, 24]",
+            "takes a micro_batch_size of 12 or more of it, and --max-micro-batch is 8; list",
+        ),
+    ],
+)
+def test_a_global_batch_that_its_sizes_cannot_make_is_named(write: Write, text: str, why: str) -> None:
+    limits = Limits(ranks=2, max_micro_batch=8, max_global_batch=256, global_batch=48)
+    with pytest.raises(UsageError) as refused:
+        configurations(write(f"[search]\n{text}\n"), limits)
+    assert why in str(refused.value)
 
 
 def test_files_that_are_none_are_refused(write: Write, tmp_path: Path) -> None:

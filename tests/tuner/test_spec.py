@@ -26,7 +26,17 @@ def test_sizes_are_read_with_their_units_and_without_one_in_gib(text: str, size:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "0GiB", "-1GiB", "24TB", "much", "GiB", "1e3", "24 GiB a rank", "nan"])
+def test_the_smallest_size_is_a_byte() -> None:
+    assert parse_memory("0.000001MB") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "0", "0GiB", "-1GiB", "24TB", "much", "GiB", "1e3", "24 GiB a rank", "nan",
+        "0.0000001M", "0.0000009MB", "0.0000000000001", pytest.param("9" * 400, id="400 nines"),
+    ],
+)  # fmt: skip
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="write a size such as 24GiB or 512MiB"):
         parse_memory(text)

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from objectives.cost_model.hardware import CATALOGUE, Hardware, hardware_of, machine_of, parse_hardware
+from objectives.cost_model.hardware import (
+    CATALOGUE,
+    SOLD_AS_GB,
+    Accelerator,
+    Hardware,
+    hardware_of,
+    machine_of,
+    parse_hardware,
+)
 from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
 
@@ -28,6 +36,13 @@ def machine(name: str, mib: int, ranks: int = 1) -> Machine:
         ("L4", "1xL4"),  # not the beginning of L40S
         ("A10", "1xA10"),  # nor of A100
         ("L40", "1xL40S"),  # the only one that begins so
+        ("1xH100-80GB", "1xH100"),  # the size that it is sold with, although there is no other
+        ("2 x h200 141gb", "2xH200"),
+        ("RTX 4090 24G", "1xRTX4090"),
+        ("8xB200-180GB", "8xB200"),
+        ("8xB200-192GB", "8xB200"),
+        ("T4_16GiB", "1xT4"),
+        ("L40-48GB", "1xL40S"),
     ],
 )
 def test_a_number_and_a_gpu_are_read_as_people_write_them(text: str, name: str) -> None:
@@ -50,7 +65,33 @@ def test_what_could_be_several_is_asked_about_by_name(text: str, candidates: lis
         parse_hardware(text)
 
 
-@pytest.mark.parametrize("text", ["8xMI300X", "H300", "2*H200", "H200x2", "1.5xH200", "-1xH200", "x", "3x"])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("1xH100-94GB", "no H100 with 94 GB is known; write H100-80GB"),
+        ("B200-80GB", "no B200 with 80 GB is known; write B200-180GB or B200-192GB"),
+        ("V100-64GB", "no V100 with 64 GB is known; write V100-16GB or V100-32GB"),
+        ("A100 24GB", "no A100 with 24 GB is known; write A100-40GB or A100-80GB"),
+        ("RTX-24GB", "write a number and a GPU, such as 16xV100-32GB; say which: RTX3090, RTX4090"),
+    ],
+)
+def test_a_size_that_there_is_not_is_answered_with_those_that_there_are(text: str, sentence: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_hardware(text)
+    assert str(refused.value) == f"--hardware {text}: {sentence}"
+
+
+@pytest.mark.parametrize(
+    "chip", [chip for name, chip in CATALOGUE.items() if "-" not in name], ids=lambda chip: chip.name
+)
+def test_a_size_it_is_sold_with_is_near_what_can_be_allocated(chip: Accelerator) -> None:
+    for gb in SOLD_AS_GB[chip.name]:
+        assert 0.9 * gb <= chip.memory_bytes / GIB < gb
+
+
+@pytest.mark.parametrize(
+    "text", ["8xMI300X", "8xMI300X-192GB", "H300", "2*H200", "H200x2", "1.5xH200", "-1xH200", "x", "3x"]
+)
 def test_what_is_not_known_is_answered_with_all_that_is(text: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse_hardware(text)

@@ -68,6 +68,11 @@ def test_a_configuration_that_transformers_cannot_read_is_refused_in_one_sentenc
     assert "\n" not in str(raised.value)
 
 
+def test_sizes_that_cannot_be_are_refused_wherever_the_configuration_is_from(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot be built: its n_embd of 768 cannot be divided among 7 heads"):
+        load_config(local(tmp_path, model_type="gpt2", n_head=7))
+
+
 def test_a_hub_model_that_cannot_be_had_is_refused() -> None:
     with pytest.raises(UsageError, match="--model nobody/nothing cannot be loaded"):
         load_config(dataclasses.replace(NANO, model="nobody/nothing"))
