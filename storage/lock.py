@@ -28,9 +28,15 @@ class StudyLock:
     def __enter__(self) -> Self:
         """
         Raises:
-            UsageError: another tuner has it; the text names its process.
+            UsageError: another tuner has it, and the text names its process; or its file cannot be made.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise UsageError(
+                f"{self._path.parent} cannot be written to ({error.strerror}), and a study needs to; put its database "
+                "elsewhere with --storage or --results"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
