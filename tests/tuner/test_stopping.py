@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-from collections.abc import Callable
 
 import pytest
 
@@ -51,12 +49,3 @@ def test_behind_it_the_signals_are_what_they_were() -> None:
     with StopSignals(lambda: None):
         pass
     assert [signal.getsignal(number) for number in ALL] == before
-
-
-def test_a_search_under_nohup_outlives_its_terminal(tuning: Callable[..., subprocess.Popen[str]]) -> None:
-    process = tuning("--trials", "2", program=["nohup"])
-    process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
