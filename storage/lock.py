@@ -28,15 +28,9 @@ class StudyLock:
     def __enter__(self) -> Self:
         """
         Raises:
-            UsageError: another tuner has it, and the text names its process; or its file cannot be made.
+            UsageError: another tuner has it; the text names its process.
         """
-        try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise UsageError(
-                f"{self._path.parent} cannot be written to ({error.strerror}), and a study needs to; put its database "
-                "elsewhere with --storage or --results"
-            ) from error
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import tempfile
 
 import pytest
@@ -12,10 +11,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports DeepSpeed, transformers or datasets, here or in a rank that a test starts.
     if shutil.which("nvidia-smi") is None:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # A shell has what it starts with `&` ignore these, and the programs that the tests interrupt would inherit it.
-    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, usual)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ds-tune-tests-hf-")
 

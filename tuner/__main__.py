@@ -1,19 +1,7 @@
-"""`python -m tuner`, and the command `ds-tune`."""
+"""`python -m tuner`."""
 
 import sys
 
-EXIT_INTERRUPTED = 130
+from tuner.cli import main
 
-
-def run() -> int:
-    """Returns the exit status, also of a Ctrl-C while the commands are imported, which takes half a second."""
-    try:
-        from tuner.cli import main
-
-        return main()
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(run())
+sys.exit(main())

@@ -10,7 +10,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+import optuna
 import rich.console
+import sqlalchemy.exc
 
 from objectives.cost_model.hardware import hardware_of, machine_of
 from objectives.cost_model.model import CostModel
@@ -18,13 +20,11 @@ from objectives.errors import DsTuneError, UsageError
 from objectives.machine import Machine
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
-from storage.database import FAULTS, storage_fault
 from storage.document import study_document
 from storage.export import export
 from storage.layout import ResultsFolder
-from storage.owner import check
 from storage.records import StudyState, StudySummary
-from storage.study_store import StudyStore
+from storage.study_store import StudyStore, storage_fault
 from storage.urls import check_storage_url, masked
 from tuner import dashboard
 from tuner.answers import Answers, answers_for, imagined_workload
@@ -63,6 +63,8 @@ def tune(arguments: argparse.Namespace) -> int:
         interrupted = stop.requested
     except StopNow:
         interrupted = True
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        raise storage_fault(error, spec.storage_url) from error
     store = StudyStore.load(spec.storage_url, spec.study)
     summary = store.summary()
     written = export(summary, spec.results)
@@ -214,7 +216,6 @@ def export_again(arguments: argparse.Namespace) -> int:
     """Writes a stored study's files."""
     store = _load(arguments)
     folder = results_folder(arguments.out)
-    check(folder, store.study.study_name, _storage_url(arguments), option="--out")
     for path in export(store.summary(), folder):
         print(path)
     return EXIT_FOUND
@@ -227,14 +228,13 @@ def show_dashboard(arguments: argparse.Namespace) -> int:
     return EXIT_FOUND
 
 
-def _storage_named(arguments: argparse.Namespace) -> str:
-    return str(arguments.storage or ResultsFolder(arguments.results).storage_url)
-
-
 def _storage_url(arguments: argparse.Namespace) -> str:
-    if not arguments.storage and not ResultsFolder(arguments.results).database.exists():
+    if arguments.storage:
+        return str(arguments.storage)
+    folder = ResultsFolder(arguments.results)
+    if not folder.database.exists():
         raise UsageError(f"there is no study in {arguments.results}; name its folder with --results or its --storage")
-    return _storage_named(arguments)
+    return folder.storage_url
 
 
 def _load(arguments: argparse.Namespace) -> StudyStore:
@@ -268,24 +268,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_parser, run = COMMANDS[command]
     quiet_optuna()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
-    arguments = argparse.Namespace()
     try:
-        arguments = make_parser().parse_args(words)
-        status = run(arguments)
-        sys.stdout.flush()
-        return status
+        return run(make_parser().parse_args(words))
     except DsTuneError as error:
         print(f"ds-tune: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
-    except FAULTS as error:
-        print(f"ds-tune: {storage_fault(error, _storage_named(arguments))}", file=sys.stderr)
-        return EXIT_ERROR
-    except OSError as error:
-        # Where the reader of our output has gone (`ds-tune report | head`), nothing is left to tell anybody.
-        if not isinstance(error, BrokenPipeError):
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"ds-tune: {where}{error.strerror or error}", file=sys.stderr)
-        # What is still to be written out would fail again.
+    except BrokenPipeError:
+        # The reader of our output has gone (`ds-tune report | head`): nothing is left to tell anybody.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR

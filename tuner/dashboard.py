@@ -6,7 +6,7 @@ import socket
 import optuna_dashboard
 
 from objectives.errors import UsageError
-from storage.database import open_storage
+from storage.study_store import open_storage
 
 HOST = "127.0.0.1"
 """The dashboard has no authentication and can delete studies: it is for this machine's user only."""

@@ -14,10 +14,7 @@ class StopNow(BaseException):
 
 
 class StopSignals:
-    """While it is entered: the first SIGINT asks to finish the trial, the second, SIGTERM or SIGHUP end at once.
-
-    One that is ignored already stays so: `nohup` promises that, and a shell does it to what it starts with `&`.
-    """
+    """While it is entered: the first SIGINT asks to finish the trial, the second, SIGTERM or SIGHUP end at once."""
 
     def __init__(self, on_first_interrupt: Callable[[], None]) -> None:
         self.requested = False
@@ -26,8 +23,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handle)
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

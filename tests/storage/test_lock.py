@@ -69,11 +69,3 @@ def test_the_lock_of_a_server_is_in_the_temporary_folder_and_hides_the_password(
     assert "hunter2" not in lock.name
     assert lock == lock_file("postgresql://me:changed@host/db", "study")
     assert lock != lock_file("postgresql://me:hunter2@host/other", "study")
-
-
-def test_a_place_that_cannot_be_written_to_is_said() -> None:
-    with (
-        pytest.raises(UsageError, match=r"/proc cannot be written to \(.+\), and a study needs to"),
-        StudyLock("sqlite:////proc/study.db", "study"),
-    ):
-        pass

@@ -1,8 +1,6 @@
 """What the commands answer to options that cannot be: one sentence, exit status 2, nothing written."""
 
-import contextlib
 import re
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,7 +55,6 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "database in memory": (["--storage", "sqlite:///:memory:"], "--storage must name a file"),
     "port of a URL": (["--storage", "postgresql://u:secret@h:x/d"], "--storage is not a database URL"),
     "other database": (["--storage", "oracle://u:secret@h/d"], "must be one of sqlite, postgresql, mysql"),
-    "foreign database": (["report", "--storage", "sqlite:///notes.db"], "sqlite:///notes.db holds no studies"),
     "report of nothing": (["report"], "there is no study in autotuning_results; name its folder with --results"),
     "report of another": (["report", "--storage", "sqlite:///none.db"], "sqlite:///none.db"),
     "export of nothing": (["export", "--out", "out"], "there is no study in autotuning_results"),
@@ -122,8 +119,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "word.json").write_text('{"optimizer": "AdamW"}')
     (tmp_path / "seven.json").write_text('{"model_type": "gpt2", "n_head": 7}')
     (tmp_path / "nothing.txt").touch()
-    with contextlib.closing(sqlite3.connect(tmp_path / "notes.db")) as database:
-        database.execute("create table notes(a)")
     return tmp_path
 
 
@@ -231,41 +226,3 @@ def test_the_same_folder_names_do_not_shadow_the_program(
     (tmp_path / "storage").mkdir()
     (tmp_path / "storage" / "__init__.py").write_text("raise SystemExit('wrong storage')\n")
     assert command("--help").returncode == 0
-
-
-def test_an_output_that_is_full_is_said() -> None:
-    command = [sys.executable, "-P", "-m", "tuner", "plan", "--hardware", "H100"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (1, "ds-tune: No space left on device\n")
-
-
-def test_what_lies_in_the_way_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    simulation = [*SIMULATE, "--trials", "1"]
-    assert main(simulation) == 0
-    summary = folder / "autotuning_results" / "summary.json"
-    summary.unlink()
-    summary.mkdir()
-    capsys.readouterr()
-    assert main(simulation) == 1
-    _, error = capsys.readouterr()
-    assert error.splitlines()[-1].startswith("ds-tune: ")
-    assert "summary.json" in error.splitlines()[-1] and "directory" in error.splitlines()[-1]
-    assert "Traceback" not in error
-
-
-INTERRUPTED_IMPORT = """
-import os, signal, sys
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "optuna":
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Finder())
-from tuner.__main__ import run
-sys.exit(run())
-"""
-
-
-def test_an_interrupt_while_everything_is_imported_is_no_traceback() -> None:
-    done = subprocess.run([sys.executable, "-P", "-c", INTERRUPTED_IMPORT], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -80,20 +80,6 @@ def test_a_results_folder_holds_one_study(tune: Tune, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "autotuning_results").iterdir()) == before
 
 
-def test_a_study_of_the_same_name_elsewhere_is_another_one(tune: Tune, command: Tune, tmp_path: Path) -> None:
-    assert tune("--trials", "1").returncode == 0
-    before = (tmp_path / "autotuning_results" / "summary.json").read_text()
-    refused = tune("--trials", "1", "--storage", "sqlite:///b.db")
-    assert refused.returncode == 2
-    assert "holds the results of another study ds-tune, which is kept in autotuning_results/study.db" in refused.stderr
-    assert tune("--trials", "1", "--storage", "sqlite:///b.db", "--results", "b").returncode == 0
-    refused = command("export", "--results", "autotuning_results", "--out", "b")
-    assert refused.returncode == 2
-    assert "--out b holds the results of another study ds-tune, which is kept in " in refused.stderr
-    assert command("export", "--storage", "sqlite:///b.db", "--out", "b").returncode == 0
-    assert (tmp_path / "autotuning_results" / "summary.json").read_text() == before
-
-
 def test_two_studies_share_a_database_from_folders_of_their_own(tune: Tune, tmp_path: Path) -> None:
     for name in ("first", "second"):
         database = ["--storage", "sqlite:///both.db"]
