@@ -10,9 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import optuna
 import rich.console
-import sqlalchemy.exc
 
 from objectives.cost_model.hardware import hardware_of, machine_of
 from objectives.cost_model.model import CostModel
@@ -20,11 +18,12 @@ from objectives.errors import DsTuneError, UsageError
 from objectives.machine import Machine
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
+from storage.database import storage_faults
 from storage.document import study_document
 from storage.export import export
 from storage.layout import ResultsFolder
 from storage.records import StudyState, StudySummary
-from storage.study_store import StudyStore, storage_fault
+from storage.study_store import StudyStore
 from storage.urls import check_storage_url, masked
 from tuner import dashboard
 from tuner.answers import Answers, answers_for, imagined_workload
@@ -63,8 +62,6 @@ def tune(arguments: argparse.Namespace) -> int:
         interrupted = stop.requested
     except StopNow:
         interrupted = True
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        raise storage_fault(error, spec.storage_url) from error
     store = StudyStore.load(spec.storage_url, spec.study)
     summary = store.summary()
     written = export(summary, spec.results)
@@ -229,15 +226,13 @@ def show_dashboard(arguments: argparse.Namespace) -> int:
 
 
 def _storage_url(arguments: argparse.Namespace) -> str:
-    if arguments.storage:
-        return str(arguments.storage)
-    folder = ResultsFolder(arguments.results)
-    if not folder.database.exists():
-        raise UsageError(f"there is no study in {arguments.results}; name its folder with --results or its --storage")
-    return folder.storage_url
+    """The database that a command is about, whether it is there or not."""
+    return arguments.storage or ResultsFolder(arguments.results).storage_url
 
 
 def _load(arguments: argparse.Namespace) -> StudyStore:
+    if not arguments.storage and not ResultsFolder(arguments.results).database.exists():
+        raise UsageError(f"there is no study in {arguments.results}; name its folder with --results or its --storage")
     return StudyStore.load(_storage_url(arguments), arguments.study)
 
 
@@ -269,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_optuna()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     try:
-        return run(make_parser().parse_args(words))
+        arguments = make_parser().parse_args(words)
+        with storage_faults(_storage_url(arguments)) if "storage" in arguments else contextlib.nullcontext():
+            return run(arguments)
     except DsTuneError as error:
         print(f"ds-tune: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR

@@ -270,3 +270,4 @@ def claim_results(spec: StudySpec) -> None:
 def quiet_optuna() -> None:
     """Leaves the terminal to ds-tune's own lines."""
     optuna.logging.disable_default_handler()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # without a handler, Python prints warnings by itself
