@@ -8,6 +8,9 @@ from objectives.trial import TrialConfig
 DEFAULT_RESULTS = "autotuning_results"
 """As DeepSpeed's own autotuner names it."""
 
+TRIAL_FOLDERS = "z[0-3]_gas*_tmbspg*"
+"""What the names of all trials' folders look like."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ResultsFolder:
@@ -71,3 +74,14 @@ class ResultsFolder:
     @property
     def optimal_command(self) -> Path:
         return self.root / "cmd_optimal.txt"
+
+    def in_the_way(self) -> Path | None:
+        """A folder where a file is to be written, or a file where a folder is; None if all is well."""
+        files = [
+            self.database, self.owner, self.summary_text, self.summary_markdown, self.trials_csv, self.study_json,
+            self.optimal_config, self.optimal_command,
+        ]  # fmt: skip
+        folders = [self.process_logs, *self.root.glob(TRIAL_FOLDERS)]
+        wrong = [path for path in files if path.is_dir()]
+        wrong += [path for path in folders if path.exists() and not path.is_dir()]
+        return min(wrong, default=None)

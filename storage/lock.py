@@ -10,7 +10,8 @@ from typing import Self
 
 import sqlalchemy.engine
 
-from objectives.errors import UsageError
+from objectives.errors import DsTuneError, EnvironmentFault, UsageError
+from storage.urls import masked
 
 
 class StudyLock:
@@ -22,15 +23,20 @@ class StudyLock:
 
     def __init__(self, storage_url: str, study: str) -> None:
         self._study = study
+        self._storage_url = storage_url
         self._path = lock_file(storage_url, study)
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
         """
         Raises:
-            UsageError: another tuner has it; the text names its process.
+            UsageError: another tuner has it, the text names its process; or there can be no file beside the database.
+            EnvironmentFault: there can be no file in the temporary folder.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise self._fault(error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -44,6 +50,13 @@ class StudyLock:
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         self._descriptor = descriptor
         return self
+
+    def _fault(self, error: OSError) -> DsTuneError:
+        """The sentence for a lock's file that cannot be opened."""
+        refused = f"the folder {self._path.parent} cannot be written to ({error.strerror})"
+        if sqlalchemy.engine.make_url(self._storage_url).get_backend_name() == "sqlite":
+            return UsageError(f"--storage {masked(self._storage_url)}: {refused}; name a file elsewhere")
+        return EnvironmentFault(f"the lock of study {self._study} cannot be had: {refused}; set TMPDIR to another one")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -14,15 +14,15 @@ from typing import Any
 import optuna
 import optuna_dashboard
 import sqlalchemy.engine
-import sqlalchemy.exc
 
 from objectives.cost_model.forecast import Excluded
-from objectives.errors import EnvironmentFault, UsageError
+from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
 from objectives.numerics import NumericsCheck
 from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.ablations import Contributions
+from storage.database import open_storage
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
 
@@ -45,9 +45,6 @@ SOURCE = "source"
 
 # How far an out-of-memory trial is counted as over the limit: nobody knows what it would have needed.
 OUT_OF_MEMORY_VIOLATION = 0.1
-
-_DRIVER_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""What pip calls a driver, where it is not the name of its module."""
 
 _OPTUNA_STATES = {
     TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
@@ -97,27 +94,6 @@ def differences(stored: Any, present: Any, path: str = "") -> list[str]:
 
 def _shown(value: Any) -> str:
     return "none" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
-
-
-def open_storage(storage_url: str) -> optuna.storages.RDBStorage:
-    """
-    Raises:
-        UsageError: the URL is of no use; or no such database answers, or its driver is not installed.
-    """
-    check_storage_url(storage_url)
-    is_sqlite = sqlalchemy.engine.make_url(storage_url).get_backend_name() == "sqlite"
-    try:
-        return optuna.storages.RDBStorage(
-            storage_url, engine_kwargs={"connect_args": {"timeout": 60}} if is_sqlite else None
-        )
-    except ImportError as error:
-        # Optuna raises one of its own; the one that names the module is its cause.
-        module = error.name or getattr(error.__cause__, "name", None) or "the database's driver"
-        package = _DRIVER_PACKAGES.get(module, module)
-        raise UsageError(f"--storage {masked(storage_url)} needs a driver: pip install {package}") from error
-    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        said = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise UsageError(f"--storage {masked(storage_url)} cannot be opened: {said}") from error
 
 
 class StudyStore:
@@ -173,17 +149,17 @@ class StudyStore:
 
     @classmethod
     def load(cls, storage_url: str, name: str | None) -> "StudyStore":
-        """Opens a study to read it; without a name, the only one that is there.
+        """Opens a study to read it; without a name, the only one that is there. Nothing is changed by it.
 
         Raises:
-            UsageError: there is no such study, or several and no name.
+            UsageError: there is no such study, or several and no name; or the storage cannot be opened.
         """
         check_storage_url(storage_url)
         database = sqlalchemy.engine.make_url(storage_url)
         if database.get_backend_name() == "sqlite" and not Path(database.database or "").exists():
             # To open it would make it.
             raise UsageError(f"--storage {masked(storage_url)}: there is no such file")
-        storage = open_storage(storage_url)
+        storage = open_storage(storage_url, reading=True)
         names = optuna.get_all_study_names(storage)
         if name is None and len(names) == 1:
             name = names[0]
@@ -391,9 +367,3 @@ class StudyStore:
 
 def _numerics_from_json(document: Mapping[str, Any]) -> NumericsCheck | str:
     return str(document["unchecked"]) if "unchecked" in document else NumericsCheck.from_json(document)
-
-
-def storage_fault(error: BaseException, storage_url: str) -> EnvironmentFault:
-    """The sentence for a storage that stopped answering in the middle of a study."""
-    said = str(getattr(error, "orig", None) or error).splitlines()[0]
-    return EnvironmentFault(f"the storage {masked(storage_url)} stopped answering: {said}; the same command goes on")

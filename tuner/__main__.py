@@ -2,6 +2,12 @@
 
 import sys
 
-from tuner.cli import main
+INTERRUPTED = 130
 
-sys.exit(main())
+try:
+    from tuner.cli import main  # takes half a second, in which Ctrl-C is to end this as quietly as later on
+
+    status = main()
+except KeyboardInterrupt:
+    status = INTERRUPTED
+sys.exit(status)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -10,9 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import optuna
 import rich.console
-import sqlalchemy.exc
 
 from objectives.cost_model.hardware import hardware_of, machine_of
 from objectives.cost_model.model import CostModel
@@ -20,11 +19,13 @@ from objectives.errors import DsTuneError, UsageError
 from objectives.machine import Machine
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
+from storage.database import storage_faults
 from storage.document import study_document
 from storage.export import export
 from storage.layout import ResultsFolder
+from storage.ownership import check_owner
 from storage.records import StudyState, StudySummary
-from storage.study_store import StudyStore, storage_fault
+from storage.study_store import StudyStore
 from storage.urls import check_storage_url, masked
 from tuner import dashboard
 from tuner.answers import Answers, answers_for, imagined_workload
@@ -39,6 +40,8 @@ from tuner.study import Study, quiet_optuna
 
 PIPE_COLUMNS = 120
 """Where nobody says how wide a line may be."""
+
+OUTPUT_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
 
 EXIT_FOUND, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -63,8 +66,6 @@ def tune(arguments: argparse.Namespace) -> int:
         interrupted = stop.requested
     except StopNow:
         interrupted = True
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        raise storage_fault(error, spec.storage_url) from error
     store = StudyStore.load(spec.storage_url, spec.study)
     summary = store.summary()
     written = export(summary, spec.results)
@@ -215,7 +216,8 @@ def report(arguments: argparse.Namespace) -> int:
 def export_again(arguments: argparse.Namespace) -> int:
     """Writes a stored study's files."""
     store = _load(arguments)
-    folder = results_folder(arguments.out)
+    check_owner(ResultsFolder(arguments.out), store.study.study_name, _storage_url(arguments), option="--out")
+    folder = results_folder(arguments.out, option="--out")
     for path in export(store.summary(), folder):
         print(path)
     return EXIT_FOUND
@@ -229,15 +231,13 @@ def show_dashboard(arguments: argparse.Namespace) -> int:
 
 
 def _storage_url(arguments: argparse.Namespace) -> str:
-    if arguments.storage:
-        return str(arguments.storage)
-    folder = ResultsFolder(arguments.results)
-    if not folder.database.exists():
-        raise UsageError(f"there is no study in {arguments.results}; name its folder with --results or its --storage")
-    return folder.storage_url
+    """The database that a command is about, whether it is there or not."""
+    return arguments.storage or ResultsFolder(arguments.results).storage_url
 
 
 def _load(arguments: argparse.Namespace) -> StudyStore:
+    if not arguments.storage and not ResultsFolder(arguments.results).database.exists():
+        raise UsageError(f"there is no study in {arguments.results}; name its folder with --results or its --storage")
     return StudyStore.load(_storage_url(arguments), arguments.study)
 
 
@@ -269,14 +269,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_optuna()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     try:
-        return run(make_parser().parse_args(words))
+        arguments = make_parser().parse_args(words)
+        with storage_faults(_storage_url(arguments)) if "storage" in arguments else contextlib.nullcontext():
+            status = run(arguments)
+        sys.stdout.flush()  # what cannot be written is said here, not by the interpreter in its last moment
+        return status
     except DsTuneError as error:
         print(f"ds-tune: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
     except BrokenPipeError:
         # The reader of our output has gone (`ds-tune report | head`): nothing is left to tell anybody.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
+        return EXIT_ERROR
+    except OSError as error:
+        print(f"ds-tune: {_system_fault(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _forget_output()
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _system_fault(error: OSError) -> str:
+    """The sentence for what nobody foresaw: which file it was, and what the system said."""
+    path = error.filename2 or error.filename
+    said = error.strerror or str(error)
+    if path is not None:
+        return f"{path} cannot be used ({said}); put that right and repeat the command"
+    if error.errno in OUTPUT_ERRORS:  # files say their names; of what is printed, the system has none
+        return f"the output cannot be written ({said}); direct it elsewhere"
+    return f"the system refused what it was asked for ({said}); put that right and repeat the command"
+
+
+def _forget_output() -> None:
+    """Has what is left of the output go nowhere: the interpreter would try once more to write it."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

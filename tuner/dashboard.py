@@ -6,7 +6,7 @@ import socket
 import optuna_dashboard
 
 from objectives.errors import UsageError
-from storage.study_store import open_storage
+from storage.database import open_storage
 
 HOST = "127.0.0.1"
 """The dashboard has no authentication and can delete studies: it is for this machine's user only."""
@@ -28,4 +28,4 @@ def serve(storage_url: str, port: int) -> None:
     # Started in the background of a script, a process ignores Ctrl-C; this one promises to end by it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"optuna-dashboard on http://{HOST}:{port}/dashboard/ (Ctrl-C ends it)", flush=True)
-    optuna_dashboard.run_server(open_storage(storage_url), host=HOST, port=port)
+    optuna_dashboard.run_server(open_storage(storage_url, reading=True), host=HOST, port=port)

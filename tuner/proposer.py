@@ -25,8 +25,8 @@ from objectives.timing import FEWEST_FOR_SPREAD, StepPlan
 from objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.003
-"""What is not expected to make training so much faster is not worth a trial. Replayed on four recorded surfaces, the best
-that is left out is 0.0 to 0.9% faster on average (benchmarks/search.py)."""
+"""What is not expected to make training so much faster is not worth a trial. Replayed on four recorded surfaces, the
+best that is left out is 0.0 to 0.9% faster on average (benchmarks/search.py)."""
 
 COST_POWER = 0.5
 """How much a trial's seconds weigh: 0 not at all, 1 for gain a second."""

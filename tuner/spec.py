@@ -84,11 +84,14 @@ def parse_memory(text: str) -> int:
     return int(size)
 
 
-def results_folder(path: Path) -> ResultsFolder:
+def results_folder(path: Path, *, option: str = "--results") -> ResultsFolder:
     """The folder for results, checked before anything runs.
 
+    Args:
+        option: which one named it.
+
     Raises:
-        UsageError: it is a file or cannot be written to.
+        UsageError: it is a file or cannot be written to, or something in it is in the way.
     """
     folder = ResultsFolder(path)
     try:
@@ -97,5 +100,9 @@ def results_folder(path: Path) -> ResultsFolder:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"--results {path} cannot be written to ({error.strerror}); name another folder") from error
+        raise UsageError(f"{option} {path} cannot be written to ({error.strerror}); name another folder") from error
+    in_the_way = folder.in_the_way()
+    if in_the_way is not None:
+        kind = "a folder" if in_the_way.is_dir() else "no folder"
+        raise UsageError(f"{option} {path} cannot be used: {in_the_way} is {kind}; move it away or name another folder")
     return folder

@@ -14,7 +14,10 @@ class StopNow(BaseException):
 
 
 class StopSignals:
-    """While it is entered: the first SIGINT asks to finish the trial, the second, SIGTERM or SIGHUP end at once."""
+    """While it is entered: the first SIGINT asks to finish the trial, the second, SIGTERM or SIGHUP end at once.
+
+    What the tuner was started to ignore, such as SIGHUP under `nohup`, it goes on ignoring.
+    """
 
     def __init__(self, on_first_interrupt: Callable[[], None]) -> None:
         self.requested = False
@@ -23,7 +26,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -1,14 +1,12 @@
 """The loop of a study: ask -> run -> save -> tell, from wherever an earlier run left it."""
 
 import datetime
-import json
 import time
 
 import optuna
 
 from objectives.cost_model.model import CostModel
 from objectives.errors import EnvironmentFault, UsageError
-from objectives.files import write_atomically
 from objectives.machine import software_versions
 from objectives.objective import Objective
 from objectives.trial import Failure, FailureKind, TrialConfig
@@ -16,6 +14,7 @@ from storage.earlier import earlier_records
 from storage.export import write_trial_inputs
 from storage.lock import StudyLock
 from storage.markdown import summary_markdown
+from storage.ownership import check_owner, claim
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.study_store import SOURCE, Identity, StudyStore
 from tuner.finals import Finals, Verification
@@ -75,7 +74,7 @@ class Study:
             StopNow: told to stop at once; everything finished is stored.
         """
         spec = self._spec
-        claim_results(spec)
+        check_owner(spec.results, spec.study, spec.storage_url)
         with StudyLock(spec.storage_url, spec.study):
             identity = Identity(
                 objective=OBJECTIVE,
@@ -86,6 +85,8 @@ class Study:
                 recording=spec.recording,
             )
             store = StudyStore.create_or_resume(spec.storage_url, spec.study, identity, self._versions, self._sampler)
+            # Not before: a storage that turned out to be of no use owns nothing.
+            claim(spec.results, spec.study, spec.storage_url)
             if isinstance(self._sampler, CostModelSampler):
                 self._sampler.learn_from(earlier_records(store, identity))
             again = store.recover(self._space.config_of)
@@ -243,30 +244,7 @@ def check_failure(record: TrialRecord, failures_in_a_row: int) -> None:
         )
 
 
-def claim_results(spec: StudySpec) -> None:
-    """Makes the results folder this study's, so that two studies never write over each other's files.
-
-    Raises:
-        UsageError: it holds another study's results.
-    """
-    owner = {"study": spec.study}
-    path = spec.results.owner
-    if path.exists():
-        try:
-            holds = json.loads(path.read_text())["study"]
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(
-                f"--results {spec.results.root} has a study.json that is not ds-tune's; name another folder"
-            ) from None
-        if holds != spec.study:
-            raise UsageError(
-                f"--results {spec.results.root} holds the results of study {holds}; "
-                f"give this one a folder of its own, such as --results {spec.results.root}-{spec.study}"
-            )
-        return
-    write_atomically(path, json.dumps(owner) + "\n")
-
-
 def quiet_optuna() -> None:
     """Leaves the terminal to ds-tune's own lines."""
     optuna.logging.disable_default_handler()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # without a handler, Python prints warnings by itself

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from objectives.errors import UsageError
+from objectives.errors import EnvironmentFault, UsageError
 from storage.lock import StudyLock, lock_file
 
 HOLDER = """
@@ -69,3 +70,17 @@ def test_the_lock_of_a_server_is_in_the_temporary_folder_and_hides_the_password(
     assert "hunter2" not in lock.name
     assert lock == lock_file("postgresql://me:changed@host/db", "study")
     assert lock != lock_file("postgresql://me:hunter2@host/other", "study")
+
+
+def test_a_lock_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError) as refused, StudyLock("sqlite:////proc/x.db", "study"):
+        pass
+    assert str(refused.value) == (
+        "--storage sqlite:////proc/x.db: the folder /proc cannot be written to (No such file or directory); "
+        "name a file elsewhere"
+    )
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/gone")
+    with pytest.raises(
+        EnvironmentFault, match=f"folder {tmp_path}/gone cannot be written to .*; set TMPDIR to another"
+    ):
+        StudyLock("postgresql://me:hunter2@host/db", "study").__enter__()

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -57,12 +57,12 @@ def tune(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., Finishe
 
 @pytest.fixture
 def tuning(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts `tune` with an objective that never answers; returns once its trial runs."""
+    """Starts `tune`, maybe by a `program`, with an objective that never answers; returns once its trial runs."""
     started = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, program: Sequence[str] = ()) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*ANALYTIC_TUNE, "--answer", "hang", *SPACE, *SAMPLER, *arguments],
+            [*program, *ANALYTIC_TUNE, "--answer", "hang", *SPACE, *SAMPLER, *arguments],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

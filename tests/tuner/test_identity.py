@@ -80,6 +80,30 @@ def test_a_results_folder_holds_one_study(tune: Tune, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "autotuning_results").iterdir()) == before
 
 
+def test_studies_of_one_name_in_two_storages_do_not_share_a_folder(tune: Tune, tmp_path: Path) -> None:
+    assert tune("--trials", "1", "--storage", "sqlite:///a.db").returncode == 0
+    refused = tune("--trials", "1", "--storage", "sqlite:///b.db")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"ds-tune: --results autotuning_results holds the results of study ds-tune in sqlite:///{tmp_path}/a.db; "
+        "give this one a folder of its own, such as --results autotuning_results-2\n"
+    )
+    assert not (tmp_path / "b.db").exists()
+    assert tune("--trials", "2", "--storage", f"sqlite:///{tmp_path}/a.db").returncode == 0
+
+
+def test_a_study_is_not_exported_over_anothers_results(tune: Tune, command: Tune) -> None:
+    for name in ("first", "second"):
+        assert tune("--trials", "1", "--results", name).returncode == 0
+    refused = command("export", "--results", "first", "--out", "second")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "ds-tune: --out second holds the results of study ds-tune in second/study.db; "
+        "give this one a folder of its own, such as --out second-2\n"
+    )
+    assert command("export", "--results", "first", "--out", "first").returncode == 0
+
+
 def test_two_studies_share_a_database_from_folders_of_their_own(tune: Tune, tmp_path: Path) -> None:
     for name in ("first", "second"):
         database = ["--storage", "sqlite:///both.db"]
