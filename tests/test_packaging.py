@@ -48,5 +48,5 @@ def test_wheel_has_the_command(wheel: zipfile.ZipFile) -> None:
     parser = configparser.ConfigParser()
     parser.read_string(wheel.read(entry_points).decode())
     assert {section: dict(parser[section]) for section in parser.sections()} == {
-        "console_scripts": {"ds-tune": "tuner.cli:main"}
+        "console_scripts": {"ds-tune": "tuner.__main__:run"}
     }

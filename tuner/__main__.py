@@ -1,13 +1,19 @@
-"""`python -m tuner`."""
+"""`python -m tuner`, and the command `ds-tune`."""
 
 import sys
 
 INTERRUPTED = 130
 
-try:
-    from tuner.cli import main  # takes half a second, in which Ctrl-C is to end this as quietly as later on
 
-    status = main()
-except KeyboardInterrupt:
-    status = INTERRUPTED
-sys.exit(status)
+def run() -> int:
+    """Returns the exit status."""
+    try:
+        from tuner.cli import main  # takes half a second, in which Ctrl-C is to end this as quietly as later on
+
+        return main()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(run())
