@@ -21,6 +21,7 @@ _OUT_OF_MEMORY_TEXT = re.compile(
     r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
     r"|failed to allocate"
     r"|unable to mmap .* bytes"
+    r"|cannot map zero-fill pages"  # the dynamic linker's, of a library's variables
     # A resource limit leaves no room for a thread's stack: Python's, OpenMP's and C++'s words.
     r"|can't start new thread|Thread creation failed"
     r"|(?:^|what\(\): +|RuntimeError: )Resource temporarily unavailable$"

@@ -24,6 +24,7 @@ from objectives.trial import Failure, FailureKind
         RuntimeError("std::bad_alloc"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("unable to mmap 4096 bytes from file </model.safetensors>: Cannot allocate memory (12)"),
+        ImportError("libtorch_cpu.so: cannot map zero-fill pages"),
         OSError(12, "Cannot allocate memory"),
         RuntimeError("can't start new thread"),
         RuntimeError("Resource temporarily unavailable"),  # std::thread without room for its stack

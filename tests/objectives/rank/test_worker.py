@@ -133,7 +133,7 @@ def test_a_deepspeed_setting_that_cannot_be_is_an_invalid_configuration_that_nam
 def test_memory_that_runs_out_while_a_rank_starts_is_told_as_that(train: Train, fault: Fault) -> None:
     fault("rank=1 phase=import kind=memory")
     failure = failed(train())
-    assert (failure.kind, failure.phase) == (FailureKind.OUT_OF_MEMORY, "start")
+    assert (failure.kind, failure.phase) == (FailureKind.OUT_OF_MEMORY, "start"), failure
 
 
 def test_a_machine_that_torch_cannot_use_is_told_before_any_trial(
