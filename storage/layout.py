@@ -8,7 +8,7 @@ from objectives.trial import TrialConfig
 DEFAULT_RESULTS = "autotuning_results"
 """As DeepSpeed's own autotuner names it."""
 
-TRIAL_FOLDERS = "z[0-3]_gas*_tmbspg*"
+TRIAL_FOLDERS = "z[0-3]_*gas*_tmbspg*"
 """What the names of all trials' folders look like."""
 
 

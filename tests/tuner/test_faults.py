@@ -71,14 +71,14 @@ def test_a_folder_where_a_file_is_to_be_written_is_said_before_the_search(tune: 
     )
 
 
-def test_a_file_where_a_trials_folder_is_to_be_is_said_before_the_search(tune: Tune, here: Path) -> None:
+@pytest.mark.parametrize("name", ["z0_gas1_tmbspg1", "z1_ac1_compile-blocks_gas8_tmbspg16"])
+def test_a_file_where_a_trials_folder_is_to_be_is_said_before_the_search(tune: Tune, here: Path, name: str) -> None:
     (here / "results").mkdir()
-    (here / "results" / "z0_gas1_tmbspg1").touch()
+    (here / "results" / name).touch()
     refused = tune(*TRIALS, "--results", "results")
     assert refused.returncode == 2
     assert refused.stderr == (
-        "ds-tune: --results results cannot be used: results/z0_gas1_tmbspg1 is no folder; "
-        "move it away or name another folder\n"
+        f"ds-tune: --results results cannot be used: results/{name} is no folder; move it away or name another folder\n"
     )
 
 

@@ -3,9 +3,9 @@
 import csv
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,11 @@ def store(folder: Path, results: str = "autotuning_results") -> StudyStore:
 
 
 def test_a_whole_study_of_recorded_points_takes_seconds(folder: Path) -> None:
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, "-P", "-m", "tuner", "--replay", "surface.jsonl", "--trials", "9", "--seed", "1"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - started < 20
+    # Processor time: a busy machine takes longer by the clock.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == (
