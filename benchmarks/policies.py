@@ -78,6 +78,10 @@ class Ours:
             observations.append(said)
         return observations
 
+    def baselines(self, configs: Sequence[TrialConfig], runs: Sequence[Run]) -> list[TrialConfig]:
+        """The baselines in the order to try them."""
+        return self._proposer.baselines(configs, self.observations(runs))
+
     def next(self, runs: Sequence[Run]) -> TrialConfig | None:
         taken = [row for run in runs if (row := self._proposer.row(run.config)) is not None]
         proposal = self._proposer.propose(self.observations(runs), taken, self._random)
@@ -238,6 +242,3 @@ MAKERS: dict[str, Callable[[Surface, Space, int], Policy]] = {
     "deepspeed-fast": lambda surface, space, seed: DeepSpeedFast(surface, space),
     "oracle": lambda surface, space, seed: Oracle(surface),
 }
-
-FEW_SEEDS = {"gp": 5}
-"""A policy that takes seconds to ask."""

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import tabulate
-from policies import FEW_SEEDS, MAKERS, Policy, Run
+from policies import MAKERS, Ours, Policy, Run
 
 from objectives.machine import GIB
 from objectives.surface import Surface, read_surface
@@ -63,12 +63,13 @@ def search(surface: Surface, space: Space, policy: Policy, seed: int, trials: in
     runs: list[Run] = []
     regrets: dict[int, float] = {}
     seconds, good_after, asking = 0.0, None, 0.0
-    baselines = iter(space.baselines)
     while len(runs) < trials:
-        config: TrialConfig | None
-        if not any(run.rate for run in runs) and (config := next(baselines, None)) is not None:
-            pass
-        else:
+        config: TrialConfig | None = None
+        if not any(run.rate for run in runs):
+            tried = {run.config for run in runs}
+            in_turn = policy.baselines(space.baselines, runs) if isinstance(policy, Ours) else space.baselines
+            config = next((config for config in in_turn if config not in tried), None)
+        if config is None:
             begun = time.perf_counter()
             config = policy.next(runs)
             asking += time.perf_counter() - begun
@@ -151,7 +152,7 @@ def main() -> None:
         space = space_of(surface)
         name = path.stem if cap is None else f"{path.stem} ≤ {cap:g} GiB (derived)"
         for policy in arguments.policy:
-            seeds = range(min(arguments.seeds, FEW_SEEDS.get(policy, arguments.seeds)))
+            seeds = range(arguments.seeds)
             found = [search(surface, space, MAKERS[policy](surface, space, seed), seed, 20) for seed in seeds]
             lines.append([name, policy, *_figures(found)])
             print(json.dumps(dict(zip(headings, lines[-1], strict=True)), ensure_ascii=False), flush=True)

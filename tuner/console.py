@@ -211,14 +211,14 @@ def trial_line(record: TrialRecord, summary: StudySummary) -> rich.text.Text:
     memory = f"{peak / GIB:.2f} GiB" if peak is not None else "–"
     line = rich.text.Text.assemble(
         (f"#{record.number:<3}", "bold"),
-        (f"{record.config.name:<22}", "cyan"),
+        (f"{record.config.name:<22} ", "cyan"),
     )
     if isinstance(record.outcome, Measurement):
-        line.append(f"{rate_words(record):>16} samples/s")
+        line.append(f"{rate_words(record):>15} samples/s")
         line.append(f"{memory:>12}  ")
         line.append(summary.figures.mark(record.state.value), style=_STYLES[record.state])
     else:
-        line.append(f"{summary.figures.mark(record.state.value):>9}", style=_STYLES[record.state])
+        line.append(f"{summary.figures.mark(record.state.value):>8}", style=_STYLES[record.state])
     if record.reason is not None:
         line.append(f"  {record.reason}")
     best = summary.best

@@ -35,6 +35,10 @@ FIT_POWER = 2
 """How much the probability of fitting weighs; 1 would be the plain expectation, but a trial that runs out of memory
 also leaves a person with one result fewer."""
 
+UNLIKELY_TO_FIT = 0.2
+"""A baseline with less than this waits until others have been tried: under 32 GiB one GPU ran the untuned training of
+GPT2-xl out of memory in four stages before it offloaded."""
+
 TWIN_FITS = 0.5
 """On one GPU ZeRO-3 is not for what is so likely to fit in a lower stage."""
 
@@ -118,6 +122,19 @@ class Proposer:
             config=self.grid.configs[row],
             forecast=self.forecast(row, rates, memory),
             expected_gain=expected_gain,
+        )
+
+    def baselines(self, configs: Sequence[TrialConfig], observations: Sequence[Observation]) -> list[TrialConfig]:
+        """The baselines in the order to try them: theirs, but those that are unlikely to fit come last.
+
+        Those that certainly don't fit are left out; but a trial has to say so of the last there is.
+        """
+        _, memory = self.beliefs(observations)
+        rows = {config: self.row(config) for config in configs}
+        unlikely = {config: row is not None and memory.fits[row] < UNLIKELY_TO_FIT for config, row in rows.items()}
+        vain = {config: row is not None and memory.certainly_too_large[row] for config, row in rows.items()}
+        return sorted(
+            (config for config in configs if config == configs[-1] or not vain[config]), key=unlikely.__getitem__
         )
 
     def forecast(self, row: int, rates: RatePosterior, memory: MemoryPosterior) -> Forecast:

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from collections.abc import Sequence
 
 import optuna
 
@@ -185,10 +186,11 @@ class Study:
         if summary.baseline is not None or store.has_waiting():
             return None
         tried = {record.config.name: record for record in summary.records}
-        for config in self._space.baselines:
+        in_turn: Sequence[TrialConfig] = self._space.baselines
+        if isinstance(self._sampler, CostModelSampler):
+            in_turn = self._sampler.baselines(store.study.get_trials(deepcopy=False))
+        for config in in_turn:
             record = tried.get(config.name)
-            if record is None and self._is_in_vain(store, config):
-                continue
             if record is None:
                 store.enqueue(self._space.params(config), Source.BASELINE)
                 return None
@@ -201,12 +203,6 @@ class Study:
         core = self._spec.only is None and self._spec.preset == "core"
         hint = "; --preset speed also searches what saves memory" if core else ""
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
-
-    def _is_in_vain(self, store: StudyStore, config: TrialConfig) -> bool:
-        """Whether a baseline need not be launched; of the last there is, a trial has to say so."""
-        if not isinstance(self._sampler, CostModelSampler) or config == self._space.baselines[-1]:
-            return False
-        return self._sampler.certainly_too_large(config, store.study.get_trials(deepcopy=False))
 
     def _settled(self, store: StudyStore, summary: StudySummary) -> str | None:
         """Why no further trial is worth its time; None to go on, and where trials were asked for by `--more`."""

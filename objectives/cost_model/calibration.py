@@ -29,7 +29,14 @@ MEMORY_NOISE = 0.008
 
 FRAGMENTATION = 0.02
 """Of its capacity, an allocator in distress cannot use so much; blocks that fit nowhere."""
-FRAGMENTATION_SPREAD = 0.015
+FRAGMENTATION_SPREAD = 0.012
+"""How far that may be off on a machine with a model: the same for all of a study, so that it is learned."""
+OWN_FRAGMENTATION_SPREAD = 0.009
+"""How far a single configuration differs from that: of two with the same peak one may fit."""
+
+STAGES_IN_COMMON = 0.5
+"""Of how far the rates of ZeRO-0, 1 and 2 are off: they compute the same, and differ in the reduction of gradients and
+in the optimizer step. ZeRO-3 gathers parameters around every module."""
 
 _NORMAL = NormalDist()
 
@@ -146,15 +153,13 @@ class MemoryPosterior:
     mean_bytes: Floats
     deviation_bytes: Floats
     capacity_bytes: float
-    outside_bytes: float = 0.0
-    """Of the capacity, what tensors cannot have (`Hardware.outside_bytes`)."""
+    fragments: "Fragments"
 
     @property
     def fits(self) -> Floats:
         """Probability that each runs without running out of memory."""
-        usable = usable_bytes(self.capacity_bytes, self.outside_bytes)
-        spread = np.hypot(self.deviation_bytes, FRAGMENTATION_SPREAD * self.capacity_bytes)
-        return normal_cdf((usable - self.mean_bytes) / spread)
+        spread = np.hypot(self.deviation_bytes, self.fragments.deviation_bytes)
+        return normal_cdf((self.fragments.usable_bytes - self.mean_bytes) / spread)
 
     @property
     def certainly_too_large(self) -> npt.NDArray[np.bool_]:
@@ -184,9 +189,38 @@ def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePost
     return RatePosterior(relative / relative.sum(), np.array(means), np.array(deviations))
 
 
-def usable_bytes(capacity_bytes: float, outside_bytes: float) -> float:
-    """What tensors can have, when nothing more than usual is lost to fragments."""
-    return (capacity_bytes - outside_bytes) * (1 - FRAGMENTATION)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fragments:
+    """What is believed to be lost to fragments, as a fraction of what there is for tensors."""
+
+    for_tensors_bytes: float
+    """The capacity less what tensors cannot have (`Hardware.outside_bytes`)."""
+    mean: float = FRAGMENTATION
+    variance: float = FRAGMENTATION_SPREAD**2
+    """Of what all configurations have in common."""
+
+    @property
+    def usable_bytes(self) -> float:
+        """What tensors can have."""
+        return self.for_tensors_bytes * (1 - self.mean)
+
+    @property
+    def deviation_bytes(self) -> float:
+        """Of what one configuration can have."""
+        return self.for_tensors_bytes * math.sqrt(self.variance + OWN_FRAGMENTATION_SPREAD**2)
+
+    def given(self, fraction: float, variance: float) -> "Fragments":
+        """After one configuration was seen to lose this fraction, give or take that variance."""
+        gain = self.variance / (self.variance + variance + OWN_FRAGMENTATION_SPREAD**2)
+        return dataclasses.replace(
+            self, mean=self.mean + gain * (fraction - self.mean), variance=self.variance * (1 - gain)
+        )
+
+    def given_fits(self, peak_bytes: float) -> "Fragments":
+        """After one configuration ran with this peak: it lost no more than the rest."""
+        limit = 1 - peak_bytes / self.for_tensors_bytes
+        site = _gaussian_of_excess(-self.mean, self.variance + OWN_FRAGMENTATION_SPREAD**2, -limit)
+        return self if site is None else self.given(-site[0], site[1])
 
 
 def calibrate_memory(
@@ -208,18 +242,28 @@ def calibrate_memory(
     rows = np.array([each.row for each in measured], dtype=int)
     peaks = np.array([each.peak_bytes for each in measured], dtype=float)
     residuals, noise = peaks - grid.peak_bytes[rows], (MEMORY_NOISE * peaks) ** 2
+    fragments = Fragments(capacity_bytes - outside_bytes)
+    for peak_bytes in peaks:
+        fragments = fragments.given_fits(float(peak_bytes))
     for each in observations:
         if not each.ran_out:
             continue
         mean, variance = _posterior_at(kernel, each.row, rows, residuals, noise)
-        limit = usable_bytes(capacity_bytes, outside_bytes) - grid.peak_bytes[each.row]
-        site = _gaussian_of_excess(mean, variance, limit)
+        # Its peak and its fragments together were above what there is; what each of the two learns from that leaves
+        # out what the other did not know.
+        limit, lost = fragments.usable_bytes - grid.peak_bytes[each.row], fragments.deviation_bytes**2
+        site = _gaussian_of_excess(mean, variance + lost, limit)
         if site is not None:
+            value, doubt = site
             rows = np.append(rows, each.row)
-            residuals, noise = np.append(residuals, site[0]), np.append(noise, site[1])
+            residuals, noise = np.append(residuals, value), np.append(noise, doubt + lost)
+            fragments = fragments.given(
+                fragments.mean + (value - mean) / fragments.for_tensors_bytes,
+                (doubt + variance) / fragments.for_tensors_bytes**2,
+            )
     mean_bytes, variances, _ = _condition(kernel, rows, residuals, noise)
     variances = variances + (MEMORY_NOISE * grid.peak_bytes) ** 2
-    return MemoryPosterior(grid.peak_bytes + mean_bytes, np.sqrt(variances), capacity_bytes, outside_bytes)
+    return MemoryPosterior(grid.peak_bytes + mean_bytes, np.sqrt(variances), capacity_bytes, fragments)
 
 
 def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[float, float] | None:
@@ -251,7 +295,7 @@ class _Kernel:
 
 def _rate_kernel(grid: Grid, trust: Trust) -> _Kernel:
     def between(one: Rows, other: Rows) -> Floats:
-        stage = _same(grid.stage, one, other)
+        stage = _alike_stages(grid.stage, one, other)
         knobs = _same(grid.knobs, one, other)
         micro = _smooth(grid.log2_micro_batch, one, other, length=2.0)
         accumulation = _smooth(grid.log2_accumulation, one, other, length=2.0)
@@ -302,6 +346,11 @@ def _outer(values: Floats, one: Rows, other: Rows) -> Floats:
 
 def _same(values: npt.NDArray[Any], one: Rows, other: Rows) -> Floats:
     return np.asarray(np.equal.outer(values[one], values[other]), dtype=np.float64)
+
+
+def _alike_stages(stages: npt.NDArray[Any], one: Rows, other: Rows) -> Floats:
+    whole = stages < 3
+    return np.maximum(_same(stages, one, other), STAGES_IN_COMMON * np.logical_and.outer(whole[one], whole[other]))
 
 
 def _smooth(values: Floats, one: Rows, other: Rows, *, length: float) -> Floats:

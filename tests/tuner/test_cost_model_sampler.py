@@ -227,7 +227,6 @@ def test_records_of_configurations_outside_the_space_are_passed_over(open_study:
     assert sampler.observations([trial]) == []
     assert sampler.propose([trial], 1) == sampler.propose([], 1)
     assert sampler.forecast(outside, trials_of(store)) is None
-    assert not sampler.certainly_too_large(outside, trials_of(store))
 
 
 def test_a_crash_teaches_nothing_and_its_configuration_is_left_alone(open_study: Open) -> None:
@@ -265,7 +264,6 @@ def test_a_small_space_is_tried_to_its_end_and_then_there_is_nothing(open_study:
 def test_there_is_nothing_either_where_all_that_is_left_cannot_fit() -> None:
     hopeless = sampler_of(FEW, capacity_gib=4)
     assert hopeless.propose([], 0) is None
-    assert all(hopeless.certainly_too_large(config, []) for config in FEW.legal)
     assert sum(each.configurations for each in hopeless.excluded([])) == len(FEW.legal)
 
 

@@ -1,6 +1,7 @@
 """Optuna's samplers propose legal configurations, none twice, and what they propose can be repeated."""
 
 import re
+from typing import Any
 
 import optuna
 import pytest
@@ -45,6 +46,21 @@ def test_no_configuration_is_proposed_twice_and_all_are_legal(sampler: str, chan
     names = search(new_study(space, 1, sampler), space, min(8 if sampler == "gp" else 20, len(space.legal)))
     assert len(set(names)) == len(names)
     assert set(names) <= {config.name for config in space.legal}
+
+
+def test_the_gp_is_asked_once_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes half a second and insists; in place of what is not new comes what is nearest to it."""
+    asked: list[int] = []
+    sample = optuna.samplers.GPSampler.sample_relative
+
+    def counted(self: optuna.samplers.GPSampler, *args: Any) -> dict[str, Any]:
+        asked.append(1)
+        return sample(self, *args)
+
+    monkeypatch.setattr(optuna.samplers.GPSampler, "sample_relative", counted)
+    space = space_of(max_micro_batch=4, max_global_batch=8)
+    names = search(new_study(space, 2, "gp"), space, 8)
+    assert len(asked) == len(set(names)) == 8
 
 
 def test_a_small_space_is_searched_to_its_end() -> None:

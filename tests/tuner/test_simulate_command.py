@@ -211,15 +211,33 @@ def out_of_memory(record: TrialRecord) -> bool:
     return isinstance(record.outcome, Failure) and (record.reason or "").startswith("out of memory in ")
 
 
-def test_where_zero_0_runs_out_of_memory_the_baseline_is_the_smallest_that_fits(simulate: Run, folder: Path) -> None:
+def test_where_zero_0_is_unlikely_to_fit_the_baseline_is_the_smallest_that_does(simulate: Run, folder: Path) -> None:
     """35 GiB are more than an RTX 4090's 23.6, but not beyond all doubt before anything was measured."""
     assert simulate("--trials", "5", hardware="2xRTX4090")[0] == 0
+    summary = store(folder).summary()
+    assert summary.baseline is summary.records[0]
+    assert (summary.records[0].config.name, summary.records[0].source) == ("z1_gas1_tmbspg1", Source.BASELINE)
+    assert not any(out_of_memory(record) for record in summary.records)
+
+
+def test_where_zero_0_runs_out_of_memory_the_baseline_is_the_smallest_that_fits(simulate: Run, folder: Path) -> None:
+    """35 GiB would just fit into 34 if the formula were a little wrong."""
+    assert simulate("--trials", "5", "--memory-cap", "34GiB", hardware="2xH200")[0] == 0
     summary = store(folder).summary()
     first, second = summary.records[:2]
     assert out_of_memory(first) and (first.config.name, first.source) == ("z0_gas1_tmbspg1", Source.BASELINE)
     assert summary.baseline is second and second.config.name == "z1_gas1_tmbspg1"
     report = ResultsFolder(folder / "autotuning_results").summary_markdown.read_text()
     assert re.search(r"\| baseline +\| z1_gas1_tmbspg1 +\|", report)
+
+
+def test_names_and_states_stay_apart_however_long_a_name_is(simulate: Run, folder: Path) -> None:
+    code, said, _ = simulate("--trials", "7", "--preset", "speed", "--memory-cap", "32GiB", hardware="1xH100")
+    assert code == 0
+    lines = [line.split() for line in said.splitlines() if line.startswith("#")]
+    names = [record.config.name for record in store(folder).summary().records]
+    assert [words[1] for words in lines] == names
+    assert max(map(len, names)) > 40
 
 
 def test_where_zero_0_certainly_does_not_fit_it_is_not_launched(simulate: Run, folder: Path) -> None:
