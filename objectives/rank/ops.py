@@ -1,9 +1,10 @@
-"""What DeepSpeed would compile in the middle of the first trial: its optimizer, once on a machine."""
+"""What DeepSpeed would compile in the middle of a trial, once on a machine: its optimizer, and DeepCompile's op."""
 
 import contextlib
 import fcntl
 import importlib
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +13,17 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.compile.util import get_deepcompile_handle
+from deepspeed.ops.op_builder.dc import DeepCompileBuilder
 from torch.utils.cpp_extension import get_default_build_root
 
 from objectives.errors import EnvironmentFault
 
 COMPILE_SECONDS = 900.0
 """Seen: 33 s beside an H200, two and a half minutes on two busy cores."""
+
+SAID_CHARACTERS = 200
+"""Of a compiler, in a message; what it was called with is longer."""
 
 MUON_MODULE = "deepspeed.runtime.zero.muon.muon_optimizer"
 NO_COMPILER = "TORCHDYNAMO_DISABLE"
@@ -37,37 +43,53 @@ def optimizer_op(ds_config: Mapping[str, Any]) -> str | None:
 
 
 def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None], *, is_required: bool = True) -> None:
-    """Compiles and loads the optimizer's op; rank 0 compiles while the others wait.
+    """Compiles and loads the optimizer's op, if DeepSpeed has one for it: see `load_op`."""
+    name = optimizer_op(ds_config)
+    if name is None:
+        return
+    builder = get_accelerator().create_op_builder(name)
+    instead = 'let --ds-config set "torch_adam": true in the optimizer\'s params'
+    load_op(builder.name, lambda: builder.load(verbose=False), notice, instead=instead, is_required=is_required)
+
+
+def load_deepcompile_op(notice: Callable[..., None]) -> None:
+    """Compiles and loads what DeepCompile's graphs call: see `load_op`."""
+    load_op(DeepCompileBuilder.NAME, get_deepcompile_handle, notice, instead="leave compile=deepcompile out")
+
+
+def load_op(
+    name: str, load: Callable[[], object], notice: Callable[..., None], *, instead: str, is_required: bool = True
+) -> None:
+    """Compiles and loads one of DeepSpeed's ops; rank 0 compiles while the others wait.
 
     Args:
+        load: as DeepSpeed does it, compiled or not.
         notice: `Progress.notice`, called when it is going to take long.
+        instead: what a user can do where it cannot be compiled.
         is_required: nothing can run without it. Of another it is only told that it cannot be compiled.
 
     Raises:
         EnvironmentFault: it is required and cannot be compiled here.
     """
-    name = optimizer_op(ds_config)
-    if name is None:
-        return
-    builder = get_accelerator().create_op_builder(name)
     is_there = [True]
     if torch.distributed.get_rank() == 0:
         slow = threading.Timer(
             SLOW_LOAD_SECONDS,
             lambda: notice(
-                f"Compiling DeepSpeed's {builder.name}, once on this machine; it takes about a minute.",
+                f"Compiling DeepSpeed's {name}, once on this machine; it takes a minute or two.",
                 seconds=COMPILE_SECONDS,
             ),
         )
         slow.start()
         try:
-            with sole_builder(builder.name):
-                builder.load(verbose=False)
-        except (RuntimeError, OSError, ImportError) as error:
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            with sole_builder(name):
+                load()
+        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            said = next((line for line in lines if "error: " in line), lines[0])[:SAID_CHARACTERS]
             fault = EnvironmentFault(
-                f"DeepSpeed's {builder.name} cannot be compiled ({said}): it needs a C++ compiler, and for GPUs the "
-                'CUDA toolkit; or let --ds-config set "torch_adam": true in the optimizer\'s params'
+                f"DeepSpeed's {name} cannot be compiled ({said}): it needs a C++ compiler, and for GPUs the "
+                f"CUDA toolkit; or {instead}"
             )
             if is_required:
                 raise fault from error
@@ -77,7 +99,7 @@ def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None],
             slow.cancel()
     torch.distributed.broadcast_object_list(is_there)  # the others wait here
     if is_there[0]:
-        builder.load(verbose=False)
+        load()
 
 
 def import_muon(ds_config: Mapping[str, Any]) -> None:

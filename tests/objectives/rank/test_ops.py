@@ -1,7 +1,9 @@
-"""DeepSpeed's Muon is imported for every engine; only who trains with it needs torch's compiler for that."""
+"""What DeepSpeed compiles, and imports for every engine though only few train with it."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +23,27 @@ def test_it_loads_the_compiler_where_it_trains(optimizer: str, loads_the_compile
         [sys.executable, "-c", SCRIPT.format(optimizer=optimizer)], capture_output=True, text=True, check=True
     )
     assert ran.stdout.split()[-2:] == ["0", str(loads_the_compiler)]
+
+
+DEEPCOMPILE = """
+import torch
+torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=0, world_size=1)
+from objectives.errors import EnvironmentFault
+from objectives.rank.ops import load_deepcompile_op
+try:
+    load_deepcompile_op(lambda text, seconds: None)
+except EnvironmentFault as fault:
+    print(fault)
+"""
+
+
+def test_where_deepcompiles_op_cannot_be_compiled_it_says_so_and_what_to_do(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "false", "DS_ACCELERATOR": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, "-c", DEEPCOMPILE.format(folder=tmp_path)],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    said = ran.stdout.splitlines()[-1]
+    assert said.startswith("DeepSpeed's dc cannot be compiled (")
+    assert said.endswith("or leave compile=deepcompile out")
+    assert len(said) < 450
