@@ -134,34 +134,6 @@ class Search:
         return sum(each.ran_out for each in self.observations)
 
 
-# Where a search begins.
-
-
-def baselines_of(hardware: str) -> list[str]:
-    model = CostModel(XL, parse_hardware(hardware))
-    space = Space(Limits(ranks=model.hardware.ranks, max_micro_batch=8, max_global_batch=256))
-    return [config.name for config in Proposer(model, space.legal).baselines(space.baselines, [])]
-
-
-@pytest.mark.parametrize(
-    ("hardware", "stages"),
-    [
-        ("2xH200", [0, 1, 2, 3]),
-        # 35 GiB in 23.6: not beyond all doubt before anything was measured, but hardly.
-        ("2xRTX4090", [1, 2, 3, 0]),
-        ("16xV100-16GB", [1, 2, 3]),
-    ],
-    ids=["all fit", "the first is unlikely to", "it certainly does not"],
-)
-def test_the_baselines_that_are_unlikely_to_fit_wait(hardware: str, stages: list[int]) -> None:
-    assert baselines_of(hardware) == [f"z{stage}_gas1_tmbspg1" for stage in stages]
-
-
-def test_of_the_last_baseline_a_trial_has_to_say_that_it_does_not_fit() -> None:
-    space = Space(Limits(ranks=1, max_micro_batch=8, max_global_batch=64))
-    assert proposer_of(under(4)).baselines(space.baselines, []) == [space.baselines[-1]]
-
-
 # How soon the best is found.
 
 

@@ -12,7 +12,6 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from objectives.cost_model import calibration
 from objectives.cost_model.calibration import (
     RUN_NOISE,
     TIGHT,
@@ -192,28 +191,6 @@ def test_a_failure_does_not_overrule_what_was_measured() -> None:
     assert memory.fits[ROW["z3_gas1_tmbspg12"]] < 0.3
 
 
-def test_what_is_lost_to_fragments_is_learned_near_the_end_of_the_memory() -> None:
-    """Two configurations that need the same: whether one of them ran says whether the other will."""
-    one, other = ROW["z1_ac1_gas1_tmbspg32"], ROW["z2_ac1_gas1_tmbspg32"]
-    peak_bytes = recorded(one).peak_memory_bytes
-    assert recorded(other).peak_memory_bytes == pytest.approx(peak_bytes, rel=0.001)
-    known = observed_all("z1_ac1_gas1_tmbspg16", "z1_ac1_gas1_tmbspg24", "z2_ac1_gas1_tmbspg16", "z2_ac1_gas1_tmbspg24")
-    cap = peak_bytes / 0.98
-    before = calibrate_memory(GRID, known, cap)
-    ran = calibrate_memory(GRID, [*known, observed(one)], cap)
-    ran_out = calibrate_memory(GRID, [*known, Observation(row=one, ran_out=True)], cap)
-    assert ran_out.fits[other] < 0.6 * before.fits[other]
-    assert ran.fits[other] > 1.2 * before.fits[other]
-    # It is the machine that is known better; what the configurations need was known.
-    assert ran_out.fragments.mean > before.fragments.mean > ran.fragments.mean
-    assert ran_out.mean_bytes[other] == pytest.approx(before.mean_bytes[other], rel=0.01)
-
-
-def test_what_ran_with_room_to_spare_says_nothing_about_fragments() -> None:
-    memory = calibrate_memory(GRID, observed_all("z0_gas1_tmbspg1", "z0_gas1_tmbspg8"), CAPACITY)
-    assert memory.fragments == calibrate_memory(GRID, [], CAPACITY).fragments
-
-
 def test_what_no_tensor_can_have_counts_for_fitting_and_not_for_certainty() -> None:
     cap = 80 * GIB
     whole, less = calibrate_memory(GRID, [], cap), calibrate_memory(GRID, [], cap, outside_bytes=2.5 * GIB)
@@ -287,24 +264,6 @@ def test_a_common_factor_is_learned_from_one_trial() -> None:
     rates = calibrate_rates(GRID, [slower])
     others = [row for row in measured_rows() if GRID.launch_share[row] < 0.1]
     assert np.exp(rates.mean - GRID.log_rate)[others] == pytest.approx(0.5, rel=0.15)
-
-
-def test_a_surprise_in_one_stage_is_half_expected_of_those_that_compute_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    known = observed_all("z0_gas1_tmbspg8", "z1_gas1_tmbspg8", "z2_gas1_tmbspg8", "z3_gas1_tmbspg8")
-    row, like, unlike = (ROW[f"z{stage}_gas1_tmbspg2"] for stage in (2, 1, 3))
-
-    def moved() -> Floats:
-        before = calibrate_rates(GRID, known).mean
-        faster = Observation(row=row, log_rate=float(before[row]) + 0.1, relative_error=0.005)
-        return calibrate_rates(GRID, [*known, faster]).mean - before
-
-    some = moved()
-    monkeypatch.setattr(calibration, "STAGES_IN_COMMON", 0.0)
-    none = moved()
-    assert some[row] > some[like] > 1.2 * none[like]
-    assert some[unlike] < 0.2 * some[row]
 
 
 def test_what_was_measured_is_believed_to_within_its_noise() -> None:

@@ -1,0 +1,35 @@
+"""Where a search begins: with the untuned configuration, or with what is likely to fit in its place."""
+
+import pytest
+
+from objectives.cost_model.hardware import parse_hardware
+from objectives.cost_model.model import CostModel
+from objectives.workload import Workload
+from tuner.proposer import Proposer
+from tuner.space import Limits, Space
+
+XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+
+
+def baselines_on(hardware: str, workload: Workload = XL) -> list[str]:
+    model = CostModel(workload, parse_hardware(hardware))
+    space = Space(Limits(ranks=model.hardware.ranks, max_micro_batch=8, max_global_batch=256))
+    return [config.name for config in Proposer(model, space.legal).baselines(space.baselines, [])]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "stages"),
+    [
+        ("2xH200", [0, 1, 2, 3]),
+        # 35 GiB in 23.6: not beyond all doubt before anything was measured, but hardly.
+        ("2xRTX4090", [1, 2, 3, 0]),
+        ("16xV100-16GB", [1, 2, 3]),
+    ],
+    ids=["all fit", "the first is unlikely to", "it certainly does not"],
+)
+def test_the_baselines_that_are_unlikely_to_fit_wait(hardware: str, stages: list[int]) -> None:
+    assert baselines_on(hardware) == [f"z{stage}_gas1_tmbspg1" for stage in stages]
+
+
+def test_of_the_last_one_a_trial_has_to_say_that_it_does_not_fit() -> None:
+    assert baselines_on("1xV100-16GB") == ["z3_gas1_tmbspg1"]
