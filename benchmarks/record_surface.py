@@ -201,6 +201,9 @@ def main() -> int:
             with arguments.file.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
     finally:
         objective.close()
         launcher.close()
