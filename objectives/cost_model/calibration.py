@@ -243,8 +243,9 @@ def calibrate_memory(
     peaks = np.array([each.peak_bytes for each in measured], dtype=float)
     residuals, noise = peaks - grid.peak_bytes[rows], (MEMORY_NOISE * peaks) ** 2
     fragments = Fragments(capacity_bytes - outside_bytes)
-    for peak_bytes in peaks:
-        fragments = fragments.given_fits(float(peak_bytes))
+    for each in measured:
+        if each.is_own:  # an earlier study may have had more memory
+            fragments = fragments.given_fits(float(each.peak_bytes or 0))
     for each in observations:
         if not each.ran_out:
             continue

@@ -54,6 +54,12 @@ def test_what_ran_with_room_to_spare_says_nothing() -> None:
     assert beliefs().fragments == Fragments(CAPACITY)
 
 
+def test_what_ran_in_an_earlier_study_says_nothing() -> None:
+    """It may have had more memory, and no need of fragments."""
+    large = Observation(row=ROW["z1_gas1_tmbspg4"], peak_bytes=1.3 * CAPACITY, is_own=False)
+    assert beliefs(large).fragments == Fragments(CAPACITY)
+
+
 def test_one_configuration_never_says_everything() -> None:
     """A single one may differ from the rest of its study."""
     fragments = Fragments(CAPACITY).given(0.05, 0.0)
