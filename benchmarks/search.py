@@ -12,7 +12,7 @@ chosen configuration was within 2% of the best (of the runs that got there in 20
 out of memory. docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is
 expected to gain 0.3%; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high` and `ours-low` its
 predicted bytes 30% off: what a wrong prior costs. `oracle` knows the surface: what it loses, the noise takes from
-every policy.
+every policy. Each begins with the baselines until one fits; `ours` leaves out what cannot, as the study's loop does.
 """
 
 import argparse

@@ -147,13 +147,47 @@ class RatePosterior:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Fragments:
+    """What is believed to be lost to fragments, as a fraction of what there is for tensors."""
+
+    for_tensors_bytes: float
+    """The capacity less what tensors cannot have (`Hardware.outside_bytes`)."""
+    mean: float = FRAGMENTATION
+    variance: float = FRAGMENTATION_SPREAD**2
+    """Of what all configurations have in common."""
+
+    @property
+    def usable_bytes(self) -> float:
+        """What tensors can have."""
+        return self.for_tensors_bytes * (1 - self.mean)
+
+    @property
+    def deviation_bytes(self) -> float:
+        """Of what one configuration can have."""
+        return self.for_tensors_bytes * math.sqrt(self.variance + OWN_FRAGMENTATION_SPREAD**2)
+
+    def given(self, fraction: float, variance: float) -> "Fragments":
+        """After one configuration was seen to lose this fraction, give or take that variance."""
+        gain = self.variance / (self.variance + variance + OWN_FRAGMENTATION_SPREAD**2)
+        return dataclasses.replace(
+            self, mean=self.mean + gain * (fraction - self.mean), variance=self.variance * (1 - gain)
+        )
+
+    def given_fits(self, peak_bytes: float) -> "Fragments":
+        """After one configuration ran with this peak: it lost no more than the rest."""
+        limit = 1 - peak_bytes / self.for_tensors_bytes
+        site = _gaussian_of_excess(-self.mean, self.variance + OWN_FRAGMENTATION_SPREAD**2, -limit)
+        return self if site is None else self.given(-site[0], site[1])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class MemoryPosterior:
     """Predicted peaks of all configurations of the grid."""
 
     mean_bytes: Floats
     deviation_bytes: Floats
     capacity_bytes: float
-    fragments: "Fragments"
+    fragments: Fragments
 
     @property
     def fits(self) -> Floats:
@@ -187,40 +221,6 @@ def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePost
         evidences.append(math.log(trust.prior_weight) + evidence if speaks else -math.inf)
     relative = np.exp(np.array(evidences) - max(evidences))
     return RatePosterior(relative / relative.sum(), np.array(means), np.array(deviations))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fragments:
-    """What is believed to be lost to fragments, as a fraction of what there is for tensors."""
-
-    for_tensors_bytes: float
-    """The capacity less what tensors cannot have (`Hardware.outside_bytes`)."""
-    mean: float = FRAGMENTATION
-    variance: float = FRAGMENTATION_SPREAD**2
-    """Of what all configurations have in common."""
-
-    @property
-    def usable_bytes(self) -> float:
-        """What tensors can have."""
-        return self.for_tensors_bytes * (1 - self.mean)
-
-    @property
-    def deviation_bytes(self) -> float:
-        """Of what one configuration can have."""
-        return self.for_tensors_bytes * math.sqrt(self.variance + OWN_FRAGMENTATION_SPREAD**2)
-
-    def given(self, fraction: float, variance: float) -> "Fragments":
-        """After one configuration was seen to lose this fraction, give or take that variance."""
-        gain = self.variance / (self.variance + variance + OWN_FRAGMENTATION_SPREAD**2)
-        return dataclasses.replace(
-            self, mean=self.mean + gain * (fraction - self.mean), variance=self.variance * (1 - gain)
-        )
-
-    def given_fits(self, peak_bytes: float) -> "Fragments":
-        """After one configuration ran with this peak: it lost no more than the rest."""
-        limit = 1 - peak_bytes / self.for_tensors_bytes
-        site = _gaussian_of_excess(-self.mean, self.variance + OWN_FRAGMENTATION_SPREAD**2, -limit)
-        return self if site is None else self.given(-site[0], site[1])
 
 
 def calibrate_memory(
