@@ -26,9 +26,13 @@ def predicted_step_seconds(
     return samples * (seconds_per_sample or flops_per_sample / SLOWEST_FLOPS[device])
 
 
-def warmup_deadline(step_seconds: float, steps: int) -> float:
-    """For the warm-up, given the prediction for one step."""
-    return FIRST_STEP_SECONDS + SLACK * steps * step_seconds
+COMPILATION_SECONDS = {"model": 240.0, "deepcompile": 480.0}
+"""What is compiled as a whole takes longer with each layer; DeepCompile does it twice at stage 3."""
+
+
+def warmup_deadline(step_seconds: float, steps: int, compile: str = "off") -> float:
+    """For the warm-up, given the prediction for one step and how the model is compiled (the knob's value)."""
+    return FIRST_STEP_SECONDS + COMPILATION_SECONDS.get(compile, 0.0) + SLACK * steps * step_seconds
 
 
 def timed_deadline(step_seconds: float, steps: int) -> float:

@@ -157,10 +157,12 @@ def has_states_apart(config: Mapping[str, Any], site: Site) -> bool:
 def can_compile(config: Mapping[str, Any], site: Site) -> bool:
     """ZeRO-3's hooks around each module break a compiled block into pieces; DeepCompile writes them into the graph.
 
-    DeepSpeed 0.19 has DeepCompile for CUDA and for stages with partitions.
+    DeepSpeed 0.19 has DeepCompile for CUDA and for stages with partitions; but at stage 1 it aborts where gradients
+    accumulate over micro-batches: one that reduces nothing flushes buckets that the step before has released
+    (`DoubleBufferedReduceBucket::swap` in deepcompile.h).
     """
     if config["compile"] == "deepcompile":
-        return bool(config["zero_stage"] >= 1 and site.device == "cuda")
+        return bool(config["zero_stage"] >= 2 and site.device == "cuda")
     return bool(config["zero_stage"] != 3)
 
 

@@ -68,6 +68,9 @@ class StepPlan:
     """Steps that are left out in any case; `warmup_length` finds how many more were not yet steady."""
     zero3_extra_warmup_steps: int = 2
     """Stage 3 records which parameters to prefetch during its first steps, and those are slow."""
+    deepcompile_zero3_warmup_steps: int = 6
+    """Of DeepCompile at stage 3, in all: in its sixth step DeepSpeed compiles anew, to prefetch (`WARMUP` in
+    deepspeed/compile/init_z3.py)."""
     warmup_micro_steps: int = 3
     """The most that such a step has: its first micro-steps and its optimizer step are odd, those between are not."""
     min_timed_steps: int = 4
@@ -101,8 +104,11 @@ class StepPlan:
     mid_step_seconds: float = 1.0
     """So long micro-steps are watched before a configuration is given up: what is slow at first is so for a time."""
 
-    def warmup(self, zero_stage: int) -> int:
-        return self.warmup_steps + (self.zero3_extra_warmup_steps if zero_stage == 3 else 0)
+    def warmup(self, zero_stage: int, *, deepcompile: bool = False) -> int:
+        """Steps of one configuration that are left out in any case."""
+        if zero_stage != 3:
+            return self.warmup_steps
+        return self.deepcompile_zero3_warmup_steps if deepcompile else self.warmup_steps + self.zero3_extra_warmup_steps
 
     def next_steps(
         self,

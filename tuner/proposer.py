@@ -200,7 +200,9 @@ def _trial_seconds(log_rate: Floats, configs: Sequence[TrialConfig], ranks: int,
     samples: npt.NDArray[np.float64] = np.array([config.global_batch_size(ranks) for config in configs], dtype=float)
     step = samples / np.exp(log_rate)
     accumulation = np.array([config.gradient_accumulation_steps for config in configs])
-    warmup = np.array([plan.warmup(config.zero_stage) for config in configs])
+    warmup = np.array(
+        [plan.warmup(config.zero_stage, deepcompile=config.compile == "deepcompile") for config in configs]
+    )
     warmup = warmup * np.minimum(plan.warmup_micro_steps / accumulation, 1.0)
     setup = np.array([SETUP_SECONDS[config.zero_stage] for config in configs])
     long = np.where(accumulation > FEWEST_FOR_SPREAD, 1, plan.min_long_steps)

@@ -50,7 +50,7 @@ def run_losses(
         flops_per_sample=flops_per_sample(model_config, parameters, workload.seq_len),
         device=machine.device,
     )
-    progress.announce("numerics", seconds=warmup_deadline(predicted, steps))
+    progress.announce("numerics", seconds=warmup_deadline(predicted, steps, config.compile))
     micro_batches = share_of_rank(
         blocks, config, rank=torch.distributed.get_rank(), ranks=torch.distributed.get_world_size()
     )

@@ -87,7 +87,7 @@ def run_trial(
         flops_per_sample=flops,
         device=machine.device,
     )
-    warmup_steps = plan.warmup(config.zero_stage)
+    warmup_steps = plan.warmup(config.zero_stage, deepcompile=config.compile == "deepcompile")
     best_step_seconds = (
         config.global_batch_size(machine.ranks) / best_samples_per_second if best_samples_per_second else None
     )
@@ -98,7 +98,9 @@ def run_trial(
     )
     gas = config.gradient_accumulation_steps
     warmup_micro_steps = min(gas, plan.warmup_micro_steps)
-    progress.announce("warm-up", seconds=warmup_deadline(predicted * warmup_micro_steps / gas, warmup_steps))
+    progress.announce(
+        "warm-up", seconds=warmup_deadline(predicted * warmup_micro_steps / gas, warmup_steps, config.compile)
+    )
     warmup = timer.run(warmup_steps, micro_steps=warmup_micro_steps)
     agreed = [seconds * gas / warmup_micro_steps for seconds in slowest([step.seconds for step in warmup], device)]
     deepspeed_timer = DeepSpeedTimer(engine)

@@ -202,7 +202,7 @@ def test_a_memory_cap_on_a_gpu_is_what_a_trial_really_has(workload: Workload, tm
         {"attention": "sdpa_cudnn"},
         {"precision": "bf16"},
         {"vocabulary": 64},
-        {"compile": "deepcompile"},
+        {"compile": "deepcompile", "zero_stage": 2, "gradient_accumulation_steps": 2},
         {"compile": "deepcompile", "zero_stage": 3},
         {"offload_parameters": "cpu", "zero_stage": 3},
         {"offload_optimizer": "cpu_half", "zero_stage": 3},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from deepspeed.compile.init_z3 import WARMUP as DEEPSPEED_COMPILES_ANEW
 
 from objectives.timing import (
     PRECISE,
@@ -96,6 +97,11 @@ def test_a_long_step_that_was_warm_up_is_no_part_of_what_agrees() -> None:
 
 def test_stage_3_warms_up_longer() -> None:
     assert [StepPlan().warmup(stage) for stage in range(4)] == [1, 1, 1, 3]
+
+
+def test_deepcompile_is_not_timed_before_deepspeed_has_compiled_its_final_graph() -> None:
+    final = DEEPSPEED_COMPILES_ANEW + 1
+    assert [StepPlan().warmup(stage, deepcompile=True) for stage in range(4)] == [1, 1, 1, final]
 
 
 def test_first_steps_that_are_slower_are_warm_up_and_others_are_not() -> None:
