@@ -29,9 +29,9 @@ DEEPCOMPILE = """
 import torch
 torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=0, world_size=1)
 from objectives.errors import EnvironmentFault
-from objectives.rank.ops import load_deepcompile_op
+from objectives.rank.ops import prepare_deepcompile
 try:
-    load_deepcompile_op(lambda text, seconds: None)
+    prepare_deepcompile(lambda text, seconds: None)
 except EnvironmentFault as fault:
     print(fault)
 """
