@@ -45,6 +45,9 @@ TWIN_FITS = 0.5
 SETUP_SECONDS = (0.6, 0.6, 0.6, 3.5)
 """What a warm trial takes besides its steps, by ZeRO stage (measured on an H200 with GPT2-xl)."""
 
+COMPILATION_SECONDS = {"model": 130.0, "deepcompile": 130.0}
+"""What is compiled as a whole takes besides (measured with DeepCompile of GPT2-xl at ZeRO-2, on an H100)."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
@@ -204,7 +207,9 @@ def _trial_seconds(log_rate: Floats, configs: Sequence[TrialConfig], ranks: int,
         [plan.warmup(config.zero_stage, deepcompile=config.compile == "deepcompile") for config in configs]
     )
     warmup = warmup * np.minimum(plan.warmup_micro_steps / accumulation, 1.0)
-    setup = np.array([SETUP_SECONDS[config.zero_stage] for config in configs])
+    setup = np.array(
+        [SETUP_SECONDS[config.zero_stage] + COMPILATION_SECONDS.get(config.compile, 0.0) for config in configs]
+    )
     long = np.where(accumulation > FEWEST_FOR_SPREAD, 1, plan.min_long_steps)
     fewest = np.where(step > plan.long_step_seconds, long, plan.min_timed_steps)
     timed = np.clip(plan.timed_seconds / step, fewest, plan.max_timed_steps)

@@ -24,8 +24,8 @@ COMPILE_SECONDS = 900.0
 than 100 s beside an H100."""
 
 DEEPCOMPILE_RECURSION = 100_000
-"""Its stage-3 pass walks the graph by recursion, a call a node (`get_node_requirements` in list_schedule.py), and GPT2-xl
-is beyond Python's 1,000. Such calls of Python to Python take none of the C stack."""
+"""Its stage-3 pass walks the graph by recursion, a call a node (`get_node_requirements` in list_schedule.py); GPT2-xl
+needs more than Python's 1,000. Such calls of Python to Python take none of the C stack."""
 
 SAID_CHARACTERS = 200
 """Of a compiler, in a message; what it was called with is longer."""
@@ -58,7 +58,7 @@ def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None],
 
 
 def prepare_deepcompile(notice: Callable[..., None]) -> None:
-    """Compiles and loads what DeepCompile's graphs call, see `load_op`, and lets its passes recurse over a deep model."""
+    """Compiles and loads what DeepCompile's graphs call (see `load_op`), and lets its passes recurse."""
     sys.setrecursionlimit(max(sys.getrecursionlimit(), DEEPCOMPILE_RECURSION))
     load_op(DeepCompileBuilder.NAME, get_deepcompile_handle, notice, instead="leave compile=deepcompile out")
 

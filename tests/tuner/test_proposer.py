@@ -204,6 +204,16 @@ def test_of_two_that_are_level_the_quicker_trial_comes_first() -> None:
     assert proposal.config.gradient_accumulation_steps == 16
 
 
+def test_of_two_that_are_level_the_one_that_compiles_for_minutes_comes_last() -> None:
+    configs = [
+        TrialConfig(zero_stage=2, micro_batch_size=8, gradient_accumulation_steps=4, compile=way)
+        for way in ("deepcompile", "blocks")
+    ]
+    for seed in range(5):
+        first = Proposer(CostModel(XL, parse_hardware("1xH100")), configs).propose([], (), np.random.default_rng(seed))
+        assert first is not None and first.config.compile == "blocks"
+
+
 # What is never proposed.
 
 
