@@ -1,7 +1,10 @@
-"""Which configuration to run next: the one with the most to gain, given what the cost model and the trials say.
+"""Which configuration to run next, given what the cost model and the trials say.
 
-Expected improvement × probability of fitting (Schonlau et al. 1998), averaged over how far the cost model is trusted,
-for each second that the trial is predicted to take. Pure arithmetic on a `Grid`; `tuner.sampler` ties it to Optuna.
+The one with the best odds to be as good as the best there is, where any has odds to speak of: what is asked for is a
+good configuration soon, and of boxes one of which holds the prize one opens the likeliest for its cost first. Otherwise
+the one with the most to gain: expected improvement × probability of fitting (Schonlau et al. 1998). Both are averaged
+over how far the cost model is trusted, and weigh the seconds that the trial is predicted to take. Pure arithmetic on a
+`Grid`; `tuner.sampler` ties it to Optuna.
 """
 
 import dataclasses
@@ -17,9 +20,9 @@ from objectives.cost_model.calibration import (
     RatePosterior,
     calibrate_memory,
     calibrate_rates,
-    normal_cdf,
 )
 from objectives.cost_model.forecast import Excluded, Forecast
+from objectives.cost_model.gaussian_process import normal_cdf
 from objectives.cost_model.model import CostModel, Floats, grid_of
 from objectives.timing import FEWEST_FOR_SPREAD, StepPlan
 from objectives.trial import TrialConfig
@@ -30,6 +33,19 @@ best that is left out is 0.0 to 0.9% faster on average (benchmarks/search.py).""
 
 COST_POWER = 0.5
 """How much a trial's seconds weigh: 0 not at all, 1 for gain a second."""
+
+AS_GOOD = 0.02
+"""What is so near to the best is as good."""
+
+ODDS_TO_SPEAK_OF = 0.1
+"""Where no configuration is so likely to be as good as the best, the most to gain decides."""
+
+ODDS_COST_POWER = 0.2
+"""How much a trial's seconds weigh there. A long trial says more about the others, most of which are as long."""
+
+DRAWS = 1000
+CONTENDERS = 200
+"""Of how many configurations the odds are drawn; of the rest the best are two deviations below any of these."""
 
 FIT_POWER = 2
 """How much the probability of fitting weighs; 1 would be the plain expectation, but a trial that runs out of memory
@@ -112,9 +128,15 @@ class Proposer:
         if not open_rows.any():
             return None
         gains = self._gains(rates, observations) * memory.fits**FIT_POWER
-        gains[[row for row, twins in self._twins.items() if (memory.fits[twins] > TWIN_FITS).any()]] = 0.0
+        in_vain = [row for row, twins in self._twins.items() if (memory.fits[twins] > TWIN_FITS).any()]
+        gains[in_vain] = 0.0
         expected_gain = float(np.max(np.where(open_rows, gains, 0.0)))
-        if expected_gain >= ENOUGH_GAIN:
+        contends = open_rows.copy()
+        contends[in_vain] = False
+        odds = self._odds(rates, memory, observations, contends)
+        if float(odds.max()) >= ODDS_TO_SPEAK_OF:
+            score = odds / self._seconds**ODDS_COST_POWER
+        elif expected_gain >= ENOUGH_GAIN:
             score = gains / self._seconds**COST_POWER
         else:
             # Nothing is left to gain: what is likely to be good, and to fit.
@@ -182,6 +204,38 @@ class Proposer:
             density = np.exp(-0.5 * ahead**2) / math.sqrt(2 * math.pi)
             gains += weight * deviation * (ahead * normal_cdf(ahead) + density)
         return gains
+
+    def _odds(
+        self,
+        rates: RatePosterior,
+        memory: MemoryPosterior,
+        observations: Sequence[Observation],
+        contends: npt.NDArray[np.bool_],
+    ) -> Floats:
+        """Of each row, the probability that it is as good as the best there is and the best so far is not; times the
+        probability of fitting once more, since a trial that runs out of memory leaves one with a result fewer.
+
+        What the formulas are wrong by is mostly the same for all, so that the rows are drawn together; and so is what
+        they are wrong by in memory: of two, the one that is likelier to fit fits wherever the other does.
+        """
+        odds = np.zeros(len(self.grid))
+        timed = [each for each in observations if each.log_rate is not None]
+        rows = np.flatnonzero(contends & (memory.fits > 0))
+        if not timed or not len(rows):
+            return odds
+        hopes = rates.mean[rows] + 2 * rates.deviation[rows]
+        rows = rows[np.argsort(-hopes, kind="stable")[:CONTENDERS]]
+        own = [each for each in timed if each.is_own]
+        best = [max(own, key=lambda each: each.log_rate or 0.0).row] if own else []
+        random = np.random.default_rng(0)  # the same draws each time: what is believed decides, not chance
+        drawn = rates.draws(np.append(rows, best).astype(int), DRAWS, random)
+        fits = random.random((len(drawn), 1)) < np.append(memory.fits[rows], [1.0] * len(best))
+        drawn = np.where(fits, drawn, -np.inf)
+        is_as_good = drawn >= drawn.max(axis=1, keepdims=True) - AS_GOOD
+        if best:
+            is_as_good &= ~is_as_good[:, -1:]
+        odds[rows] = is_as_good[:, : len(rows)].mean(axis=0) * memory.fits[rows]
+        return odds
 
 
 def _twins(configs: Sequence[TrialConfig]) -> dict[int, list[int]]:

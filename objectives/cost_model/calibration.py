@@ -11,13 +11,24 @@ moments of the truncated one (assumed-density filtering, Minka 2001).
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from objectives.cost_model.gaussian_process import (
+    Kernel,
+    Process,
+    Rows,
+    condition,
+    normal_cdf,
+    outer,
+    posterior_at,
+    same,
+    smooth,
+)
 from objectives.cost_model.model import Floats, Grid
 from objectives.trial import Failure, FailureKind, Measurement, Outcome
 
@@ -39,9 +50,6 @@ STAGES_IN_COMMON = 0.5
 in the optimizer step. ZeRO-3 gathers parameters around every module."""
 
 _NORMAL = NormalDist()
-
-Rows = npt.NDArray[np.int64]
-"""Which rows of a grid."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +143,8 @@ class RatePosterior:
     means: Floats
     """Natural logarithms of samples/s: (trusts, configurations), likewise below."""
     deviations: Floats
+    processes: tuple[Process, ...]
+    """Of the errors, for each trust."""
 
     @property
     def mean(self) -> Floats:
@@ -144,6 +154,20 @@ class RatePosterior:
     def deviation(self) -> Floats:
         second = self.weights @ (self.deviations**2 + self.means**2)
         return np.sqrt(np.maximum(second - self.mean**2, 0.0))
+
+    def draws(self, rows: Rows, count: int, random: np.random.Generator) -> Floats:
+        """Rates of these rows as they may be, together: what they have in common is drawn once for all.
+
+        Returns:
+            Natural logarithms of samples/s, (about `count`, rows); of each trust as many as it weighs.
+        """
+        drawn = []
+        for weight, mean, process in zip(self.weights, self.means, self.processes, strict=True):
+            share = round(float(weight) * count)
+            # What the rows have all in common makes it singular; that much of their own is far below any noise.
+            root = np.linalg.cholesky(process.covariance(rows) + 1e-8 * np.eye(len(rows)))
+            drawn.append(mean[rows] + random.standard_normal((share, len(rows))) @ root.T)
+        return np.concatenate(drawn)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -208,19 +232,20 @@ def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePost
     rows = np.array([each.row for each in timed], dtype=int)
     measured = np.array([each.log_rate for each in timed], dtype=float)
     noise = np.array([RUN_NOISE**2 + each.relative_error**2 for each in timed])
-    evidences, means, deviations = [], [], []
+    evidences, means, processes = [], [], []
     for trust in TRUSTS:
         # Without the formulas, what rates are about is not known but for the measurements' own level.
         level = float(np.mean(measured)) if len(rows) else float(np.mean(grid.log_rate))
         start = grid.log_rate if trust.slope else np.full(len(grid), level)
-        mean, variance, evidence = _condition(_rate_kernel(grid, trust), rows, measured - start[rows], noise)
-        means.append(start + mean)
-        deviations.append(np.sqrt(variance))
+        process = condition(_rate_kernel(grid, trust), rows, measured - start[rows], noise)
+        means.append(start + process.mean)
+        processes.append(process)
         # Before anything is measured, an answer that starts from nothing has nothing to say.
         speaks = trust.slope or len(rows)
-        evidences.append(math.log(trust.prior_weight) + evidence if speaks else -math.inf)
+        evidences.append(math.log(trust.prior_weight) + process.log_evidence if speaks else -math.inf)
     relative = np.exp(np.array(evidences) - max(evidences))
-    return RatePosterior(relative / relative.sum(), np.array(means), np.array(deviations))
+    deviations = np.sqrt([process.variances for process in processes])
+    return RatePosterior(relative / relative.sum(), np.array(means), deviations, tuple(processes))
 
 
 def calibrate_memory(
@@ -249,7 +274,7 @@ def calibrate_memory(
     for each in observations:
         if not each.ran_out:
             continue
-        mean, variance = _posterior_at(kernel, each.row, rows, residuals, noise)
+        mean, variance = posterior_at(kernel, each.row, rows, residuals, noise)
         # Its peak and its fragments together were above what there is; what each of the two learns from that leaves
         # out what the other did not know.
         limit, lost = fragments.usable_bytes - grid.peak_bytes[each.row], fragments.deviation_bytes**2
@@ -262,9 +287,9 @@ def calibrate_memory(
                 fragments.mean + (value - mean) / fragments.for_tensors_bytes,
                 (doubt + variance) / fragments.for_tensors_bytes**2,
             )
-    mean_bytes, variances, _ = _condition(kernel, rows, residuals, noise)
-    variances = variances + (MEMORY_NOISE * grid.peak_bytes) ** 2
-    return MemoryPosterior(grid.peak_bytes + mean_bytes, np.sqrt(variances), capacity_bytes, fragments)
+    process = condition(kernel, rows, residuals, noise)
+    variances = process.variances + (MEMORY_NOISE * grid.peak_bytes) ** 2
+    return MemoryPosterior(grid.peak_bytes + process.mean, np.sqrt(variances), capacity_bytes, fragments)
 
 
 def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[float, float] | None:
@@ -284,31 +309,21 @@ def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[flo
     return (truncated_mean / truncated_variance - mean / variance) / precision, 1 / precision
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Kernel:
-    """What two configurations' errors have in common."""
-
-    between: Callable[[Rows, Rows], Floats]
-    """The covariance of two sets of rows of the grid, as a matrix."""
-    variances: Floats
-    """Of each row alone."""
-
-
-def _rate_kernel(grid: Grid, trust: Trust) -> _Kernel:
+def _rate_kernel(grid: Grid, trust: Trust) -> Kernel:
     def between(one: Rows, other: Rows) -> Floats:
         stage = _alike_stages(grid.stage, one, other)
-        knobs = _same(grid.knobs, one, other)
-        micro = _smooth(grid.log2_micro_batch, one, other, length=2.0)
-        accumulation = _smooth(grid.log2_accumulation, one, other, length=2.0)
-        joint = _smooth(grid.log2_micro_batch, one, other, length=1.0)
-        joint = joint * _smooth(grid.log2_accumulation, one, other, length=1.0)
+        knobs = same(grid.knobs, one, other)
+        micro = smooth(grid.log2_micro_batch, one, other, length=2.0)
+        accumulation = smooth(grid.log2_accumulation, one, other, length=2.0)
+        joint = smooth(grid.log2_micro_batch, one, other, length=1.0)
+        joint = joint * smooth(grid.log2_accumulation, one, other, length=1.0)
         return np.asarray(
             trust.common**2
             + trust.stage**2 * stage
             + trust.knobs**2 * knobs
-            + trust.parts**2 * _outer(grid.launch_share, one, other) * (0.5 + 0.25 * stage + 0.25 * knobs)
-            + trust.parts**2 * _outer(grid.communication_share, one, other) * (0.5 + 0.5 * stage)
-            + trust.parts**2 * _outer(grid.optimizer_share, one, other) * (0.5 + 0.5 * stage)
+            + trust.parts**2 * outer(grid.launch_share, one, other) * (0.5 + 0.25 * stage + 0.25 * knobs)
+            + trust.parts**2 * outer(grid.communication_share, one, other) * (0.5 + 0.5 * stage)
+            + trust.parts**2 * outer(grid.optimizer_share, one, other) * (0.5 + 0.5 * stage)
             # A stage or a knob that is off is off more where launches or communication dominate: small batches.
             + trust.micro_batch**2 * micro * (0.5 + 0.3 * stage + 0.2 * knobs)
             + trust.accumulation**2 * accumulation * (0.5 + 0.5 * stage)
@@ -317,18 +332,18 @@ def _rate_kernel(grid: Grid, trust: Trust) -> _Kernel:
 
     everywhere = (trust.common, trust.stage, trust.knobs, trust.micro_batch, trust.accumulation, trust.interaction)
     shares = grid.launch_share**2 + grid.communication_share**2 + grid.optimizer_share**2
-    return _Kernel(between, math.fsum(part**2 for part in everywhere) + trust.parts**2 * shares)
+    return Kernel(between, math.fsum(part**2 for part in everywhere) + trust.parts**2 * shares)
 
 
-def _memory_kernel(grid: Grid, trust: MemoryTrust) -> _Kernel:
+def _memory_kernel(grid: Grid, trust: MemoryTrust) -> Kernel:
     def between(one: Rows, other: Rows) -> Floats:
-        states = _outer(grid.states_bytes, one, other)
-        activations = _outer(grid.activation_bytes, one, other)
-        peaks = _outer(grid.peak_bytes, one, other)
+        states = outer(grid.states_bytes, one, other)
+        activations = outer(grid.activation_bytes, one, other)
+        peaks = outer(grid.peak_bytes, one, other)
         return np.asarray(
             trust.common**2 * peaks
-            + states * (trust.states**2 + trust.stage**2 * _same(grid.stage, one, other))
-            + activations * (trust.activations**2 + trust.knobs**2 * _same(grid.knobs, one, other))
+            + states * (trust.states**2 + trust.stage**2 * same(grid.stage, one, other))
+            + activations * (trust.activations**2 + trust.knobs**2 * same(grid.knobs, one, other))
             + trust.fixed_bytes**2
         )
 
@@ -338,57 +353,9 @@ def _memory_kernel(grid: Grid, trust: MemoryTrust) -> _Kernel:
         + (trust.activations**2 + trust.knobs**2) * grid.activation_bytes**2
         + trust.fixed_bytes**2
     )
-    return _Kernel(between, variances)
-
-
-def _outer(values: Floats, one: Rows, other: Rows) -> Floats:
-    return np.multiply.outer(values[one], values[other])
-
-
-def _same(values: npt.NDArray[Any], one: Rows, other: Rows) -> Floats:
-    return np.asarray(np.equal.outer(values[one], values[other]), dtype=np.float64)
+    return Kernel(between, variances)
 
 
 def _alike_stages(stages: npt.NDArray[Any], one: Rows, other: Rows) -> Floats:
     whole = stages < 3
-    return np.maximum(_same(stages, one, other), STAGES_IN_COMMON * np.logical_and.outer(whole[one], whole[other]))
-
-
-def _smooth(values: Floats, one: Rows, other: Rows, *, length: float) -> Floats:
-    distance = np.subtract.outer(values[one], values[other]) / length
-    return np.asarray(np.exp(-0.5 * distance**2))
-
-
-def _condition(kernel: _Kernel, rows: Rows, residuals: Floats, noise: Floats) -> tuple[Floats, Floats, float]:
-    """(mean, variance) of the process at all rows of the grid given noisy values at some, and their log evidence."""
-    prior = kernel.variances
-    if len(rows) == 0:
-        return np.zeros_like(prior), prior, 0.0
-    among = kernel.between(rows, rows) + np.diag(noise)
-    lower = np.linalg.cholesky(among)
-    weights = np.linalg.solve(among, residuals)
-    across = kernel.between(rows, np.arange(len(prior)))
-    explained = np.linalg.solve(lower, across)
-    evidence = -0.5 * float(residuals @ weights) - float(np.log(np.diag(lower)).sum())
-    evidence -= 0.5 * len(rows) * math.log(2 * math.pi)
-    return across.T @ weights, np.maximum(prior - (explained**2).sum(axis=0), 1e-9 * prior), evidence
-
-
-def _posterior_at(kernel: _Kernel, row: int, rows: Rows, residuals: Floats, noise: Floats) -> tuple[float, float]:
-    """(mean, variance) at one row."""
-    prior = float(kernel.variances[row])
-    if len(rows) == 0:
-        return 0.0, prior
-    among = kernel.between(rows, rows) + np.diag(noise)
-    across = kernel.between(rows, np.array([row]))[:, 0]
-    weights = np.linalg.solve(among, across)
-    return float(weights @ residuals), max(prior - float(weights @ across), 1e-9 * prior)
-
-
-def normal_cdf(values: Floats) -> Floats:
-    """The standard normal distribution function (Abramowitz and Stegun 7.1.26, error below 2e-7)."""
-    scaled = np.abs(values) / math.sqrt(2)
-    step = 1 / (1 + 0.3275911 * scaled)
-    series = np.polyval([1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0], step)
-    tail = 0.5 * series * np.exp(-(scaled**2))
-    return np.asarray(np.where(values > 0, 1 - tail, tail))
+    return np.maximum(same(stages, one, other), STAGES_IN_COMMON * np.logical_and.outer(whole[one], whole[other]))

@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from objectives.cost_model.calibration import (
     Observation,
     calibrate_memory,
     calibrate_rates,
-    normal_cdf,
     observation_of,
 )
 from objectives.cost_model.hardware import hardware_of
@@ -381,11 +379,6 @@ def test_many_measurements_of_one_configuration_are_no_trouble() -> None:
     assert np.isfinite(calibrate_rates(GRID, trials).mean).all()
     memory = calibrate_memory(GRID, trials, CAPACITY)
     assert np.isfinite(memory.mean_bytes).all() and (memory.deviation_bytes > 0).all()
-
-
-def test_the_normal_distribution_is_that_of_the_standard_library() -> None:
-    values = np.linspace(-8, 8, 161)
-    assert normal_cdf(values) == pytest.approx([NormalDist().cdf(value) for value in values], abs=1e-6)
 
 
 def test_running_out_of_memory_far_from_the_limit_teaches_the_most() -> None:
