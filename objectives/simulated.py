@@ -92,9 +92,7 @@ class SimulatedObjective:
                 steps.append(float(of_step.sum()) + step.optimizer * slower)
         rate, interval = throughput(steps, samples, step_ci95(steps, micro_steps))
         share = min(self._plan.warmup_micro_steps / config.gradient_accumulation_steps, 1.0)
-        warmup = (share * step.seconds * slower * 1.2,) * self._plan.warmup(
-            config.zero_stage, deepcompile=config.compile == "deepcompile"
-        )
+        warmup = (share * step.seconds * slower * 1.2,) * self._plan.warmup(config.zero_stage, config.compile)
         compute = (step.seconds - step.optimizer) * slower
         return Measurement(
             step_seconds=tuple(steps),

@@ -104,11 +104,13 @@ class StepPlan:
     mid_step_seconds: float = 1.0
     """So long micro-steps are watched before a configuration is given up: what is slow at first is so for a time."""
 
-    def warmup(self, zero_stage: int, *, deepcompile: bool = False) -> int:
-        """Steps of one configuration that are left out in any case."""
+    def warmup(self, zero_stage: int, compile: str = "off") -> int:
+        """Steps of one configuration, by its stage and how it is compiled, that are left out in any case."""
         if zero_stage != 3:
             return self.warmup_steps
-        return self.deepcompile_zero3_warmup_steps if deepcompile else self.warmup_steps + self.zero3_extra_warmup_steps
+        if compile == "deepcompile":
+            return self.deepcompile_zero3_warmup_steps
+        return self.warmup_steps + self.zero3_extra_warmup_steps
 
     def next_steps(
         self,

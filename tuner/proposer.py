@@ -28,8 +28,8 @@ from objectives.timing import FEWEST_FOR_SPREAD, StepPlan
 from objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.003
-"""What is not expected to make training so much faster is not worth a trial. Replayed on four recorded surfaces, the
-best that is left out is 0.0 to 0.9% faster on average (benchmarks/search.py)."""
+"""What is not expected to make training so much faster is not worth a trial. Replayed on five recorded surfaces, the
+best that is left out is 0.0 to 0.4% faster on average (benchmarks/search.py)."""
 
 COST_POWER = 0.5
 """How much a trial's seconds weigh: 0 not at all, 1 for gain a second."""
@@ -45,15 +45,15 @@ ODDS_COST_POWER = 0.2
 
 DRAWS = 1000
 CONTENDERS = 200
-"""Of how many configurations the odds are drawn; of the rest the best are two deviations below any of these."""
+"""Of so many configurations the odds are drawn, those that may turn out fastest; the rest have none."""
 
 FIT_POWER = 2
 """How much the probability of fitting weighs; 1 would be the plain expectation, but a trial that runs out of memory
 also leaves a person with one result fewer."""
 
 UNLIKELY_TO_FIT = 0.2
-"""A baseline with less than this waits until others have been tried: under 32 GiB one GPU ran the untuned training of
-GPT2-xl out of memory in four stages before it offloaded."""
+"""What has less than this is not what a search hopes for, and a baseline with less waits until others have been tried:
+under 32 GiB one GPU ran the untuned training of GPT2-xl out of memory in four stages before it offloaded."""
 
 TWIN_FITS = 0.5
 """On one GPU ZeRO-3 is not for what is so likely to fit in a lower stage."""
@@ -220,7 +220,7 @@ class Proposer:
         """
         odds = np.zeros(len(self.grid))
         timed = [each for each in observations if each.log_rate is not None]
-        rows = np.flatnonzero(contends & (memory.fits > 0))
+        rows = np.flatnonzero(contends & (memory.fits > UNLIKELY_TO_FIT))
         if not timed or not len(rows):
             return odds
         hopes = rates.mean[rows] + 2 * rates.deviation[rows]
@@ -257,9 +257,7 @@ def _trial_seconds(log_rate: Floats, configs: Sequence[TrialConfig], ranks: int,
     samples: npt.NDArray[np.float64] = np.array([config.global_batch_size(ranks) for config in configs], dtype=float)
     step = samples / np.exp(log_rate)
     accumulation = np.array([config.gradient_accumulation_steps for config in configs])
-    warmup = np.array(
-        [plan.warmup(config.zero_stage, deepcompile=config.compile == "deepcompile") for config in configs]
-    )
+    warmup = np.array([plan.warmup(config.zero_stage, config.compile) for config in configs])
     warmup = warmup * np.minimum(plan.warmup_micro_steps / accumulation, 1.0)
     setup = np.array(
         [SETUP_SECONDS[config.zero_stage] + COMPILATION_SECONDS.get(config.compile, 0.0) for config in configs]

@@ -87,7 +87,7 @@ def run_trial(
         flops_per_sample=flops,
         device=machine.device,
     )
-    warmup_steps = plan.warmup(config.zero_stage, deepcompile=config.compile == "deepcompile")
+    warmup_steps = plan.warmup(config.zero_stage, config.compile)
     best_step_seconds = (
         config.global_batch_size(machine.ranks) / best_samples_per_second if best_samples_per_second else None
     )

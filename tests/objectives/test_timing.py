@@ -101,7 +101,7 @@ def test_stage_3_warms_up_longer() -> None:
 
 def test_deepcompile_is_not_timed_before_deepspeed_has_compiled_its_final_graph() -> None:
     final = DEEPSPEED_COMPILES_ANEW + 1
-    assert [StepPlan().warmup(stage, deepcompile=True) for stage in range(4)] == [1, 1, 1, final]
+    assert [StepPlan().warmup(stage, "deepcompile") for stage in range(4)] == [1, 1, 1, final]
 
 
 def test_first_steps_that_are_slower_are_warm_up_and_others_are_not() -> None:
