@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +47,8 @@ OWN_FRAGMENTATION_SPREAD = 0.009
 STAGES_IN_COMMON = 0.5
 """Of how far the rates of ZeRO-0, 1 and 2 are off: they compute the same, and differ in the reduction of gradients and
 in the optimizer step. ZeRO-3 gathers parameters around every module."""
+STAGES_IN_COMMON_ON_ONE = 0.9
+"""The same where there is one rank, with nothing to reduce or partition: they differ in copies of gradients."""
 
 _NORMAL = NormalDist()
 
@@ -311,7 +312,7 @@ def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[flo
 
 def _rate_kernel(grid: Grid, trust: Trust) -> Kernel:
     def between(one: Rows, other: Rows) -> Floats:
-        stage = _alike_stages(grid.stage, one, other)
+        stage = _alike_stages(grid, one, other)
         knobs = same(grid.knobs, one, other)
         micro = smooth(grid.log2_micro_batch, one, other, length=2.0)
         accumulation = smooth(grid.log2_accumulation, one, other, length=2.0)
@@ -356,6 +357,7 @@ def _memory_kernel(grid: Grid, trust: MemoryTrust) -> Kernel:
     return Kernel(between, variances)
 
 
-def _alike_stages(stages: npt.NDArray[Any], one: Rows, other: Rows) -> Floats:
-    whole = stages < 3
-    return np.maximum(same(stages, one, other), STAGES_IN_COMMON * np.logical_and.outer(whole[one], whole[other]))
+def _alike_stages(grid: Grid, one: Rows, other: Rows) -> Floats:
+    whole = grid.stage < 3
+    in_common = STAGES_IN_COMMON_ON_ONE if grid.ranks == 1 else STAGES_IN_COMMON
+    return np.maximum(same(grid.stage, one, other), in_common * np.logical_and.outer(whole[one], whole[other]))

@@ -95,6 +95,7 @@ class Grid:
     """The prior over many configurations, as columns; row i is `configs[i]`."""
 
     configs: tuple[TrialConfig, ...]
+    ranks: int
     stage: Floats
     log2_micro_batch: Floats
     log2_accumulation: Floats
@@ -138,6 +139,7 @@ def grid_of(model: CostModel, configs: Sequence[TrialConfig]) -> Grid:
             activations.append(0.0)
     return Grid(
         configs=tuple(configs),
+        ranks=model.hardware.ranks,
         stage=np.array([config.zero_stage for config in configs], dtype=float),
         log2_micro_batch=np.log2([config.micro_batch_size for config in configs]),
         log2_accumulation=np.log2([config.gradient_accumulation_steps for config in configs]),

@@ -1,4 +1,4 @@
-"""ZeRO-0, 1 and 2 compute the same: what one of them shows is half expected of the others. Two H100s with 32 GiB."""
+"""ZeRO-0, 1 and 2 compute the same: what one shows is half expected of the others. Two H100s with 32 GiB; an H200."""
 
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from objectives.cost_model.model import CostModel, Floats, grid_of
 from objectives.surface import read_surface
 from objectives.trial import Measurement
 
-SURFACE = read_surface(Path(__file__).parents[3] / "benchmarks" / "data" / "2xH100.gpt2-xl.32GiB.jsonl")
+DATA = Path(__file__).parents[3] / "benchmarks" / "data"
+SURFACE = read_surface(DATA / "2xH100.gpt2-xl.32GiB.jsonl")
+SURFACE_OF_ONE = DATA / "1xH200.gpt2-xl.jsonl"
 GRID = grid_of(CostModel(SURFACE.workload, hardware_of(SURFACE.machine)), tuple(SURFACE.outcomes))
 ROW = {config.name: row for row, config in enumerate(GRID.configs)}
 SMALL = [f"z{stage}_ac1_gas4_tmbspg8" for stage in (1, 2, 3)]
@@ -39,3 +41,17 @@ def test_what_zero_2_shows_is_half_expected_of_zero_1(monkeypatch: pytest.Monkey
     assert together[ROW[LARGE_2]] > 0, "it was faster than expected"
     assert together[ROW[LARGE_2]] > together[ROW[LARGE_1]] > apart[ROW[LARGE_1]]
     assert together[ROW[LARGE_1]] > together[ROW[LARGE_3]]
+
+
+def test_on_one_gpu_it_is_nearly_all_expected_of_zero_1() -> None:
+    """There is nothing to partition or to reduce."""
+    surface = read_surface(SURFACE_OF_ONE)
+    configs = tuple(surface.outcomes)
+    grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
+    row = {config.name: number for number, config in enumerate(configs)}
+    slow = Observation(row=row["z2_gas1_tmbspg8"], log_rate=float(grid.log_rate[row["z2_gas1_tmbspg8"]]) - 0.3)
+    moved = calibrate_rates(grid, [slow]).mean - grid.log_rate
+    zero_0, zero_1, zero_2, zero_3 = (moved[row[f"z{stage}_gas1_tmbspg8"]] for stage in range(4))
+    assert zero_1 == pytest.approx(zero_2, abs=0.02)
+    assert zero_0 == pytest.approx(zero_2, abs=0.02)
+    assert zero_3 > zero_1 + 0.01, "it gathers, and is less alike"
