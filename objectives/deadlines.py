@@ -9,6 +9,9 @@ BUILD_SECONDS = {"config": 60.0, "model": 180.0, "engine": 300.0}
 FIRST_STEP_SECONDS = 60.0
 """The first step also compiles kernels, finds workspaces and makes connections."""
 
+WHOLE_COMPILATION_SECONDS = {"model": 240.0, "deepcompile": 480.0}
+"""What is compiled as a whole takes longer with each layer; DeepCompile does it twice at stage 3."""
+
 SLOWEST_FLOPS = {"cuda": 2e12, "cpu": 1e9}
 """What a rank achieves at the very least, for a prediction before anything was measured: FLOP a second."""
 
@@ -26,13 +29,9 @@ def predicted_step_seconds(
     return samples * (seconds_per_sample or flops_per_sample / SLOWEST_FLOPS[device])
 
 
-COMPILATION_SECONDS = {"model": 240.0, "deepcompile": 480.0}
-"""What is compiled as a whole takes longer with each layer; DeepCompile does it twice at stage 3."""
-
-
 def warmup_deadline(step_seconds: float, steps: int, compile: str = "off") -> float:
     """For the warm-up, given the prediction for one step and how the model is compiled (the knob's value)."""
-    return FIRST_STEP_SECONDS + COMPILATION_SECONDS.get(compile, 0.0) + SLACK * steps * step_seconds
+    return FIRST_STEP_SECONDS + WHOLE_COMPILATION_SECONDS.get(compile, 0.0) + SLACK * steps * step_seconds
 
 
 def timed_deadline(step_seconds: float, steps: int) -> float:

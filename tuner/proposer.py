@@ -230,8 +230,8 @@ class Proposer:
         random = np.random.default_rng(0)  # the same draws each time: what is believed decides, not chance
         drawn = rates.draws(np.append(rows, best).astype(int), DRAWS, random)
         fits = random.random((len(drawn), 1)) < np.append(memory.fits[rows], [1.0] * len(best))
-        drawn = np.where(fits, drawn, -np.inf)
-        is_as_good = drawn >= drawn.max(axis=1, keepdims=True) - AS_GOOD
+        fastest = np.where(fits, drawn, -np.inf).max(axis=1, keepdims=True)
+        is_as_good = fits & (drawn >= fastest - AS_GOOD)
         if best:
             is_as_good &= ~is_as_good[:, -1:]
         odds[rows] = is_as_good[:, : len(rows)].mean(axis=0) * memory.fits[rows]

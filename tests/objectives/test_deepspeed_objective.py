@@ -218,13 +218,13 @@ def test_each_knob_that_a_cpu_cannot_show_trains_on_a_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("knobs", [{"quantized_weights": "on"}, {"parameter_group": 2}], ids=str)
-def test_each_knob_that_needs_several_gpus_trains_on_four(
-    knobs: dict[str, Any], workload: Workload, tmp_path: Path
+@pytest.mark.parametrize(("knobs", "gpus"), [({"quantized_weights": "on"}, 2), ({"parameter_group": 2}, 4)], ids=str)
+def test_each_knob_that_needs_several_gpus_trains_on_them(
+    knobs: dict[str, Any], gpus: int, workload: Workload, tmp_path: Path
 ) -> None:
-    if len(visible_gpus()) < 4:
-        pytest.skip("needs four GPUs")
-    machine = detect_machine(gpus=4, cpu_ranks=2, memory_cap_bytes=None)
+    if len(visible_gpus()) < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    machine = detect_machine(gpus=gpus, cpu_ranks=2, memory_cap_bytes=None)
     config = TrialConfig(zero_stage=3, micro_batch_size=2, gradient_accumulation_steps=1, **knobs)
     measured(run_on(machine, dataclasses.replace(workload, dtype="fp16"), config, tmp_path))
 

@@ -72,7 +72,7 @@ def test_from_the_baseline_on_few_trials_are_enough_for_what_is_as_good_as_the_b
     assert found >= np.log(max(rates)) - AS_GOOD
 
 
-def test_once_the_best_is_found_there_are_no_odds_and_nothing_to_gain() -> None:
+def test_once_the_best_is_found_next_to_nothing_is_expected_to_be_gained() -> None:
     proposer = Proposer(MODEL, CONFIGS)
     fastest = sorted(
         (row for row, config in enumerate(CONFIGS) if isinstance(SURFACE.outcomes[config], Measurement)),

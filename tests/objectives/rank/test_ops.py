@@ -26,6 +26,7 @@ def test_it_loads_the_compiler_where_it_trains(optimizer: str, loads_the_compile
 
 
 DEEPCOMPILE = """
+import sys
 import torch
 torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=0, world_size=1)
 from objectives.errors import EnvironmentFault
@@ -33,6 +34,7 @@ from objectives.rank.ops import prepare_deepcompile
 try:
     prepare_deepcompile(lambda text, seconds: None)
 except EnvironmentFault as fault:
+    print(sys.getrecursionlimit())
     print(fault)
 """
 
@@ -43,7 +45,8 @@ def test_where_deepcompiles_op_cannot_be_compiled_it_says_so_and_what_to_do(tmp_
         [sys.executable, "-c", DEEPCOMPILE.format(folder=tmp_path)],
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
-    said = ran.stdout.splitlines()[-1]
+    *_, recursion_limit, said = ran.stdout.splitlines()
+    assert int(recursion_limit) > 10_000, "its passes recurse once a node of the graph"
     assert said.startswith("DeepSpeed's dc cannot be compiled (")
     assert said.endswith("or leave compile=deepcompile out")
     assert len(said) < 450
