@@ -1,4 +1,4 @@
-"""What DeepSpeed would compile in the middle of a trial, once on a machine: its optimizer, and DeepCompile's op."""
+"""What DeepSpeed would compile in the middle of a trial, once on a machine: its optimizer, and what some knobs call."""
 
 import contextlib
 import fcntl
@@ -15,6 +15,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.compile.util import get_deepcompile_handle
 from deepspeed.ops.op_builder.dc import DeepCompileBuilder
+from deepspeed.ops.op_builder.quantizer import QuantizerBuilder
+from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
 from torch.utils.cpp_extension import get_default_build_root
 
 from objectives.errors import EnvironmentFault
@@ -57,10 +59,23 @@ def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None],
     load_op(builder.name, lambda: builder.load(verbose=False), notice, instead=instead, is_required=is_required)
 
 
-def prepare_deepcompile(notice: Callable[..., None]) -> None:
-    """Compiles and loads what DeepCompile's graphs call (see `load_op`), and lets its passes recurse."""
+def deepcompile_op() -> object:
+    """What DeepCompile's graphs call; its passes may recurse from now on."""
     sys.setrecursionlimit(max(sys.getrecursionlimit(), DEEPCOMPILE_RECURSION))
-    load_op(DeepCompileBuilder.NAME, get_deepcompile_handle, notice, instead="leave compile=deepcompile out")
+    return get_deepcompile_handle()
+
+
+KNOB_OPS: dict[tuple[str, Any], tuple[str, Callable[[], object]]] = {
+    ("compile", "deepcompile"): (DeepCompileBuilder.NAME, deepcompile_op),
+    ("quantized_weights", "on"): (QuantizerBuilder.NAME, CUDAQuantizer),
+}
+"""By a knob and its value: the op's name, and what loads it as DeepSpeed does."""
+
+
+def load_knob_op(field: str, value: Any, notice: Callable[..., None]) -> None:
+    """Compiles and loads one of `KNOB_OPS`: see `load_op`."""
+    name, load = KNOB_OPS[field, value]
+    load_op(name, load, notice, instead=f"leave {field}={value} out")
 
 
 def load_op(

@@ -21,7 +21,7 @@ from objectives.rank.device import Meter
 from objectives.rank.distributed import slowest
 from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
 from objectives.rank.model import build_model, count_parameters, flops_per_sample
-from objectives.rank.ops import COMPILE_SECONDS, prepare_deepcompile
+from objectives.rank.ops import COMPILE_SECONDS, KNOB_OPS, load_knob_op
 from objectives.rank.progress import Progress
 from objectives.timing import (
     MidStepRule,
@@ -167,9 +167,10 @@ def build_engine(
     ds_config = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
     deepspeed.DeepSpeedConfig(ds_config)  # a mistake is found here, before a model is built
     knobs = {**config.model_knobs, **knobs}
-    if knobs.get("compile") == "deepcompile":
-        progress.announce("compile", seconds=COMPILE_SECONDS)
-        prepare_deepcompile(progress.notice)
+    for knob in {**config.knobs_on, **knobs}.items():
+        if knob in KNOB_OPS:
+            progress.announce("compile", seconds=COMPILE_SECONDS)
+            load_knob_op(*knob, progress.notice)
     progress.announce("model", seconds=BUILD_SECONDS["model"])
     model = build_model(workload, configure_model(model_config, knobs), ds_config, device)
     apply_to_model(model, knobs)

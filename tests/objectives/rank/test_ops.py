@@ -25,28 +25,34 @@ def test_it_loads_the_compiler_where_it_trains(optimizer: str, loads_the_compile
     assert ran.stdout.split()[-2:] == ["0", str(loads_the_compiler)]
 
 
-DEEPCOMPILE = """
+KNOB_OP = """
 import sys
 import torch
 torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=0, world_size=1)
 from objectives.errors import EnvironmentFault
-from objectives.rank.ops import prepare_deepcompile
+from objectives.rank.ops import load_knob_op
 try:
-    prepare_deepcompile(lambda text, seconds: None)
+    load_knob_op({field!r}, {value!r}, lambda text, seconds: None)
 except EnvironmentFault as fault:
     print(sys.getrecursionlimit())
     print(fault)
 """
 
 
-def test_where_deepcompiles_op_cannot_be_compiled_it_says_so_and_what_to_do(tmp_path: Path) -> None:
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "false", "DS_ACCELERATOR": "cpu"}
+@pytest.mark.parametrize(
+    ("field", "value", "device", "name", "recurses"),
+    [("compile", "deepcompile", "cpu", "dc", True), ("quantized_weights", "on", "cuda", "quantizer", False)],
+)
+def test_where_a_knobs_op_cannot_be_compiled_it_says_so_and_what_to_do(
+    field: str, value: str, device: str, name: str, recurses: bool, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "false", "DS_ACCELERATOR": device}
     ran = subprocess.run(
-        [sys.executable, "-c", DEEPCOMPILE.format(folder=tmp_path)],
+        [sys.executable, "-c", KNOB_OP.format(folder=tmp_path, field=field, value=value)],
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     *_, recursion_limit, said = ran.stdout.splitlines()
-    assert int(recursion_limit) > 10_000, "its passes recurse once a node of the graph"
-    assert said.startswith("DeepSpeed's dc cannot be compiled (")
-    assert said.endswith("or leave compile=deepcompile out")
+    assert (int(recursion_limit) > 10_000) is recurses, "DeepCompile's passes recurse once a node of the graph"
+    assert said.startswith(f"DeepSpeed's {name} cannot be compiled (")
+    assert said.endswith(f"or leave {field}={value} out")
     assert len(said) < 450
