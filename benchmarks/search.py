@@ -8,8 +8,9 @@ Printed are, for each surface and policy, the regret after 5, 9 and 20 trials (h
 mean, 95th percentile, worst), the trials among the first 9 that ran out of memory, and the recorded seconds until the
 chosen configuration was within 2% of the best (of the runs that got there in 20 trials, and how many did).
 
-`--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less 1.5% for fragments, counts as
-out of memory. docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is
+`--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less what it loses to fragments, counts
+as out of memory: of its large tensors the share that least_memory.py measured of that model, in the median.
+docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is
 expected to gain 0.3%; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high` and `ours-low` its
 predicted bytes 30% off: what a wrong prior costs. `oracle` knows the surface: what it loses, the noise takes from
 every policy. Each begins with the baselines until one fits; `ours` leaves out what cannot, as the study's loop does.
@@ -29,8 +30,11 @@ from pathlib import Path
 import numpy as np
 import optuna
 import tabulate
+from least_memory import lost_shares
 from policies import MAKERS, Ours, Policy, Run
 
+from objectives.cost_model.hardware import hardware_of
+from objectives.cost_model.model import CostModel
 from objectives.machine import GIB
 from objectives.surface import Surface, read_surface
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
@@ -39,7 +43,7 @@ from tuner.space import Limits, Space
 RUN_NOISE = 0.01
 CHECKPOINTS = (5, 9, 20)
 WITHIN = 0.02
-DERIVED_FRAGMENTS = 0.015
+DATA = Path(__file__).parent / "data"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +106,13 @@ def search(surface: Surface, space: Space, policy: Policy, seed: int, trials: in
 def capped(surface: Surface, cap_gib: float) -> Surface:
     """The surface as it would be under a memory cap, derived from the recorded peaks."""
     cap_bytes = int(cap_gib * GIB)
+    model = CostModel(surface.workload, hardware_of(surface.machine))
+    recorded = sorted((DATA / "fragments").glob(f"*.{surface.workload.model}.jsonl"))
+    share = statistics.median(share for path in recorded for share in lost_shares(path))
     outcomes: dict[TrialConfig, Outcome] = {}
     for config, outcome in surface.outcomes.items():
-        if isinstance(outcome, Measurement) and outcome.peak_memory_bytes > (1 - DERIVED_FRAGMENTS) * cap_bytes:
+        lost = share * model.predict(config).memory.large_bytes
+        if isinstance(outcome, Measurement) and outcome.peak_memory_bytes + lost > cap_bytes:
             outcome = Failure(
                 kind=FailureKind.OUT_OF_MEMORY, message="derived", phase="forward", wall_seconds=1.0,
                 peak_memory_bytes=cap_bytes,
@@ -125,9 +133,8 @@ def space_of(surface: Surface) -> Space:
 
 
 def main() -> None:
-    here = Path(__file__).parent / "data"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(here.glob("*.jsonl")))
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(DATA.glob("*.jsonl")))
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--cap", type=float, nargs="*", default=[], metavar="GIB")
     parser.add_argument("--policy", nargs="+", choices=MAKERS, default=list(MAKERS))

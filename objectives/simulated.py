@@ -26,8 +26,9 @@ MEMORY_DEVIATION = 0.02
 CONFIG_MEMORY_DEVIATION = 0.005
 STEP_NOISE = 0.015
 
-FRAGMENTATION = (0.01, 0.03)
-"""Of its capacity an allocator cannot use so much: somewhere in this range."""
+LOST_SHARE = (0.1, 1.2)
+"""Of its large tensors, what a configuration loses to fragments: somewhere in this range, as on the H100 that
+`objectives.cost_model.memory_calibration` speaks of."""
 
 SETUP_SECONDS = 0.6
 
@@ -62,7 +63,7 @@ class SimulatedObjective:
         peak = prediction.memory.peak_bytes
         peak *= math.exp(MEMORY_DEVIATION * machine.standard_normal() + CONFIG_MEMORY_DEVIATION * own.standard_normal())
         for_tensors = self._machine.capacity_bytes - self._model.hardware.outside_bytes
-        usable = for_tensors * (1 - own.uniform(*FRAGMENTATION))
+        usable = for_tensors - own.uniform(*LOST_SHARE) * prediction.memory.large_bytes
         if peak > usable:
             return Failure(
                 kind=FailureKind.OUT_OF_MEMORY,

@@ -9,9 +9,9 @@ from typing import Any
 import rich.console
 import rich.table
 
-from objectives.cost_model.calibration import Fragments
 from objectives.cost_model.forecast import Forecast
 from objectives.cost_model.hardware import Hardware, hardware_of, parse_hardware
+from objectives.cost_model.memory_calibration import Fragments
 from objectives.cost_model.model import CostModel, Prediction
 from objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from objectives.trial import TrialConfig
@@ -50,7 +50,8 @@ class PlanRow:
             }
         largest = sorted(parts, key=lambda name: -parts[name])[:2]
         needs = " and ".join(f"{parts[name] / GIB:.1f} GiB of {name}" for name in largest)
-        usable = Fragments(hardware.capacity_bytes - hardware.outside_bytes).usable_bytes / GIB
+        fragments = Fragments(hardware.capacity_bytes - hardware.outside_bytes)
+        usable = float(fragments.usable_bytes(memory.large_bytes)) / GIB
         return (
             f"needs {self.forecast.peak_memory_bytes / GIB:.1f} of the {usable:.1f} GiB that an allocator can use, "
             f"among them {needs}"

@@ -14,15 +14,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from objectives.cost_model.calibration import (
-    MemoryPosterior,
-    Observation,
-    RatePosterior,
-    calibrate_memory,
-    calibrate_rates,
-)
+from objectives.cost_model.calibration import Observation, RatePosterior, calibrate_rates
 from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.cost_model.gaussian_process import normal_cdf
+from objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
 from objectives.cost_model.model import CostModel, Floats, grid_of
 from objectives.timing import FEWEST_FOR_SPREAD, StepPlan
 from objectives.trial import TrialConfig
@@ -47,7 +42,7 @@ DRAWS = 1000
 CONTENDERS = 200
 """Of so many configurations the odds are drawn, those that may turn out fastest; the rest have none."""
 
-FIT_POWER = 2
+FIT_POWER = 3
 """How much the probability of fitting weighs; 1 would be the plain expectation, but a trial that runs out of memory
 also leaves a person with one result fewer."""
 
@@ -234,7 +229,7 @@ class Proposer:
         is_as_good = fits & (drawn >= fastest - AS_GOOD)
         if best:
             is_as_good &= ~is_as_good[:, -1:]
-        odds[rows] = is_as_good[:, : len(rows)].mean(axis=0) * memory.fits[rows]
+        odds[rows] = is_as_good[:, : len(rows)].mean(axis=0) * memory.fits[rows] ** (FIT_POWER - 1)
         return odds
 
 

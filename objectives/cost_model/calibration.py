@@ -1,30 +1,22 @@
-"""The cost model corrected by measurements: what is left of its errors is a Gaussian process over the configurations.
+"""Predicted rates corrected by measurements: what is left of the errors is a Gaussian process over the configurations.
 
-Speed: log(measured / predicted) is a sum of a common factor, one for each ZeRO stage and each knob, and smooth
-functions of the batch sizes. How far the formulas are to be trusted is not known beforehand: several answers are kept
-side by side, each weighed by how well it explains the measurements (Bayesian model averaging).
-
-Memory: the predicted parts (states, activations) each carry a factor, so that two measurements tell the slope of every
-micro-batch size. A run out of memory says only that the peak is above the capacity: it enters as the Gaussian with the
-moments of the truncated one (assumed-density filtering, Minka 2001).
+log(measured / predicted) is a sum of a common factor, one for each ZeRO stage and each knob, and smooth functions of
+the batch sizes. How far the formulas are to be trusted is not known beforehand: several answers are kept side by side,
+each weighed by how well it explains the measurements (Bayesian model averaging).
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
 from objectives.cost_model.gaussian_process import (
     Kernel,
     Process,
     Rows,
     condition,
-    normal_cdf,
     outer,
-    posterior_at,
     same,
     smooth,
 )
@@ -34,23 +26,11 @@ from objectives.trial import Failure, FailureKind, Measurement, Outcome
 RUN_NOISE = 0.01
 """Relative standard deviation of one run's rate that its own steps don't show."""
 
-MEMORY_NOISE = 0.008
-"""Relative standard deviation of a measured peak about a smooth function: the allocator's fragmentation."""
-
-FRAGMENTATION = 0.02
-"""Of its capacity, an allocator in distress cannot use so much; blocks that fit nowhere."""
-FRAGMENTATION_SPREAD = 0.012
-"""How far that may be off on a machine with a model: the same for all of a study, so that it is learned."""
-OWN_FRAGMENTATION_SPREAD = 0.009
-"""How far a single configuration differs from that: of two with the same peak one may fit."""
-
 STAGES_IN_COMMON = 0.5
 """Of how far the rates of ZeRO-0, 1 and 2 are off: they compute the same, and differ in the reduction of gradients and
 in the optimizer step. ZeRO-3 gathers parameters around every module."""
 STAGES_IN_COMMON_ON_ONE = 0.9
 """The same where there is one rank, with nothing to reduce or partition: they differ in copies of gradients."""
-
-_NORMAL = NormalDist()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,19 +103,6 @@ TRUSTS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryTrust:
-    """How far the formulas of memory may be off, as relative standard deviations."""
-
-    common: float = 0.08
-    states: float = 0.03
-    stage: float = 0.03
-    activations: float = 0.12
-    knobs: float = 0.10
-    """Of the activations under one combination of the other knobs."""
-    fixed_bytes: float = 0.7e9
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class RatePosterior:
     """Predicted rates under each `Trust`; all arrays have a column for each configuration of the grid."""
@@ -171,62 +138,6 @@ class RatePosterior:
         return np.concatenate(drawn)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fragments:
-    """What is believed to be lost to fragments, as a fraction of what there is for tensors."""
-
-    for_tensors_bytes: float
-    """The capacity less what tensors cannot have (`Hardware.outside_bytes`)."""
-    mean: float = FRAGMENTATION
-    variance: float = FRAGMENTATION_SPREAD**2
-    """Of what all configurations have in common."""
-
-    @property
-    def usable_bytes(self) -> float:
-        """What tensors can have."""
-        return self.for_tensors_bytes * (1 - self.mean)
-
-    @property
-    def deviation_bytes(self) -> float:
-        """Of what one configuration can have."""
-        return self.for_tensors_bytes * math.sqrt(self.variance + OWN_FRAGMENTATION_SPREAD**2)
-
-    def given(self, fraction: float, variance: float) -> "Fragments":
-        """After one configuration was seen to lose this fraction, give or take that variance."""
-        gain = self.variance / (self.variance + variance + OWN_FRAGMENTATION_SPREAD**2)
-        return dataclasses.replace(
-            self, mean=self.mean + gain * (fraction - self.mean), variance=self.variance * (1 - gain)
-        )
-
-    def given_fits(self, peak_bytes: float) -> "Fragments":
-        """After one configuration ran with this peak: it lost no more than the rest."""
-        limit = 1 - peak_bytes / self.for_tensors_bytes
-        site = _gaussian_of_excess(-self.mean, self.variance + OWN_FRAGMENTATION_SPREAD**2, -limit)
-        return self if site is None else self.given(-site[0], site[1])
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class MemoryPosterior:
-    """Predicted peaks of all configurations of the grid."""
-
-    mean_bytes: Floats
-    deviation_bytes: Floats
-    capacity_bytes: float
-    fragments: Fragments
-
-    @property
-    def fits(self) -> Floats:
-        """Probability that each runs without running out of memory."""
-        spread = np.hypot(self.deviation_bytes, self.fragments.deviation_bytes)
-        return normal_cdf((self.fragments.usable_bytes - self.mean_bytes) / spread)
-
-    @property
-    def certainly_too_large(self) -> npt.NDArray[np.bool_]:
-        """Which cannot fit, whatever an allocator does: 5% above the capacity and four deviations."""
-        over = self.mean_bytes - self.capacity_bytes
-        return np.asarray(over > np.maximum(0.05 * self.capacity_bytes, 4 * self.deviation_bytes))
-
-
 def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePosterior:
     """Predicted rates of the whole grid, given what was measured of some of it."""
     timed = [each for each in observations if each.log_rate is not None]
@@ -247,67 +158,6 @@ def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePost
     relative = np.exp(np.array(evidences) - max(evidences))
     deviations = np.sqrt([process.variances for process in processes])
     return RatePosterior(relative / relative.sum(), np.array(means), deviations, tuple(processes))
-
-
-def calibrate_memory(
-    grid: Grid,
-    observations: Sequence[Observation],
-    capacity_bytes: float,
-    trust: MemoryTrust | None = None,
-    *,
-    outside_bytes: float = 0.0,
-) -> MemoryPosterior:
-    """Predicted peaks of the whole grid, given what was measured of some of it.
-
-    Args:
-        capacity_bytes: of a rank, after any cap.
-        outside_bytes: of these, what tensors cannot have.
-    """
-    kernel = _memory_kernel(grid, trust or MemoryTrust())
-    measured = [each for each in observations if each.peak_bytes is not None]
-    rows = np.array([each.row for each in measured], dtype=int)
-    peaks = np.array([each.peak_bytes for each in measured], dtype=float)
-    residuals, noise = peaks - grid.peak_bytes[rows], (MEMORY_NOISE * peaks) ** 2
-    fragments = Fragments(capacity_bytes - outside_bytes)
-    for each in measured:
-        if each.is_own:  # an earlier study may have had more memory
-            fragments = fragments.given_fits(float(each.peak_bytes or 0))
-    for each in observations:
-        if not each.ran_out:
-            continue
-        mean, variance = posterior_at(kernel, each.row, rows, residuals, noise)
-        # Its peak and its fragments together were above what there is; what each of the two learns from that leaves
-        # out what the other did not know.
-        limit, lost = fragments.usable_bytes - grid.peak_bytes[each.row], fragments.deviation_bytes**2
-        site = _gaussian_of_excess(mean, variance + lost, limit)
-        if site is not None:
-            value, doubt = site
-            rows = np.append(rows, each.row)
-            residuals, noise = np.append(residuals, value), np.append(noise, doubt + lost)
-            fragments = fragments.given(
-                fragments.mean + (value - mean) / fragments.for_tensors_bytes,
-                (doubt + variance) / fragments.for_tensors_bytes**2,
-            )
-    process = condition(kernel, rows, residuals, noise)
-    variances = process.variances + (MEMORY_NOISE * grid.peak_bytes) ** 2
-    return MemoryPosterior(grid.peak_bytes + process.mean, np.sqrt(variances), capacity_bytes, fragments)
-
-
-def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[float, float] | None:
-    """The (value, variance) whose observation leaves a Gaussian with the moments of itself truncated below `limit`.
-
-    None where the truncation changes next to nothing: the formulas knew.
-    """
-    spread = math.sqrt(variance)
-    above = (limit - mean) / spread
-    # Far in the tail the ratio is that of two vanishing numbers; its asymptote is exact to 1% from 6 on.
-    hazard = above + 1 / above if above > 6 else _NORMAL.pdf(above) / (1 - _NORMAL.cdf(above))
-    shrink = max(1 - hazard * (hazard - above), 0.02)  # of the variance
-    if shrink > 0.999:
-        return None
-    truncated_mean, truncated_variance = mean + spread * hazard, variance * shrink
-    precision = 1 / truncated_variance - 1 / variance
-    return (truncated_mean / truncated_variance - mean / variance) / precision, 1 / precision
 
 
 def _rate_kernel(grid: Grid, trust: Trust) -> Kernel:
@@ -334,27 +184,6 @@ def _rate_kernel(grid: Grid, trust: Trust) -> Kernel:
     everywhere = (trust.common, trust.stage, trust.knobs, trust.micro_batch, trust.accumulation, trust.interaction)
     shares = grid.launch_share**2 + grid.communication_share**2 + grid.optimizer_share**2
     return Kernel(between, math.fsum(part**2 for part in everywhere) + trust.parts**2 * shares)
-
-
-def _memory_kernel(grid: Grid, trust: MemoryTrust) -> Kernel:
-    def between(one: Rows, other: Rows) -> Floats:
-        states = outer(grid.states_bytes, one, other)
-        activations = outer(grid.activation_bytes, one, other)
-        peaks = outer(grid.peak_bytes, one, other)
-        return np.asarray(
-            trust.common**2 * peaks
-            + states * (trust.states**2 + trust.stage**2 * same(grid.stage, one, other))
-            + activations * (trust.activations**2 + trust.knobs**2 * same(grid.knobs, one, other))
-            + trust.fixed_bytes**2
-        )
-
-    variances = (
-        (trust.common * grid.peak_bytes) ** 2
-        + (trust.states**2 + trust.stage**2) * grid.states_bytes**2
-        + (trust.activations**2 + trust.knobs**2) * grid.activation_bytes**2
-        + trust.fixed_bytes**2
-    )
-    return Kernel(between, variances)
 
 
 def _alike_stages(grid: Grid, one: Rows, other: Rows) -> Floats:

@@ -62,6 +62,11 @@ class MemoryEstimate:
     """What a checkpointed block holds while it is computed again, when the logits are gone."""
     step_transient: float
     """What the optimizer step holds besides parameters and states."""
+    large_in_backward: float
+    """Of what is there when the backward pass begins or soon after, that which a few tensors make up: the logits in the
+    loss's precision, and the bucket in which gradients are reduced."""
+    large_in_step: float
+    """The same in the optimizer step: the gradients in fp32, flattened."""
     fixed: float
 
     @property
@@ -86,6 +91,11 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> float:
         return max(self.backward_bytes, self.step_bytes)
+
+    @property
+    def large_bytes(self) -> float:
+        """At the peak, what an allocator has to find in a few large pieces."""
+        return self.large_in_step if self.step_bytes > self.backward_bytes else self.large_in_backward
 
 
 def predict_memory(
@@ -139,6 +149,8 @@ def predict_memory(
         # The gradients, and the bucket through which they go to the host.
         on_their_way = width * shard + width * min(bucket_elements, count)
         transient = offloaded * on_their_way + (1 - offloaded) * transient
+    # Plain torch Adam flattens nothing.
+    flattened = 4.0 * min(shard, SUB_GROUP_ELEMENTS) if stage else 0.0 if dtype == "fp32" else 4.0 * count
     largest = max(architecture.vocabulary * architecture.hidden, architecture.block_parameters)
     accumulates = config.gradient_accumulation_steps > 1
     buckets = 0.0
@@ -172,11 +184,15 @@ def predict_memory(
     # Of a checkpointed block only its input is kept.
     activations = (architecture.layers - checkpointed) * block + checkpointed * hidden_tensor
     # The log-softmax, its gradient and that of the logits; transformers takes causal models' loss in fp32.
-    logit_bytes = constants.logit_bytes or 3 * (width if architecture.is_masked else 4)
-    logits = batch_tokens * architecture.vocabulary * logit_bytes
+    loss_width = width if architecture.is_masked else 4
+    logits = batch_tokens * architecture.vocabulary * (constants.logit_bytes or 3 * loss_width)
+    large: float = batch_tokens * architecture.vocabulary * loss_width
     if config.loss_computation != "default":
+        large /= LOSS_CHUNKS
         # Those of a piece, and the sum of the pieces' gradients of the projection.
         logits = logits / LOSS_CHUNKS + width * architecture.vocabulary * architecture.hidden
+    if stage >= 1:
+        large += width * min(bucket_elements, count)
     partition = 0.0 if kept_elsewhere else shard
     if config.parameter_group:
         partition += count / config.parameter_group  # the group's copy for the backward pass
@@ -190,6 +206,8 @@ def predict_memory(
         logits=logits,
         recomputed_block=block if every else 0.0,
         step_transient=transient,
+        large_in_backward=large,
+        large_in_step=width * largest + (1 - offloaded) * flattened,
         fixed=constants.fixed_bytes if device == "cuda" else constants.process_bytes,
     )
 

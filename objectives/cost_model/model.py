@@ -111,6 +111,8 @@ class Grid:
     """Of the moment that is predicted to be the peak, likewise below."""
     activation_bytes: Floats
     peak_bytes: Floats
+    large_bytes: Floats
+    """What of it an allocator has to find in a few large pieces."""
 
     def __len__(self) -> int:
         return len(self.configs)
@@ -151,4 +153,5 @@ def grid_of(model: CostModel, configs: Sequence[TrialConfig]) -> Grid:
         states_bytes=np.array(states),
         activation_bytes=np.array(activations),
         peak_bytes=np.array(states) + np.array(activations),
+        large_bytes=np.array([prediction.memory.large_bytes for prediction in predictions]),
     )

@@ -154,8 +154,10 @@ def test_running_out_of_memory_says_where_and_how_much_there_was() -> None:
         assert (outcome.kind, outcome.phase) == (FailureKind.OUT_OF_MEMORY, phase)
         assert "simulated" in outcome.message
         assert outcome.peak_memory_bytes is not None
-        # Of 31.7 GiB, 5% are no tensor's; of the rest 1 to 3% are lost to fragments.
-        assert 0.96 < outcome.peak_memory_bytes / (0.95 * simulation.machine.capacity_bytes) < 1
+        # Of 31.7 GiB, 5% are no tensor's; of the rest a share of the large tensors is lost to fragments.
+        lost = 0.95 * simulation.machine.capacity_bytes - outcome.peak_memory_bytes
+        large_bytes = simulation.model.predict(each).memory.large_bytes
+        assert 0.1 <= lost / large_bytes <= 1.2
         assert outcome.wall_seconds > 0
 
 

@@ -230,7 +230,9 @@ def test_a_loss_in_pieces_has_an_eighth_of_the_logits_and_a_second_gradient_of_t
     xl = architecture("gpt2-xl")
     plain, pieces = estimate(knobs(1, 16)), estimate(knobs(1, 16, loss_computation=loss))
     assert pieces.logits == pytest.approx(plain.logits / 8 + 2 * xl.vocabulary * xl.hidden)
-    assert dataclasses.replace(pieces, logits=plain.logits) == plain
+    in_fp32 = 4 * 16 * 1024 * xl.vocabulary
+    assert plain.large_in_backward - pieces.large_in_backward == pytest.approx(7 / 8 * in_fp32)
+    assert dataclasses.replace(pieces, logits=plain.logits, large_in_backward=plain.large_in_backward) == plain
 
 
 def test_offloaded_parameters_are_only_there_while_they_are_gathered() -> None:
