@@ -208,7 +208,7 @@ class Proposer:
         contends: npt.NDArray[np.bool_],
     ) -> Floats:
         """Of each row, the probability that it is as good as the best there is and the best so far is not; times the
-        probability of fitting once more, since a trial that runs out of memory leaves one with a result fewer.
+        square of that of fitting, since a trial that runs out of memory leaves one with a result fewer.
 
         What the formulas are wrong by is mostly the same for all, so that the rows are drawn together; and so is what
         they are wrong by in memory: of two, the one that is likelier to fit fits wherever the other does.

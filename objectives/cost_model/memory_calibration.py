@@ -138,7 +138,7 @@ class MemoryPosterior:
         ):
             spread = np.hypot(deviation, lost.deviation_bytes(self.large_bytes))
             found += weight * normal_cdf((lost.usable_bytes(self.large_bytes) - mean) / spread)
-        return found
+        return np.minimum(found, 1.0)  # weights add up to 1 but for rounding
 
     @property
     def certainly_too_large(self) -> npt.NDArray[np.bool_]:
