@@ -11,6 +11,7 @@ command goes on where it was cut off. The last lines print what was found, of th
 import argparse
 import itertools
 import json
+import re
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ RUNS = 3
 
 def config_from(text: str) -> TrialConfig:
     """An argparse type: `1/16/4/1` for ZeRO-1, micro-batch 16, gas 4 and checkpointing of every block."""
+    if not re.fullmatch(r"\d+(/\d+){3}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not STAGE/MBS/GAS/CKPT, such as 1/16/4/1")
     stage, mbs, gas, ckpt = (int(part) for part in text.split("/"))
     return TrialConfig(
         zero_stage=stage, micro_batch_size=mbs, gradient_accumulation_steps=gas, activation_checkpointing=ckpt
@@ -86,7 +89,11 @@ def main() -> int:
     model = CostModel(workload, hardware_of(machine))
     if not arguments.file.exists():
         arguments.file.write_text(json.dumps(header(workload, machine)) + "\n")
-    rows = [json.loads(text) for text in arguments.file.read_text().splitlines()[1:]]
+    first, *lines = arguments.file.read_text().splitlines()
+    if json.loads(first) != header(workload, machine):
+        print(f"{arguments.file} was recorded on something else: {first}", file=sys.stderr)
+        return 2
+    rows = [json.loads(text) for text in lines]
     folder = Path(tempfile.mkdtemp(prefix="least-memory-"))
     launcher = LocalLauncher(machine)
     found = []
@@ -112,6 +119,9 @@ def main() -> int:
             low, high = between(of_config, predicted)
             peak = min((row["peak_gib"] for row in of_config if not row["oom"]), default=predicted / GIB)
             found.append([config.name, peak, low - peak, high - peak, low / peak - 1, high / peak - 1])
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
     finally:
         launcher.close()
     print(tabulate(found, ["name", "peak GiB", "lost GiB from", "to", "share from", "to"], floatfmt=".3f"))

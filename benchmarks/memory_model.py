@@ -25,6 +25,7 @@ from search import capped, search, space_of
 from objectives.cost_model.calibration import Observation
 from objectives.cost_model.hardware import parse_hardware
 from objectives.cost_model.model import CostModel
+from objectives.errors import UsageError
 from objectives.knobs import Site
 from objectives.surface import Surface, read_surface
 from objectives.trial import Measurement, TrialConfig
@@ -113,7 +114,11 @@ def main() -> None:
     for path, cap in itertools.product(arguments.files, [None, *arguments.cap]):
         surface = read_surface(path)
         name = path.stem if cap is None else f"{path.stem} ≤ {cap:g} GiB (derived)"
-        lines.append(memory_row(name, surface if cap is None else capped(surface, cap), arguments.seeds))
+        try:
+            surface = surface if cap is None else capped(surface, cap)
+        except UsageError as error:
+            parser.error(str(error))
+        lines.append(memory_row(name, surface, arguments.seeds))
     headings = ["surface", "median error", "95th percentile", "largest", "wrongly excluded"]
     print(tabulate.tabulate(lines, headings, tablefmt="pipe", disable_numparse=True))
     print(f"\none proposal among 5,000 configurations after 50 trials: {proposal_seconds():.2f} s")

@@ -10,10 +10,10 @@ chosen configuration was within 2% of the best (of the runs that got there in 20
 
 `--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less what it loses to fragments, counts
 as out of memory: of its large tensors the share that least_memory.py measured of that model, in the median.
-docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is
-expected to gain 0.3%; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high` and `ours-low` its
-predicted bytes 30% off: what a wrong prior costs. `oracle` knows the surface: what it loses, the noise takes from
-every policy. Each begins with the baselines until one fits; `ours` leaves out what cannot, as the study's loop does.
+docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is expected to gain
+0.3%; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high` and `ours-low` its predicted bytes 30%
+off: what a wrong prior costs. `oracle` knows the surface: what it loses, the noise takes from every policy. Each begins
+with the baselines until one fits; `ours` leaves out what cannot, as the study's loop does.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from policies import MAKERS, Ours, Policy, Run
 
 from objectives.cost_model.hardware import hardware_of
 from objectives.cost_model.model import CostModel
+from objectives.errors import UsageError
 from objectives.machine import GIB
 from objectives.surface import Surface, read_surface
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
@@ -104,11 +105,21 @@ def search(surface: Surface, space: Space, policy: Policy, seed: int, trials: in
 
 
 def capped(surface: Surface, cap_gib: float) -> Surface:
-    """The surface as it would be under a memory cap, derived from the recorded peaks."""
+    """The surface as it would be under a memory cap, derived from the recorded peaks.
+
+    Raises:
+        UsageError: what its model loses to fragments was never recorded.
+    """
     cap_bytes = int(cap_gib * GIB)
     model = CostModel(surface.workload, hardware_of(surface.machine))
     recorded = sorted((DATA / "fragments").glob(f"*.{surface.workload.model}.jsonl"))
-    share = statistics.median(share for path in recorded for share in lost_shares(path))
+    shares = [share for path in recorded for share in lost_shares(path)]
+    if not shares:
+        raise UsageError(
+            f"--cap needs what {surface.workload.model} loses to fragments, which is not recorded in {DATA}/fragments: "
+            "record it with least_memory.py, or leave the surfaces of that model out"
+        )
+    share = statistics.median(shares)
     outcomes: dict[TrialConfig, Outcome] = {}
     for config, outcome in surface.outcomes.items():
         lost = share * model.predict(config).memory.large_bytes
@@ -152,7 +163,10 @@ def main() -> None:
     lines = []
     for path, cap in itertools.product(arguments.files, [None, *arguments.cap]):
         surface = read_surface(path)
-        surface = capped(surface, cap) if cap is not None else surface
+        try:
+            surface = capped(surface, cap) if cap is not None else surface
+        except UsageError as error:
+            parser.error(str(error))
         if not any(isinstance(outcome, Measurement) for outcome in surface.outcomes.values()):
             print(f"{path.stem}: nothing fits in {cap:g} GiB, left out", file=sys.stderr)
             continue

@@ -26,7 +26,7 @@ MEMORY_DEVIATION = 0.02
 CONFIG_MEMORY_DEVIATION = 0.005
 STEP_NOISE = 0.015
 
-LOST_SHARE = (0.1, 1.2)
+LOST_SHARES = (0.1, 1.2)
 """Of its large tensors, what a configuration loses to fragments: somewhere in this range, as on the H100 that
 `objectives.cost_model.memory_calibration` speaks of."""
 
@@ -63,7 +63,7 @@ class SimulatedObjective:
         peak = prediction.memory.peak_bytes
         peak *= math.exp(MEMORY_DEVIATION * machine.standard_normal() + CONFIG_MEMORY_DEVIATION * own.standard_normal())
         for_tensors = self._machine.capacity_bytes - self._model.hardware.outside_bytes
-        usable = for_tensors - own.uniform(*LOST_SHARE) * prediction.memory.large_bytes
+        usable = for_tensors - own.uniform(*LOST_SHARES) * prediction.memory.large_bytes
         if peak > usable:
             return Failure(
                 kind=FailureKind.OUT_OF_MEMORY,

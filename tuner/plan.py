@@ -53,7 +53,7 @@ class PlanRow:
         fragments = Fragments(hardware.capacity_bytes - hardware.outside_bytes)
         usable = float(fragments.usable_bytes(memory.large_bytes)) / GIB
         return (
-            f"needs {self.forecast.peak_memory_bytes / GIB:.1f} of the {usable:.1f} GiB that an allocator can use, "
+            f"needs {self.forecast.peak_memory_bytes / GIB:.1f} GiB where fragments leave it about {usable:.1f}, "
             f"among them {needs}"
         )
 

@@ -210,8 +210,8 @@ class Proposer:
         """Of each row, the probability that it is as good as the best there is and the best so far is not; times the
         square of that of fitting, since a trial that runs out of memory leaves one with a result fewer.
 
-        What the formulas are wrong by is mostly the same for all, so that the rows are drawn together; and so is what
-        they are wrong by in memory: of two, the one that is likelier to fit fits wherever the other does.
+        What the formulas are wrong by in speed is mostly the same for all, so that the rows are drawn together. Whether
+        one fits is mostly its own: what it loses to fragments (`OWN_LOST_SHARE_SPREAD`).
         """
         odds = np.zeros(len(self.grid))
         timed = [each for each in observations if each.log_rate is not None]
@@ -224,7 +224,7 @@ class Proposer:
         best = [max(own, key=lambda each: each.log_rate or 0.0).row] if own else []
         random = np.random.default_rng(0)  # the same draws each time: what is believed decides, not chance
         drawn = rates.draws(np.append(rows, best).astype(int), DRAWS, random)
-        fits = random.random((len(drawn), 1)) < np.append(memory.fits[rows], [1.0] * len(best))
+        fits = random.random(drawn.shape) < np.append(memory.fits[rows], [1.0] * len(best))
         fastest = np.where(fits, drawn, -np.inf).max(axis=1, keepdims=True)
         is_as_good = fits & (drawn >= fastest - AS_GOOD)
         if best:

@@ -80,18 +80,14 @@ class Fragments:
     variance: float = LOST_SHARE_SPREAD**2
     """Of what all configurations have in common."""
 
-    def lost_bytes(self, large_bytes: Floats | float) -> Floats:
-        """What configurations lose whose large tensors have so many bytes."""
-        return np.asarray(self.share * large_bytes + SMALL_FRAGMENTS * self.for_tensors_bytes)
+    def usable_bytes(self, large_bytes: Floats | float) -> Floats:
+        """What the peaks of configurations can be whose large tensors have so many bytes."""
+        return np.asarray((1 - SMALL_FRAGMENTS) * self.for_tensors_bytes - self.share * large_bytes)
 
     def deviation_bytes(self, large_bytes: Floats | float) -> Floats:
         """How far each of them may differ from that."""
         share = math.sqrt(self.variance + OWN_LOST_SHARE_SPREAD**2)
         return np.hypot(share * large_bytes, SMALL_FRAGMENTS * self.for_tensors_bytes)
-
-    def usable_bytes(self, large_bytes: Floats | float) -> Floats:
-        """What the peaks of such configurations can be."""
-        return self.for_tensors_bytes - self.lost_bytes(large_bytes)
 
     def given(self, share: float, variance: float) -> "Fragments":
         """After one configuration was seen to lose this share, give or take that variance."""
@@ -102,7 +98,7 @@ class Fragments:
 
     def given_fits(self, peak_bytes: float, large_bytes: float) -> "Fragments":
         """After one configuration ran with this peak: it lost no more than the rest."""
-        room = self.for_tensors_bytes * (1 - SMALL_FRAGMENTS) - peak_bytes
+        room = (1 - SMALL_FRAGMENTS) * self.for_tensors_bytes - peak_bytes
         site = _gaussian_of_excess(-self.share, self.variance + OWN_LOST_SHARE_SPREAD**2, -max(room, 0.0) / large_bytes)
         return self if site is None else self.given(-site[0], site[1])
 
@@ -195,7 +191,7 @@ def _answer(
         mean, variance = posterior_at(kernel, each.row, rows, residuals, noise)
         limit = float(fragments.usable_bytes(large)) - grid.peak_bytes[each.row]
         lost = float(fragments.deviation_bytes(large)) ** 2
-        evidence += _log_odds_above((limit - mean) / math.sqrt(variance + lost))
+        evidence += _log_probability_above((limit - mean) / math.sqrt(variance + lost))
         site = _gaussian_of_excess(mean, variance + lost, limit)
         if site is not None:
             value, doubt = site
@@ -222,7 +218,7 @@ def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[flo
     return (truncated_mean / truncated_variance - mean / variance) / precision, 1 / precision
 
 
-def _log_odds_above(deviations: float) -> float:
+def _log_probability_above(deviations: float) -> float:
     """The logarithm of the probability that a standard normal variable is above this."""
     if deviations > 6:
         return -0.5 * deviations**2 - math.log(deviations * math.sqrt(2 * math.pi))

@@ -23,8 +23,6 @@ XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 RUN_NOISE = 0.01
 """Two runs of one configuration differ by so much."""
-MISJUDGED = 0.035
-"""With that noise the second best looks better now and then: under 40 GiB it is so much slower."""
 
 LOST = 0.9
 """Of its large tensors, what a configuration loses to fragments under a derived cap: GPT2-xl did in the median."""
@@ -106,8 +104,7 @@ class Search:
     def attempt(self, row: int) -> None:
         outcome = self.surface.outcomes[self.proposer.grid.configs[row]]
         if isinstance(outcome, Measurement):
-            # The same for a configuration whenever it runs.
-            factor = math.exp(RUN_NOISE * np.random.default_rng([self._seed, 7, row]).standard_normal())
+            factor = self.factor(row)
             low, high = outcome.samples_per_second_ci95
             outcome = dataclasses.replace(
                 outcome,
@@ -119,17 +116,17 @@ class Search:
         if observation is not None:
             self.observations.append(observation)
 
+    def factor(self, row: int) -> float:
+        """What noise makes of a row's rate: the same whenever it runs."""
+        return math.exp(RUN_NOISE * np.random.default_rng([self._seed, 7, row]).standard_normal())
+
     @property
     def regret(self) -> float:
-        """How much slower than the recorded best that is which looks fastest so far; 1 where nothing fits."""
-        fitting = [each for each in self.surface.outcomes.values() if isinstance(each, Measurement)]
-        timed = [each for each in self.observations if each.log_rate is not None]
-        if not timed:
-            return 1.0
-        chosen = max(timed, key=lambda each: each.log_rate or -math.inf)
-        outcome = self.surface.outcomes[self.proposer.grid.configs[chosen.row]]
-        assert isinstance(outcome, Measurement)
-        return 1 - outcome.samples_per_second / max(each.samples_per_second for each in fitting)
+        """How much slower the fastest run so far was than the fastest there could be; 1 where nothing fits."""
+        found = [math.exp(each.log_rate) for each in self.observations if each.log_rate is not None]
+        outcomes = [(row, self.surface.outcomes[config]) for row, config in enumerate(self.proposer.grid.configs)]
+        rates = [self.factor(row) * each.samples_per_second for row, each in outcomes if isinstance(each, Measurement)]
+        return 1 - max(found, default=0.0) / max(rates)
 
     @property
     def ran_out(self) -> int:
@@ -149,7 +146,7 @@ def test_nine_trials_find_what_is_within_3_percent_of_the_best(seed: int) -> Non
 @pytest.mark.parametrize("cap_gib", [36, 40, 60, 80])
 def test_they_do_where_memory_bites(cap_gib: int) -> None:
     searches = [Search(under(cap_gib), seed).run(9) for seed in range(10)]
-    assert max(search.regret for search in searches) <= MISJUDGED
+    assert max(search.regret for search in searches) <= 0.03
     assert np.mean([search.regret for search in searches]) <= 0.01
 
 
@@ -173,7 +170,7 @@ def test_the_search_says_that_nothing_is_left_to_gain_long_before_everything_is_
 def test_predicted_bytes_that_are_off_cost_trials_and_not_the_result(cap_gib: int | None, factor: float) -> None:
     for seed in range(10):
         search = Search(under(cap_gib), seed, off_by(factor)).run(20)
-        assert search.regret <= MISJUDGED, seed
+        assert search.regret <= 0.025, seed
 
 
 @pytest.mark.parametrize("cap_gib", [None, 40, 60, 80])

@@ -253,6 +253,8 @@ V100 = Site(compute_capability=(7, 0), vocabulary=50257, model_type="gpt2")
         ({"attention": "sdpa_cudnn"}, 0, Site(compute_capability=(8, 0))),
         ({"attention": "sdpa_flash"}, 0, Site(compute_capability=(9, 0), dtype="fp32")),
         ({"attention": "sdpa_efficient"}, 0, Site(grouped_queries=True)),
+        ({"attention": "flash_attention_2"}, 0, H200),
+        ({"attention": "flash_attention_2"}, 0, dataclasses.replace(H200, flash_attention=True, dtype="fp32")),
         ({"attention": "sdpa_efficient"}, 0, Site(device="cpu")),
         ({"loss_computation": "chunked"}, 0, Site(model_type="bert")),
         ({"loss_computation": "liger"}, 0, H200),
@@ -276,6 +278,7 @@ def test_a_knob_exists_only_where_it_has_a_meaning(knobs: dict[str, object], sta
     ("knobs", "stage", "site"),
     [
         ({"attention": "sdpa_flash"}, 0, H200),
+        ({"attention": "flash_attention_2"}, 0, dataclasses.replace(H200, flash_attention=True)),
         ({"attention": "sdpa_cudnn"}, 0, H200),
         ({"attention": "sdpa_efficient"}, 0, V100),
         ({"loss_computation": "chunked"}, 3, H200),

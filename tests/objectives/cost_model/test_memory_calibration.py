@@ -30,11 +30,10 @@ GRID = grid_of(CostModel(SURFACE.workload, hardware_of(SURFACE.machine)), tuple(
 ROW = {config.name: row for row, config in enumerate(GRID.configs)}
 CAPACITY = float(SURFACE.machine.capacity_bytes)
 
-ZERO_1, ZERO_2 = "z1_ac1_gas4_tmbspg12", "z2_ac1_gas4_tmbspg12"
-"""Both ran out; ZeRO-2 by less, at a predicted 92% of the memory."""
-
 SURPRISE = "z1_ac1_gas4_tmbspg8"
 """It ran out, at a predicted 90% of the memory."""
+AS_NEAR = "z2_ac1_gas4_tmbspg12"
+"""It needs a predicted 92%."""
 
 
 def observed(name: str) -> Observation:
@@ -50,7 +49,7 @@ def beliefs(*observations: Observation) -> MemoryPosterior:
 
 def test_what_ran_out_and_what_ran_tell_about_another_that_comes_as_near() -> None:
     assert isinstance(OUTCOMES[SURPRISE], Failure)
-    row, other = ROW[SURPRISE], ROW[ZERO_2]
+    row, other = ROW[SURPRISE], ROW[AS_NEAR]
     before, ran_out = beliefs(), beliefs(observed(SURPRISE))
     ran = beliefs(Observation(row=row, peak_bytes=0.99 * CAPACITY))
     assert ran_out.fits[other] < 0.8 * before.fits[other]

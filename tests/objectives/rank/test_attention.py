@@ -1,5 +1,6 @@
 """Torch's attention kernels as the knob asks for them: what is looked at is the operations that run."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,14 @@ def test_a_kernel_that_cannot_run_here_is_not_quietly_another(
     engine = engine_of(layers=1, attention="sdpa_cudnn")
     with pytest.raises(RuntimeError, match=r"No (available kernel|viable backend)"):
         engine(**batch())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_flashattentions_own_package_is_asked_for_by_transformers(
+    engine_of: Callable[..., deepspeed.DeepSpeedEngine],
+) -> None:
+    with pytest.raises(ImportError, match="package for FlashAttention2 doesn't seem to be installed"):
+        engine_of(layers=1, attention="flash_attention_2")
 
 
 @pytest.mark.gpu
