@@ -38,6 +38,8 @@ FEWEST_ACCUMULATED = 4
 
 FEWEST_MICRO_STEPS = 6
 """Behind those, fewer cannot show whether they still get faster."""
+FAR_BEYOND = 3.0
+"""Where the fastest so far is beyond the limit by this, it does not matter whether they still get faster."""
 
 FEWEST_FOR_SPREAD = 4
 """Of fewer micro-steps nobody can tell how far they lie apart."""
@@ -224,7 +226,11 @@ class MidStepRule:
             micro_step_seconds: as the slowest rank had them.
         """
         watched = micro_step_seconds[SETTLING_MICRO_STEPS:]
-        if math.fsum(watched) < self.watched_seconds or (is_drifting(watched) and watched[-1] < watched[0]):
+        if math.fsum(watched) < self.watched_seconds:
+            return False
+        if self.gradient_accumulation_steps * min(watched) > FAR_BEYOND * self.limit_seconds:
+            return True
+        if is_drifting(watched) and watched[-1] < watched[0]:
             return False
         steps = [self.gradient_accumulation_steps * seconds for seconds in later_half(micro_step_seconds)]
         return _is_above(steps, self.limit_seconds)

@@ -266,6 +266,12 @@ def test_micro_steps_that_get_faster_are_waited_for() -> None:
     assert given_up_after(coming_down, rule()) is None
 
 
+def test_what_is_far_beyond_hope_is_not_waited_for() -> None:
+    """A busy machine made micro-steps look as if they got faster for a whole step of 16 s."""
+    coming_down = [0.3 * (1 + 4 * 0.85**number) for number in range(60)]
+    assert given_up_after(coming_down, rule(best_step_seconds=10.0 / 8)) == 8
+
+
 def test_short_steps_and_short_glimpses_are_not_given_up() -> None:
     assert given_up_after(noisy(1.9 / 32, 0.01), rule(best_step_seconds=0.1)) is None, "a step of 1.9 s is no loss"
     quick = given_up_after(noisy(3.0 / 200, 0.01, 200), rule(best_step_seconds=0.1, gas=200))
