@@ -55,6 +55,8 @@ class Search:
     out_of_memory: int
     """Among the first nine trials."""
     seconds_to_good: float | None
+    seconds: float
+    """Recorded, of all its trials."""
     trials: int
     ask_seconds: float
 
@@ -99,6 +101,7 @@ def search(surface: Surface, space: Space, policy: Policy, seed: int, trials: in
         regrets={count: regrets.get(count, last) for count in CHECKPOINTS},
         out_of_memory=sum(run.rate is None for run in runs[:9]),
         seconds_to_good=good_after,
+        seconds=seconds,
         trials=len(runs),
         ask_seconds=asking / max(len(runs), 1),
     )
@@ -158,6 +161,7 @@ def main() -> None:
         *(f"regret after {count}" for count in CHECKPOINTS),
         "OOM in 9",
         "s to 2%",
+        "s in all",
         "trials",
     ]
     lines = []
@@ -196,6 +200,7 @@ def _figures(found: Sequence[Search]) -> list[str]:
     good = [each.seconds_to_good for each in found if each.seconds_to_good is not None]
     cells.append(f"{statistics.fmean(each.out_of_memory for each in found):.1f}")
     cells.append(f"{statistics.fmean(good):.0f} ({len(good)}/{len(found)})" if good else f"– (0/{len(found)})")
+    cells.append(f"{statistics.fmean(each.seconds for each in found):.0f}")
     cells.append(f"{statistics.fmean(each.trials for each in found):.1f}")
     return cells
 

@@ -47,8 +47,11 @@ FIT_POWER = 3
 also leaves a person with one result fewer."""
 
 UNLIKELY_TO_FIT = 0.2
-"""What has less than this is not what a search hopes for, and a baseline with less waits until others have been tried:
-under 32 GiB one GPU ran the untuned training of GPT2-xl out of memory in four stages before it offloaded."""
+"""What has less than this is not what a search hopes for."""
+
+BASELINE_FITS = 0.7
+"""A baseline with less waits until others have been tried: what a search begins with is to run. Under 32 GiB one GPU
+ran the untuned training of GPT2-xl out of memory in four stages before it offloaded."""
 
 TWIN_FITS = 0.5
 """On one GPU ZeRO-3 is not for what is so likely to fit in a lower stage."""
@@ -151,7 +154,7 @@ class Proposer:
         """
         _, memory = self.beliefs(observations)
         rows = {config: self.row(config) for config in configs}
-        unlikely = {config: row is not None and memory.fits[row] < UNLIKELY_TO_FIT for config, row in rows.items()}
+        unlikely = {config: row is not None and memory.fits[row] < BASELINE_FITS for config, row in rows.items()}
         vain = {config: row is not None and memory.certainly_too_large[row] for config, row in rows.items()}
         return sorted(
             (config for config in configs if config == configs[-1] or not vain[config]), key=unlikely.__getitem__

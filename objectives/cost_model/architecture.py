@@ -21,6 +21,9 @@ from objectives.model_sizes import (
 )
 from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
 
+FUSED_ATTENTION = ("gpt2", "gpt_bigcode", "gpt_neox", "bloom", "falcon")
+"""Families that project to queries, keys and values by one matrix."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -50,6 +53,11 @@ class Architecture:
     """Trained on masked tokens, by a head that is more than one projection."""
     is_exact: bool
     """Whether the count is known to be right for this family."""
+
+    @property
+    def block_matrices(self) -> int:
+        """Weights of a block that are no vectors: of attention, one or three and the output's, and of the MLP."""
+        return (1 if self.model_type in FUSED_ATTENTION else 3) + 1 + (3 if self.gated_mlp else 2)
 
     def enlarged(self, multiple: int) -> "Architecture":
         """With the vocabulary rounded up; the embedding and the projection are taken to be one tied matrix."""

@@ -30,9 +30,19 @@ class StepConstants:
     dropout_cost: float = 0.08
     """Of the compute: drawing its random numbers. 41.2 samples/s without on an H100, 38.3 with it."""
     launch_seconds: float = 2.2e-3
-    """Of one block's forward and backward pass, however small the batch."""
-    zero3_launch_factor: float = 4.0
-    """ZeRO-3's hooks around each module, as a multiple of `launch_seconds`."""
+    """Of a micro-step, for each block's forward and backward pass, however small the batch: GPT-2's, or BERT's."""
+    rms_norm_launch_factor: float = 1.4
+    """Of that, for Llama's: transformers' RMSNorm and rotated positions are many small kernels. 3.1 ms on an H100."""
+    relative_launch_factor: float = 2.6
+    """Of that, for DeBERTa's relative positions: 5.7 ms on an H100."""
+    checkpoint_seconds: float = 3e-3
+    """Of a micro-step, for each checkpointed block, besides the forward pass's kernels: random numbers' state is saved
+    and put back, and its backward pass is a graph of its own. 2 to 7 ms on each of eight machines and models."""
+    zero3_matrix_seconds: float = 2e-3
+    """Of a micro-step under ZeRO-3, for each matrix of a block: hooks around its module, and having it gathered. 1.7 to
+    2.8 ms on single H100s and an H200, with five models."""
+    zero3_gather_seconds: float = 1e-3
+    """The same for what goes to other ranks: 0.6 ms with Llama, 1.2 to 1.6 ms with GPT2-xl, on two H100s."""
     gradient_hook_seconds: float = 0.3e-3
     """Of a micro-step under ZeRO-1 and 2, for each block: a hook copies every gradient as it appears. 12 ms for GPT2-xl
     on an H100, 25 ms on two H200s, of which a collective takes a part."""
@@ -77,7 +87,8 @@ CPU_CONSTANTS = StepConstants(
     dropout_cost=0.0,
     gradient_hook_seconds=0.0,
     launch_seconds=3e-3,
-    zero3_launch_factor=4.0,
+    checkpoint_seconds=0.0,
+    zero3_gather_seconds=0.0,
     optimizer_bytes=60.0,
     link_efficiency=0.3,
     zero3_overlap=0.0,
@@ -143,15 +154,27 @@ def predict_step(
     accelerator, ranks, stage = hardware.accelerator, hardware.ranks, config.zero_stage
     width = 4 if dtype == "fp32" else 2
     micro_steps = config.gradient_accumulation_steps
-    recomputed = 1 / config.activation_checkpointing / 3 if config.activation_checkpointing else 0.0
+    checkpointed = 1 / config.activation_checkpointing if config.activation_checkpointing else 0.0
+    recomputed = checkpointed / 3  # the forward pass is a third of both
     efficiency = constants.single_efficiency if dtype == "fp32" else constants.efficiency
-    flops = config.micro_batch_size * architecture.flops_per_sample(seq_len) * (1 + recomputed)
+    flops = config.micro_batch_size * architecture.flops_per_sample(seq_len)
+    # The output projection is in no block: none of it is computed again.
+    of_projection = config.micro_batch_size * seq_len * 6 * architecture.vocabulary * architecture.hidden
+    flops += recomputed * (flops - of_projection)
     products = flops / (efficiency * accelerator.peak_flops(dtype))
-    launch = architecture.layers * constants.launch_seconds * accelerator.launch_factor * (1 + recomputed)
+    launch = constants.launch_seconds
     on_gpu = hardware.device == "cuda"
     compiled = config.compile != "off" and on_gpu
     if compiled:
         launch *= constants.compiled_launch_factor
+    else:
+        launch *= constants.rms_norm_launch_factor if architecture.rms_norm else 1.0
+        launch *= constants.relative_launch_factor if architecture.relative_columns else 1.0
+    if stage == 3 and config.compile != "deepcompile":  # which has no hooks
+        of_a_matrix = constants.zero3_matrix_seconds + (constants.zero3_gather_seconds if ranks > 1 else 0.0)
+        launch += architecture.block_matrices * of_a_matrix
+    launch = launch * (1 + recomputed) + constants.checkpoint_seconds * checkpointed
+    launch *= architecture.layers * accelerator.launch_factor
     projection = architecture.vocabulary * architecture.hidden / architecture.parameters
     if (config.padded_vocabulary or config.vocabulary) and on_gpu:
         products *= max(1 - constants.odd_vocabulary_cost * projection, 0.5)
@@ -171,8 +194,6 @@ def predict_step(
         compute = max(compute - constants.timer_seconds, 0.98 * compute)
     if stage == 3:
         compute *= constants.zero3_compute_factor
-        if config.compile != "deepcompile":  # which has no hooks
-            launch *= constants.zero3_launch_factor
     shard = architecture.parameters / (1 if stage == 0 else ranks)
     optimizer = architecture.layers * constants.optimizer_launch_seconds * accelerator.launch_factor
     optimizer += constants.optimizer_bytes * shard / accelerator.memory_bandwidth

@@ -32,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def real_count(model_type: str, fields: dict[str, Any]) -> int:
+def real_model(model_type: str, fields: dict[str, Any]) -> Any:
     import torch
     import transformers
 
@@ -40,8 +40,11 @@ def real_count(model_type: str, fields: dict[str, Any]) -> int:
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and model_type not in ("bert", "roberta")
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
     with torch.device("meta"):
-        model = auto.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return auto.from_config(config)
+
+
+def real_count(model_type: str, fields: dict[str, Any]) -> int:
+    return sum(parameter.numel() for parameter in real_model(model_type, fields).parameters())
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -50,6 +53,19 @@ def test_the_count_is_the_real_models(model_type: str) -> None:
     counted = architecture_from_config({"model_type": model_type, **fields}, model_type)
     assert counted.is_exact
     assert counted.parameters == real_count(model_type, fields)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_block_has_as_many_matrices_as_the_real_models(model_type: str) -> None:
+    fields = SMALL[model_type]
+    counted = architecture_from_config({"model_type": model_type, **fields}, model_type)
+    # A block's parameters have its number in their names; a convolution, which the first block alone has, does not.
+    first = [
+        parameter
+        for name, parameter in real_model(model_type, fields).named_parameters()
+        if ".0." in name and parameter.dim() > 1
+    ]
+    assert counted.block_matrices == len(first)
 
 
 @pytest.mark.parametrize("model", SHIPPED_MODELS)

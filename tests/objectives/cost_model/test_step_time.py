@@ -8,7 +8,7 @@ import pytest
 
 from objectives.cost_model.architecture import Architecture, architecture_from_config
 from objectives.cost_model.hardware import CATALOGUE, parse_hardware
-from objectives.cost_model.step_time import StepEstimate, predict_step
+from objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
 from objectives.trial import TrialConfig
 from objectives.workload import SHIPPED_MODELS
 
@@ -65,6 +65,34 @@ def test_zero_3_launches_longest() -> None:
     assert 0.85 < large < 1
 
 
+def test_zero_3_launches_longer_the_more_matrices_a_block_has_and_where_there_are_peers() -> None:
+    constants = StepConstants()
+    launches = {ranks: [estimate(stage, on=f"{ranks}xH200").launch for stage in (0, 3)] for ranks in (1, 2, 8)}
+    alone, of_two, of_eight = (hooked - plain for plain, hooked in launches.values())
+    assert alone == pytest.approx(XL.layers * 4 * constants.zero3_matrix_seconds)
+    assert of_two - alone == pytest.approx(XL.layers * 4 * constants.zero3_gather_seconds)
+    assert of_eight == of_two
+    gated = dataclasses.replace(XL, model_type="llama", gated_mlp=True)
+    config = TrialConfig(zero_stage=3, micro_batch_size=1, gradient_accumulation_steps=1)
+    found = predict_step(config, gated, parse_hardware("1xH200"), seq_len=1024, dtype="fp16")
+    assert found.launch - estimate(0).launch == pytest.approx(7 / 4 * alone)
+
+
+def test_blocks_of_many_small_kernels_launch_longer_unless_they_are_compiled() -> None:
+    kinds = (XL, dataclasses.replace(XL, rms_norm=True), dataclasses.replace(XL, relative_columns=512))
+
+    def launches(compile: str) -> list[float]:
+        config = TrialConfig(
+            zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1, compile=compile
+        )  # fmt: skip
+        hardware = parse_hardware("1xH200")
+        return [predict_step(config, kind, hardware, seq_len=1024, dtype="fp16").launch for kind in kinds]
+
+    plain, llama, deberta = launches("off")
+    assert plain < llama < deberta
+    assert len(set(launches("blocks"))) == 1
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_accumulation_pays_the_optimizer_once(stage: int) -> None:
     once, accumulated = estimate(stage, 8, gas=1), estimate(stage, 8, gas=8)
@@ -113,7 +141,8 @@ def test_a_slower_link_costs_communication_alone() -> None:
 def test_checkpointing_runs_the_forward_pass_again(every: int, factor: float) -> None:
     plain, recomputed = estimate(1, 32), estimate(1, 32, every=every)
     assert recomputed.compute == pytest.approx(factor * plain.compute)
-    assert recomputed.launch == pytest.approx(factor * plain.launch)
+    again = StepConstants().checkpoint_seconds / every
+    assert recomputed.launch == pytest.approx(factor * plain.launch + XL.layers * again)
     assert (recomputed.optimizer, recomputed.communication) == (plain.optimizer, plain.communication)
 
 

@@ -114,3 +114,27 @@ def test_each_kernel_runs_on_a_gpu(kernel: str, operation: str) -> None:
     with Operations() as seen:
         model(input_ids=ids, labels=ids).loss.backward()
     assert seen.counts[operation] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
+def test_flashattentions_own_package_computes_what_torchs_kernel_does() -> None:
+    from objectives.rank.knobs import configure_model
+
+    ids = torch.randint(501, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    found = []
+    for attention in ("sdpa_flash", "flash_attention_2"):
+        config = transformers.GPT2Config(
+            n_layer=2, n_embd=128, n_head=2, n_positions=64, vocab_size=501, use_cache=False,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(configure_model(config, {"attention": attention})).half().cuda()
+        with Operations() as seen:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        found.append((loss, model.transformer.wte.weight.grad))
+    assert not any("scaled_dot_product" in operation for operation in seen.counts)
+    (one, its_gradient), (other, their_gradient) = found
+    assert other.item() == pytest.approx(one.item(), rel=1e-3)
+    assert torch.allclose(its_gradient, their_gradient, rtol=1e-2, atol=1e-3)
