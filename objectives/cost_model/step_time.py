@@ -18,15 +18,17 @@ from objectives.trial import TrialConfig
 class StepConstants:
     """What no data sheet says: from probes on H200s, unless it says otherwise (docs/cost-model.md)."""
 
-    efficiency: float = 0.57
-    """Fraction of the peak that matrix products reach. With `traffic` from two machines that differ in the memory's
-    bandwidth alone: GPT2-xl trains 27.9 samples/s on an H100 and 32.6 on each of two H200s."""
-    single_efficiency: float = 0.875
+    efficiency: float = 0.554
+    """Fraction of the peak that matrix products reach. This, the traffics and the gaps are fitted to whole studies on
+    H100s and H200s, whose memories' bandwidth differs (benchmarks/rate_model.py)."""
+    single_efficiency: float = 0.85
     """The same in fp32, assumed: with the traffic, compute as a whole then reaches 75% of a V100's peak."""
-    traffic: float = 12.6
+    traffic: float = 10.3
     """Times that the tensors which a block keeps go through memory, forward and backward pass together."""
-    compiled_traffic: float = 9.3
-    """The same where blocks are compiled, and keep less: 42.2 samples/s on that H100, 46.6 on each of those H200s."""
+    compiled_traffic: float = 6.1
+    """The same where blocks are compiled, and keep less."""
+    gap_seconds: float = 0.3e-3
+    """Of a micro-step, for each block: the GPU's, between kernels and in those too small to fill it."""
     dropout_cost: float = 0.08
     """Of the compute: drawing its random numbers. 41.2 samples/s without on an H100, 38.3 with it."""
     launch_seconds: float = 2.2e-3
@@ -84,6 +86,7 @@ CPU_CONSTANTS = StepConstants(
     single_efficiency=1.0,
     traffic=0.0,  # small matrices: their products are what the memory bounds
     compiled_traffic=0.0,
+    gap_seconds=0.0,
     dropout_cost=0.0,
     gradient_hook_seconds=0.0,
     launch_seconds=3e-3,
@@ -162,14 +165,15 @@ def predict_step(
     of_projection = config.micro_batch_size * seq_len * 6 * architecture.vocabulary * architecture.hidden
     flops += recomputed * (flops - of_projection)
     products = flops / (efficiency * accelerator.peak_flops(dtype))
-    launch = constants.launch_seconds
+    kernels = 1.0
     on_gpu = hardware.device == "cuda"
     compiled = config.compile != "off" and on_gpu
     if compiled:
-        launch *= constants.compiled_launch_factor
+        kernels *= constants.compiled_launch_factor
     else:
-        launch *= constants.rms_norm_launch_factor if architecture.rms_norm else 1.0
-        launch *= constants.relative_launch_factor if architecture.relative_columns else 1.0
+        kernels *= constants.rms_norm_launch_factor if architecture.rms_norm else 1.0
+        kernels *= constants.relative_launch_factor if architecture.relative_columns else 1.0
+    launch = kernels * constants.launch_seconds
     if stage == 3 and config.compile != "deepcompile":  # which has no hooks
         of_a_matrix = constants.zero3_matrix_seconds + (constants.zero3_gather_seconds if ranks > 1 else 0.0)
         launch += architecture.block_matrices * of_a_matrix
@@ -184,6 +188,7 @@ def predict_step(
     moved = kept * width * config.micro_batch_size * seq_len * architecture.hidden * architecture.layers
     moved *= (constants.compiled_traffic if compiled else constants.traffic) * (1 + recomputed)
     compute = products + moved / accelerator.memory_bandwidth
+    compute += architecture.layers * constants.gap_seconds * (1 + recomputed)
     if spared:
         compute /= 1 + constants.dropout_cost
     if config.loss_computation == "chunked":

@@ -98,7 +98,9 @@ def test_attention_and_constants_are_the_callers() -> None:
     roomy = CostModel(XL, hardware, memory_constants=MemoryConstants(activation_factor=2.0)).predict(of)
     assert roomy.memory.activations == pytest.approx(2 * usual.memory.activations)
     usually = StepConstants()
-    half = StepConstants(efficiency=usually.efficiency / 2, traffic=2 * usually.traffic)
+    half = StepConstants(
+        efficiency=usually.efficiency / 2, traffic=2 * usually.traffic, gap_seconds=2 * usually.gap_seconds
+    )
     slow = CostModel(XL, hardware, step_constants=half).predict(of)
     assert slow.step.compute == pytest.approx(2 * usual.step.compute)
 

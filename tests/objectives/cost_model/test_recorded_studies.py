@@ -103,7 +103,7 @@ def test_rates_are_as_near_as_the_documentation_says_where_compute_decides(
         and config.micro_batch_size >= LARGE_MICRO_BATCH
         and config.offload_optimizer == "off"
     ]
-    assert f"Over the {len(errors)} trials on H100s and H200s" in CLAIMS
+    assert f"Over the {len(errors)} trials there in which compute decides" in CLAIMS
     assert f"off by {statistics.median(errors):.1%} in the median and {max(errors):.0%} at most" in CLAIMS
 
 
@@ -130,7 +130,7 @@ def test_what_ran_out_of_an_uncapped_device_was_seen_to_be_less_likely_to_fit_th
                 continue
             if is_near:
                 (ran_out if observations[-1].ran_out else ran).append(memory.fits[row])
-    assert (len(ran), min(ran)) == (30, pytest.approx(0.73, abs=0.01))
+    assert (len(ran), min(ran)) == (36, pytest.approx(0.73, abs=0.01))
     assert sorted(ran_out) == pytest.approx([0.15, 0.81, 0.93], abs=0.01)
 
 
