@@ -23,7 +23,7 @@ from objectives.timing import FEWEST_FOR_SPREAD, StepPlan
 from objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.003
-"""What is not expected to make training so much faster is not worth a trial. Replayed on five recorded surfaces, the
+"""What is not expected to make training so much faster is not worth a trial. Replayed on six recorded surfaces, the
 best that is left out is 0.0 to 0.4% faster on average (benchmarks/search.py)."""
 
 COST_POWER = 0.5
