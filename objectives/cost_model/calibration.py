@@ -28,8 +28,8 @@ RUN_NOISE = 0.01
 
 OWN_LAUNCH_SPREAD = 0.15
 """Relative standard deviation of a run's launch seconds that says nothing about others: how fast a host launches
-differs from minute to minute. Without it 70 to 93% of what nine trials left open was inside its 95% interval, on six
-recorded surfaces; with it 88 to 98%."""
+differs from minute to minute. Without it 72 to 93% of what nine trials left open was inside its 95% interval, on six
+recorded surfaces; with it 89 to 98%."""
 
 STAGES_IN_COMMON = 0.5
 """Of how far the rates of ZeRO-0, 1 and 2 are off: they compute the same, and differ in the reduction of gradients and

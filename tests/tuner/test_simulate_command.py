@@ -221,8 +221,8 @@ def test_where_zero_0_is_unlikely_to_fit_the_baseline_is_the_smallest_that_does(
 
 
 def test_where_zero_0_runs_out_of_memory_the_baseline_is_the_smallest_that_fits(simulate: Run, folder: Path) -> None:
-    """35 GiB would just fit into 38 if little were lost to fragments."""
-    assert simulate("--trials", "5", "--seed", "2", "--memory-cap", "38GiB", hardware="2xH200")[0] == 0
+    """35 GiB fit into 41 unless much is lost to fragments."""
+    assert simulate("--trials", "5", "--seed", "9", "--memory-cap", "41GiB", hardware="2xH200")[0] == 0
     summary = store(folder).summary()
     first, second = summary.records[:2]
     assert out_of_memory(first) and (first.config.name, first.source) == ("z0_gas1_tmbspg1", Source.BASELINE)
