@@ -21,10 +21,10 @@ from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.knobs import Site
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine, detect_machine, software_versions
+from objectives.site import site_of
 from objectives.timing import StepPlan
 from objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
-from tuner.space import site_of
 from tuner.spec import DEFAULTS, parse_memory
 
 PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005)

@@ -7,7 +7,9 @@ import statistics
 from objectives.cost_model.hardware import Hardware, hardware_of
 from objectives.cost_model.model import CostModel
 from objectives.errors import UsageError
+from objectives.knobs import Site
 from objectives.machine import GIB
+from objectives.site import site_of
 from objectives.trial import KNOBS, Measurement, TrialConfig
 from storage.records import StudySummary, TrialRecord
 
@@ -41,7 +43,7 @@ def explanation_lines(summary: StudySummary) -> list[str]:
         lines.append(words)
     lines = [f"{summary.figures.mark(line.removesuffix('.'))}." for line in lines]
     if model is not None:
-        lines += next_step_lines(best.config, model)
+        lines += next_step_lines(best.config, model, site_of(summary.workload, summary.machine))
     return lines
 
 
@@ -113,7 +115,7 @@ def first_steps_words(summary: StudySummary) -> str | None:
     )
 
 
-def next_step_lines(config: TrialConfig, model: CostModel) -> list[str]:
+def next_step_lines(config: TrialConfig, model: CostModel, site: Site) -> list[str]:
     """What other numbers or other hardware are predicted to bring; nothing of it was run."""
     now = model.predict(config).step.samples_per_second
     lines = []
@@ -121,6 +123,9 @@ def next_step_lines(config: TrialConfig, model: CostModel) -> list[str]:
         if knob.numerics is None or field in config.knobs_on:
             continue
         changed = {value: TrialConfig.from_json({**config.to_json(), field: value}) for value in knob.values}
+        changed = {value: other for value, other in changed.items() if knob.exists(dataclasses.asdict(other), site)}
+        if not changed:
+            continue
         gains = {value: _rate(other, model) / now - 1 for value, other in changed.items()}
         value = max(gains, key=lambda each: gains[each])
         if gains[value] >= WORTH_SAYING:

@@ -17,6 +17,7 @@ from objectives.cost_model.hardware import hardware_of, machine_of
 from objectives.cost_model.model import CostModel
 from objectives.errors import DsTuneError, UsageError
 from objectives.machine import Machine
+from objectives.site import site_of
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 from storage.database import storage_faults
@@ -32,7 +33,7 @@ from tuner.answers import Answers, answers_for, imagined_workload
 from tuner.arguments import NUMERICS, dashboard_parser, export_parser, plan_parser, report_parser, tune_parser
 from tuner.console import Console
 from tuner.plan import hardware_asked_for, make_plan, print_plan
-from tuner.space import Limits, site_of, study_space
+from tuner.space import Limits, study_space
 from tuner.space_file import SpaceFile
 from tuner.spec import DEFAULT_SAMPLER, DEFAULT_TRIAL_SECONDS, DEFAULTS, StudySpec, parse_memory, results_folder
 from tuner.stopping import StopNow, StopSignals

@@ -6,7 +6,6 @@ Knobs, their values and their conditions are declared in `objectives.trial`; a p
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,10 +14,10 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from objectives.cost_model.architecture import architecture_of
 from objectives.errors import UsageError
 from objectives.knobs import Scalar, Site
 from objectives.machine import Machine
+from objectives.site import site_of
 from objectives.trial import KNOBS, TrialConfig
 from objectives.workload import Workload
 
@@ -346,33 +345,6 @@ class Space:
             digest = hashlib.sha256(names.encode()).hexdigest()[:12]
             document["only"] = f"{len(self.legal)} configurations ({digest})"
         return document
-
-
-def site_of(workload: Workload, machine: Machine) -> Site:
-    """What decides on this machine, for this model, which knobs have a meaning."""
-    major, _, minor = (machine.compute_capability or "0.0").partition(".")
-    site = Site(
-        device=machine.device,
-        ranks=machine.ranks,
-        flash_attention=int(major) >= 8 and importlib.util.find_spec("flash_attn") is not None,
-        liger=importlib.util.find_spec("liger_kernel") is not None,
-        compute_capability=(int(major), int(minor)),
-        dtype=workload.dtype,
-        pretrained=workload.pretrained,
-    )
-    try:
-        architecture = architecture_of(workload)
-    except UsageError:
-        return site
-    width, moments = (4, 8) if workload.dtype == "fp32" else (2, 12)  # bytes of a weight, of its optimizer's states
-    states_bytes = architecture.parameters * (width + moments / machine.ranks)
-    return dataclasses.replace(
-        site,
-        states_share=states_bytes / machine.capacity_bytes,
-        vocabulary=0 if architecture.is_masked else architecture.vocabulary,
-        model_type=architecture.model_type,
-        grouped_queries=architecture.key_value_heads != architecture.heads,
-    )
 
 
 def study_space(

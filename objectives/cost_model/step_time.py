@@ -165,22 +165,22 @@ def predict_step(
     of_projection = config.micro_batch_size * seq_len * 6 * architecture.vocabulary * architecture.hidden
     flops += recomputed * (flops - of_projection)
     products = flops / (efficiency * accelerator.peak_flops(dtype))
-    kernels = 1.0
+    launch = constants.launch_seconds
     on_gpu = hardware.device == "cuda"
     compiled = config.compile != "off" and on_gpu
     if compiled:
-        kernels *= constants.compiled_launch_factor
+        launch *= constants.compiled_launch_factor
     else:
-        kernels *= constants.rms_norm_launch_factor if architecture.rms_norm else 1.0
-        kernels *= constants.relative_launch_factor if architecture.relative_columns else 1.0
-    launch = kernels * constants.launch_seconds
+        launch *= constants.rms_norm_launch_factor if architecture.rms_norm else 1.0
+        launch *= constants.relative_launch_factor if architecture.relative_columns else 1.0
     if stage == 3 and config.compile != "deepcompile":  # which has no hooks
         of_a_matrix = constants.zero3_matrix_seconds + (constants.zero3_gather_seconds if ranks > 1 else 0.0)
         launch += architecture.block_matrices * of_a_matrix
     launch = launch * (1 + recomputed) + constants.checkpoint_seconds * checkpointed
     launch *= architecture.layers * accelerator.launch_factor
     projection = architecture.vocabulary * architecture.hidden / architecture.parameters
-    if (config.padded_vocabulary or config.vocabulary) and on_gpu:
+    is_odd = architecture.vocabulary % 64 != 0
+    if is_odd and (config.padded_vocabulary or config.vocabulary) and on_gpu:
         products *= max(1 - constants.odd_vocabulary_cost * projection, 0.5)
     spared = architecture.dropout and config.dropout == "none"
     block = dataclasses.replace(architecture, dropout=architecture.dropout and not spared)

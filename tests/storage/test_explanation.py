@@ -1,7 +1,9 @@
 """Why the best is fast, in sentences."""
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 
 from objectives.machine import GIB, Machine
 from objectives.trial import Figures, Measurement, TrialConfig
@@ -142,6 +144,27 @@ def test_a_compilation_found_in_a_cache_later_still_counts() -> None:
     again = {BEST.name: [measurement(80.0, 64, first_steps_seconds=seconds) for seconds in (29.2, 1.0)]}
     words = first_steps_words(summary(first_steps_seconds=1.0, verification=again))
     assert words is not None and words.startswith("Its first steps take 29 s longer")
+
+
+def test_numbers_are_advised_where_allowing_them_offers_something() -> None:
+    def advised(workload: Workload) -> set[str]:
+        lines = explanation_lines(summary(workload=workload))
+        return {found[1] for line in lines if (found := re.match(r"--allow numerics:(\w+) ", line))}
+
+    assert advised(WORKLOAD) == {"dropout", "vocabulary"}
+    # A vocabulary that fits its weights is what they were trained for.
+    assert advised(dataclasses.replace(WORKLOAD, pretrained=True)) == {"dropout"}
+
+
+def test_a_vocabulary_that_is_a_multiple_already_is_not_advised_to_grow(tmp_path: Path) -> None:
+    fields = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+              "intermediate_size": 8192, "max_position_embeddings": 8192}  # fmt: skip
+    advice = []
+    for vocabulary in (128256, 128257):
+        (tmp_path / "config.json").write_text(json.dumps({**fields, "vocab_size": vocabulary}))
+        lines = explanation_lines(summary(workload=Workload(model=str(tmp_path), seq_len=2048, dtype="bf16")))
+        advice.append([line for line in lines if "vocabulary" in line])
+    assert (advice[0], len(advice[1])) == ([], 1)
 
 
 def test_the_next_steps_are_predictions_of_hardware() -> None:

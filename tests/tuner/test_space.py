@@ -9,10 +9,9 @@ import pytest
 
 from objectives.errors import UsageError
 from objectives.knobs import Site
-from objectives.machine import GIB, Machine
 from objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from objectives.workload import Workload
-from tuner.space import PRESETS, Limits, Space, dimensions_of, site_of
+from tuner.space import PRESETS, Limits, Space, dimensions_of
 
 
 def limits(**changes: int) -> Limits:
@@ -321,15 +320,6 @@ def test_what_changes_the_numbers_exists_only_where_it_has_a_meaning_too(
     assert not any(config.vocabulary and config.padded_vocabulary for config in on)
 
 
-def test_the_site_is_read_from_the_machine_and_the_model() -> None:
-    machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=GIB, compute_capability="9.0")
-    site = site_of(Workload(model="gpt2-xl", seq_len=1024, dtype="bf16", pretrained=True), machine)
-    assert (site.compute_capability, site.dtype, site.pretrained) == ((9, 0), "bf16", True)
-    assert (site.model_type, site.vocabulary, site.grouped_queries) == ("gpt2", 50257, False)
-    unknown = dataclasses.replace(machine, compute_capability=None)
-    assert site_of(Workload(model="gpt2-xl", seq_len=1024, dtype="bf16"), unknown).compute_capability == (0, 0)
-
-
 def test_what_changes_the_numbers_is_searched_only_on_request() -> None:
     bounds = limits(max_global_batch=2)
     assert not any("dropout" in config.knobs_on for config in Space(bounds, dimensions_of("full")).legal)
@@ -379,12 +369,3 @@ def test_the_last_baselines_save_as_much_memory_as_the_space_can() -> None:
     assert fallbacks("speed", H200) == [f"z{stage}_ac1_gas1_tmbspg1" for stage in range(4)]
     assert fallbacks("speed", crowded) == [f"z{stage}_ac1_offload-cpu_gas1_tmbspg1" for stage in (1, 2, 3)]
     assert fallbacks("full", crowded) == ["z3_ac1_offload-cpu_poffload-cpu_gas1_tmbspg1"]
-
-
-def test_what_the_states_take_of_a_rank_s_memory() -> None:
-    machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=32 * GIB, compute_capability="9.0")
-    # 1.56e9 parameters in two bytes, and 12 bytes of states for each over two ranks: 11.6 GiB.
-    assert site_of(GPT2_XL, machine).states_share == pytest.approx(0.363, abs=0.002)
-    assert site_of(GPT2_XL, dataclasses.replace(machine, ranks=1)).states_share == pytest.approx(0.635, abs=0.002)
-    capped = dataclasses.replace(machine, memory_cap_bytes=16 * GIB)
-    assert site_of(GPT2_XL, capped).states_share == pytest.approx(0.725, abs=0.003)
