@@ -15,7 +15,7 @@ import tabulate
 from objectives.errors import UsageError
 from objectives.files import write_atomically
 from objectives.machine import GIB
-from objectives.timing import mean_ci95, speedup_ci95
+from objectives.timing.intervals import mean_ci95, speedup_ci95
 from objectives.trial import Measurement, TrialConfig, outcome_from_json
 from storage.verification import RUN_NOISE
 

@@ -46,7 +46,7 @@ from objectives.files import write_atomically
 from objectives.launcher import LocalLauncher
 from objectives.machine import Machine, detect_machine, software_versions
 from objectives.rank_group import ignore
-from objectives.timing import PRECISE
+from objectives.timing.step_plan import PRECISE
 from objectives.trial import Measurement
 from objectives.workload import SHIPPED_MODELS, Workload, check_workload
 from tuner.arguments import positive

@@ -22,7 +22,7 @@ from objectives.knobs import Site
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine, detect_machine, software_versions
 from objectives.site import site_of
-from objectives.timing import StepPlan
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 from tuner.spec import DEFAULTS, parse_memory

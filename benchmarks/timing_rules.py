@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import tabulate
 
-from objectives.timing import PRECISE, StepPlan, is_hopeless, mean_ci95, warmup_length
+from objectives.timing.intervals import mean_ci95, warmup_length
+from objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 
 GAS = 48
 """Micro-steps of a step in the later tables."""

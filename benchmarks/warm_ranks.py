@@ -27,7 +27,8 @@ import tabulate
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine, detect_machine
-from objectives.timing import PRECISE, StepPlan, mean_ci95
+from objectives.timing.intervals import mean_ci95
+from objectives.timing.step_plan import PRECISE, StepPlan
 from objectives.trial import Failure, Measurement, TrialConfig
 from objectives.workload import Workload
 from tuner.spec import DEFAULTS

@@ -14,7 +14,8 @@ from objectives.launcher import Launcher
 from objectives.machine import Machine
 from objectives.numerics import STEPS, LossCurve
 from objectives.rank_group import OnPhase, RankGroup
-from objectives.timing import StepPlan, throughput
+from objectives.timing.intervals import throughput
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 

@@ -15,7 +15,8 @@ import numpy as np
 from objectives.cost_model.model import CostModel
 from objectives.machine import GIB, Machine
 from objectives.rank_group import OnPhase
-from objectives.timing import StepPlan, is_hopeless, step_ci95, throughput
+from objectives.timing.intervals import step_ci95, throughput
+from objectives.timing.step_plan import StepPlan, is_hopeless
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 
 # Standard deviations of the logarithm of what the machine does over what the formulas say.

@@ -15,7 +15,7 @@ from typing import Any
 
 from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
-from objectives.timing import throughput
+from objectives.timing.intervals import throughput
 from objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import DTYPES, Workload
 

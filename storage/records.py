@@ -9,7 +9,7 @@ from typing import Any, Self
 from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.machine import GIB, Machine
 from objectives.numerics import NumericsCheck
-from objectives.timing import speedup_ci95
+from objectives.timing.intervals import speedup_ci95
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
 from storage.ablations import Contributions

@@ -20,7 +20,7 @@ from objectives.objective import Objective
 from objectives.replay import ReplayObjective
 from objectives.simulated import SimulatedObjective
 from objectives.surface import Surface, read_surface
-from objectives.timing import PRECISE, StepPlan
+from objectives.timing.step_plan import PRECISE, StepPlan
 from objectives.trial import Failure, TrialConfig
 from objectives.workload import SHIPPED_MODELS, Workload, check_workload, load_base_ds_config
 from tuner.arguments import TRAINING_OPTIONS, given

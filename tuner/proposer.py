@@ -19,7 +19,8 @@ from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.cost_model.gaussian_process import normal_cdf
 from objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
 from objectives.cost_model.model import CostModel, Floats, grid_of
-from objectives.timing import FEWEST_FOR_SPREAD, StepPlan
+from objectives.timing.intervals import FEWEST_FOR_SPREAD
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.003

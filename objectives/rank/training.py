@@ -23,15 +23,8 @@ from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_mod
 from objectives.rank.model import build_model, count_parameters, flops_per_sample
 from objectives.rank.ops import COMPILE_SECONDS, KNOB_OPS, load_knob_op
 from objectives.rank.progress import Progress
-from objectives.timing import (
-    MidStepRule,
-    StepPlan,
-    is_drifting,
-    is_hopeless,
-    later_half,
-    step_ci95,
-    warmup_length,
-)
+from objectives.timing.intervals import is_drifting, step_ci95, warmup_length
+from objectives.timing.step_plan import MidStepRule, StepPlan, is_hopeless, later_half
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 

@@ -29,7 +29,7 @@ from objectives.rank.model import load_config
 from objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
 from objectives.rank.progress import Progress
 from objectives.rank.training import run_trial
-from objectives.timing import StepPlan
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import Failure, TrialConfig
 from objectives.workload import Workload
 

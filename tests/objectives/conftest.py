@@ -17,7 +17,7 @@ from objectives import launcher
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.launcher import LocalLauncher
 from objectives.machine import GIB, Machine
-from objectives.timing import StepPlan
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import Outcome, TrialConfig
 from objectives.workload import Workload
 

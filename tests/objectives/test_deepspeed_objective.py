@@ -12,7 +12,7 @@ import pytest
 from objectives.deepspeed_objective import DeepSpeedObjective, combine_ranks
 from objectives.launcher import LocalLauncher
 from objectives.machine import Machine, detect_machine, visible_gpus
-from objectives.timing import StepPlan
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 

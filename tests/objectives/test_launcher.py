@@ -35,7 +35,7 @@ from pathlib import Path
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.launcher import LocalLauncher
 from objectives.machine import Machine
-from objectives.timing import StepPlan
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.timing import StepPlan
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import Measurement, Outcome, TrialConfig
 
 MIB = 2**20

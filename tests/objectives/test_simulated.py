@@ -12,7 +12,7 @@ from objectives.cost_model.model import CostModel, Prediction
 from objectives.machine import GIB
 from objectives.objective import Objective
 from objectives.simulated import SimulatedObjective
-from objectives.timing import PRECISE, StepPlan
+from objectives.timing.step_plan import PRECISE, StepPlan
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 

@@ -11,7 +11,7 @@ import pytest
 
 from objectives.deepspeed_objective import DeepSpeedObjective
 from objectives.machine import GIB, Machine
-from objectives.timing import StepPlan
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from objectives.machine import GIB, Machine
-from objectives.timing import throughput
+from objectives.timing.intervals import throughput
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, StudySummary, TrialRecord

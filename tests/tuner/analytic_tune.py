@@ -30,7 +30,7 @@ from objectives.files import result_file, write_atomically
 from objectives.machine import GIB, Machine
 from objectives.numerics import STEPS, LossCurve
 from objectives.rank_group import OnPhase
-from objectives.timing import throughput
+from objectives.timing.intervals import throughput
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 from storage.study_store import StudyStore

@@ -16,7 +16,7 @@ from objectives.cost_model.hardware import machine_of, parse_hardware
 from objectives.cost_model.model import CostModel
 from objectives.simulated import SimulatedObjective
 from objectives.surface import read_surface
-from objectives.timing import PRECISE
+from objectives.timing.step_plan import PRECISE
 from objectives.trial import Failure, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
 from storage.layout import ResultsFolder

@@ -11,7 +11,7 @@ import torch
 
 from objectives.rank.device import CpuMeter
 from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer
-from objectives.timing import MidStepRule
+from objectives.timing.step_plan import MidStepRule
 
 
 class OverflowingEngine:

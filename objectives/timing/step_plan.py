@@ -1,7 +1,4 @@
-"""How many steps a trial runs, and what its step times say: pure arithmetic, no clock and no torch.
-
-A throughput is always samples of one whole optimizer step over its mean seconds on the slowest rank.
-"""
+"""How many steps a trial runs, decided from the step times so far: pure arithmetic, no clock and no torch."""
 
 import dataclasses
 import itertools
@@ -10,14 +7,15 @@ import statistics
 from collections.abc import Sequence
 from typing import TypeVar
 
-FEWEST_FOR_WARMUP = 3
-"""Of two steps nobody can tell which is the odd one."""
-
-WARMUP_EXCESS = 0.02
-"""First steps that are within this of the rest are not called warm-up."""
-
-FEWEST_FOR_CORRELATION = 8
-"""The autocorrelation of fewer values is itself little more than noise."""
+from objectives.timing.intervals import (
+    T98,
+    effective_size,
+    is_drifting,
+    mean_ci95,
+    step_ci95,
+    student_quantile,
+    warmup_length,
+)
 
 HOPELESS_MARGIN = 0.05
 """Two runs of one configuration differ by 1 to 2%, by more where launching kernels decides; and what is within this of
@@ -40,26 +38,6 @@ FEWEST_MICRO_STEPS = 6
 """Behind those, fewer cannot show whether they still get faster."""
 FAR_BEYOND = 3.0
 """Where the fastest so far is beyond the limit by this, it does not matter whether they still get faster."""
-
-FEWEST_FOR_SPREAD = 4
-"""Of fewer micro-steps nobody can tell how far they lie apart."""
-
-CLOSING_SPREAD = 0.1
-"""Relative standard deviation of what the micro-step that closes a step takes beyond the others, where too few steps
-show it. Assumed, not measured: rather too much than too little."""
-
-# Quantiles of Student's t for 1..30 degrees of freedom (any statistics table): two-sided 95%, and 98% for p = 0.01 on
-# one side. Beyond 30 the last is used, which is at most 4% too wide.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-_T98 = (
-    31.821, 6.965, 4.541, 3.747, 3.365, 3.143, 2.998, 2.896, 2.821, 2.764,
-    2.718, 2.681, 2.650, 2.624, 2.602, 2.583, 2.567, 2.552, 2.539, 2.528,
-    2.518, 2.508, 2.500, 2.492, 2.485, 2.479, 2.473, 2.467, 2.462, 2.457,
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,37 +227,6 @@ def later_half(micro_steps: Sequence[Values]) -> Sequence[Values]:
     return settled[len(settled) // 2 :]
 
 
-def warmup_length(step_seconds: Sequence[float]) -> int:
-    """How many of the first steps are not yet steady: at most half of them.
-
-    The truncation point of MSER (White 1997): the one that leaves the mean of the rest with the smallest standard
-    error. As that may also cut off good steps by chance, it counts only where those it cuts off were slower.
-    """
-    count = len(step_seconds)
-    if count < FEWEST_FOR_WARMUP:
-        return 0
-
-    def squared_error(cut: int) -> float:
-        rest = step_seconds[cut:]
-        mean = statistics.fmean(rest)
-        return math.fsum((value - mean) ** 2 for value in rest) / len(rest) ** 2
-
-    cut = min(range(count // 2 + 1), key=squared_error, default=0)
-    if cut and statistics.fmean(step_seconds[:cut]) > (1 + WARMUP_EXCESS) * statistics.fmean(step_seconds[cut:]):
-        return cut
-    return 0
-
-
-def is_drifting(values: Sequence[float]) -> bool:
-    """Whether the values go up or down over time, by the Mann-Kendall test at p ≤ 0.05 (normal approximation)."""
-    count = len(values)
-    score = sum(
-        (later > earlier) - (later < earlier) for index, earlier in enumerate(values) for later in values[index + 1 :]
-    )
-    spread = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
-    return spread > 0 and (abs(score) - 1) / spread > statistics.NormalDist().inv_cdf(0.975)
-
-
 def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool:
     """Whether steps are slower than the best's beyond reasonable doubt, so that timing on is a waste.
 
@@ -300,100 +247,4 @@ def _is_above(step_seconds: Sequence[float], limit: float) -> bool:
         return False
     size = effective_size(steady)
     error = statistics.stdev(steady) / math.sqrt(size)
-    return statistics.fmean(steady) - limit > _quantile(_T98, size) * error
-
-
-def effective_size(values: Sequence[float]) -> float:
-    """How many independent values tell as much about the mean: n·(1 - r)/(1 + r), between 3 and n.
-
-    r is the lag-1 autocorrelation with the bias of short series taken out (Kendall 1954), where it is positive.
-    """
-    count = len(values)
-    mean = statistics.fmean(values)
-    variance = math.fsum((value - mean) ** 2 for value in values)
-    if count < FEWEST_FOR_CORRELATION or variance == 0:
-        return float(count)
-    lagged = math.fsum((one - mean) * (next_one - mean) for one, next_one in itertools.pairwise(values))
-    correlation = (lagged / variance + 1 / count) / (1 - 3 / count)
-    correlation = min(max(correlation, 0.0), 0.95)
-    return max(count * (1 - correlation) / (1 + correlation), 3.0)
-
-
-def mean_ci95(values: Sequence[float], *, independent: bool = False) -> tuple[float, float]:
-    """The 95% confidence interval of the mean by Student's t; a single value has an unbounded one.
-
-    Args:
-        independent: the values are no series. Steps that follow each other resemble each other: of those the interval
-            counts `effective_size`.
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return (-math.inf, math.inf)
-    size = float(len(values)) if independent else effective_size(values)
-    half = _quantile(_T95, size) * statistics.stdev(values) / math.sqrt(size)
-    return (mean - half, mean + half)
-
-
-def step_ci95(step_seconds: Sequence[float], micro_step_seconds: Sequence[float]) -> tuple[float, float]:
-    """The 95% confidence interval of the mean step; of fewer than three steps by what their micro-steps show.
-
-    A step is a sum: of its micro-steps, whose spread is seen, and of what the one that closes it takes beyond the
-    others, of which `CLOSING_SPREAD` is assumed.
-
-    Args:
-        micro_step_seconds: of these steps, all micro-steps that don't close one.
-    """
-    count = len(step_seconds)
-    if count >= 3 or len(micro_step_seconds) < FEWEST_FOR_SPREAD:
-        return mean_ci95(step_seconds)
-    size, spread = effective_size(micro_step_seconds), statistics.stdev(micro_step_seconds)
-    mean, micro_steps = statistics.fmean(step_seconds), len(micro_step_seconds) / count
-    closing = max(mean - (micro_steps + 1) * statistics.fmean(micro_step_seconds), 0.0)
-    # Steps that resemble each other's neighbours count for fewer in the sum as well.
-    of_sum = micro_steps**2 * spread**2 / (size / count)
-    half = _quantile(_T95, size) * math.sqrt((of_sum + (CLOSING_SPREAD * closing) ** 2) / count)
-    return (mean - half, mean + half)
-
-
-def _quantile(table: Sequence[float], size: float) -> float:
-    """Student's quantile for `size - 1` degrees of freedom, rounded down to be on the safe side."""
-    freedom = max(math.floor(size) - 1, 1)
-    return table[freedom - 1] if freedom <= len(table) else table[-1]
-
-
-def throughput(
-    step_seconds: Sequence[float], samples_per_step: int, ci95: tuple[float, float] | None = None
-) -> tuple[float, tuple[float, float]]:
-    """Samples per second and its 95% interval, from the seconds of whole optimizer steps.
-
-    The interval is the one of the mean step time, turned over: exact at its ends, as 1/x is monotone.
-
-    Args:
-        ci95: of the mean step, where more is known than these steps tell.
-
-    Raises:
-        ValueError: there is no step to speak of.
-    """
-    if not step_seconds:
-        raise ValueError("no optimizer step was timed")
-    low, high = mean_ci95(step_seconds) if ci95 is None else ci95
-    rate = samples_per_step / statistics.fmean(step_seconds)
-    slowest = samples_per_step / high if math.isfinite(high) else 0.0
-    fastest = samples_per_step / low if low > 0 else 2 * rate
-    return rate, (slowest, fastest)
-
-
-def speedup_ci95(
-    rate: float, rate_ci95: tuple[float, float], base: float, base_ci95: tuple[float, float]
-) -> tuple[float, tuple[float, float]]:
-    """How many times faster `rate` is than `base`, with a 95% interval.
-
-    The two relative half-widths are combined as independent errors of the logarithms, so that the interval of a ratio
-    is one of ratios: it never reaches zero.
-    """
-    ratio = rate / base
-    relative = math.hypot(
-        (rate_ci95[1] - rate_ci95[0]) / 2 / rate,
-        (base_ci95[1] - base_ci95[0]) / 2 / base,
-    )
-    return ratio, (ratio * math.exp(-relative), ratio * math.exp(relative))
+    return statistics.fmean(steady) - limit > student_quantile(T98, size) * error
