@@ -23,10 +23,10 @@ def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:
     for name in optuna.get_all_study_names(store.storage):
         if name == store.study.study_name:
             continue
-        other = optuna.load_study(study_name=name, storage=store.storage)
-        stored = other.user_attrs.get(IDENTITY)
+        other = StudyStore(optuna.load_study(study_name=name, storage=store.storage), store.storage)
+        stored = other.attributes.get(IDENTITY)
         if stored is not None and _comparable(stored) == wanted:
-            found += StudyStore(other, store.storage).records()
+            found += other.records()
     return found
 
 

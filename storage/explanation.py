@@ -17,7 +17,6 @@ WORTH_SAYING = 0.01
 """A predicted gain below this is within the noise of a step."""
 
 FIRST_STEPS_WORTH_SAYING_SECONDS = 1.0
-
 BOTTLENECKS = {
     "compute": "computing",
     "launch": "launching kernels, for which the GPU waits",
@@ -48,7 +47,7 @@ def explanation_lines(summary: StudySummary) -> list[str]:
 
 
 def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel) -> str:
-    """What most of a step goes to. Its shares are the model's, but for the optimizer's, which is measured."""
+    """What the largest part of a step goes to. The optimizer's share is measured, the others are the model's."""
     step = model.predict(best.config).step
     optimizer = measured.optimizer_seconds / statistics.fmean(measured.step_seconds)
     others = {
@@ -59,7 +58,8 @@ def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel)
     rest = math.fsum(others.values())
     shares = {name: (1 - optimizer) * seconds / rest for name, seconds in others.items()} | {"optimizer": optimizer}
     largest = max(shares, key=lambda name: shares[name])
-    words = f"Most of a step of {best.config.name}, about {shares[largest]:.0%}, goes to {BOTTLENECKS[largest]}"
+    part = "Most" if shares[largest] > 0.5 else "The largest part"
+    words = f"{part} of a step of {best.config.name}, about {shares[largest]:.0%}, goes to {BOTTLENECKS[largest]}"
     if model.hardware.device == "cuda" and model.hardware.is_known:
         # A recording does not tell it.
         flops = measured.flops_per_sample or model.architecture.flops_per_sample(model.workload.seq_len)
@@ -81,13 +81,20 @@ def contribution_lines(best: TrialRecord, summary: StudySummary) -> list[str]:
         if each.samples_per_second is None:
             lines.append(f"{setting} makes it run ({each.name}: {each.reason}).")
         else:
+            # Relative only: the rates are of other processes than the verified ones.
             gain = each.winner_samples_per_second / each.samples_per_second - 1
-            rates = f"{each.winner_samples_per_second:.2f} samples/s, {each.name} {each.samples_per_second:.2f}"
-            lines.append(f"{setting} brings {gain:+.1%} ({rates}).")
+            lines.append(f"{setting} {gain_words(gain)} (beside {each.name}).")
     if found.importances:
         shares = ", ".join(f"{field} {share:.0%}" for field, share in found.importances.items())
         lines.append(f"Not all of it was measured one by one; by Optuna's importance of the trials: {shares}.")
     return lines
+
+
+def gain_words(gain: float) -> str:
+    """What a setting does to samples/s, as a verb with its object."""
+    if abs(gain) < WORTH_SAYING:
+        return f"changes little, {gain:+.1%}"
+    return f"brings {gain:.1%}" if gain > 0 else f"costs {-gain:.1%}"
 
 
 def first_steps_words(summary: StudySummary) -> str | None:
@@ -109,9 +116,11 @@ def first_steps_words(summary: StudySummary) -> str | None:
     saved = samples / baseline.samples_per_second - samples / best.samples_per_second
     if saved <= 0:
         return None
+    steps = math.ceil(extra / saved)
+    why = " (compilation)" if best.config.compile != "off" else ""
     return (
-        f"Its first steps take {costs[0]:.0f} s longer than later ones (compilation), which pays off after "
-        f"{math.ceil(extra / saved)} steps."
+        f"Its first steps take {costs[0]:.0f} s longer than later ones{why}, which pays off after "
+        f"{steps} {'step' if steps == 1 else 'steps'}."
     )
 
 
@@ -130,7 +139,7 @@ def next_step_lines(config: TrialConfig, model: CostModel, site: Site) -> list[s
         value = max(gains, key=lambda each: gains[each])
         if gains[value] >= WORTH_SAYING:
             lines.append(
-                f"--allow numerics:{field} ({value}) is predicted to bring {gains[value]:+.0%}; {knob.numerics}."
+                f"--allow numerics:{field} ({value}) is predicted to bring {gains[value]:.0%}; {knob.numerics}."
             )
     hardware = model.hardware
     if hardware.device == "cuda":
@@ -140,7 +149,7 @@ def next_step_lines(config: TrialConfig, model: CostModel, site: Site) -> list[s
         needs = model.predict(larger).memory.peak_bytes
         if needs > hardware.capacity_bytes and (gain := _rate(larger, model) / now - 1) >= WORTH_SAYING:
             lines.append(
-                f"Memory is the limit: a micro-batch of {larger.micro_batch_size} is predicted to bring {gain:+.0%} "
+                f"Memory is the limit: a micro-batch of {larger.micro_batch_size} is predicted to bring {gain:.0%} "
                 f"and to need {needs / GIB:.0f} GiB of the {hardware.capacity_bytes / GIB:.0f} GiB there are."
             )
     return lines

@@ -9,7 +9,7 @@ from objectives.numerics import NumericsCheck
 from objectives.trial import KNOBS, Figures, Measurement
 from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
-from storage.records import StudySummary, TrialRecord
+from storage.records import StudySummary, TrialRecord, TrialState
 
 ORIGINS = {
     Figures.SIMULATED: "All figures are **simulated**: a model of the hardware gave them, with noise; nothing was run.",
@@ -27,7 +27,8 @@ def summary_markdown(summary: StudySummary) -> str:
         throughput_table(summary),
         "\n## Detailed result summary\n",
         _bullets(summary),
-        stage_table(summary),
+        stage_table(summary, marked=True),
+        *([f"\n{words}"] if (words := tie_words(summary)) is not None else []),
         f"\n{closing_line(summary)}",
         "\n## Trials\n",
         trial_table(summary),
@@ -58,6 +59,17 @@ def tuning_words(summary: StudySummary) -> str:
     return f"{words} (the trials' own time: {summary.figures.mark(duration_words(summary.trial_seconds))})"
 
 
+def total_words(summary: StudySummary) -> str:
+    """How long the whole study took, and with what."""
+    words = f"Tuning took {tuning_words(summary)}, {len(summary.records)} experiments"
+    if not summary.verification:
+        return f"{words}."
+    words += f"; verification {duration_words(summary.verification_seconds)}"
+    if (explanation := summary.finals_seconds - summary.verification_seconds) >= 1:
+        words += f"; comparing losses and ablations {duration_words(explanation)}"
+    return f"{words}; {duration_words(summary.total_seconds)} in all."
+
+
 def rate_words(record: TrialRecord) -> str:
     """Samples per second with the half width of its 95% interval; a dash for a trial without one."""
     if not isinstance(record.outcome, Measurement):
@@ -66,14 +78,45 @@ def rate_words(record: TrialRecord) -> str:
     return f"{record.outcome.samples_per_second:.2f} ± {(high - low) / 2:.2f}"
 
 
-def verified_words(record: TrialRecord, summary: StudySummary) -> str:
-    """The same of its runs in fresh processes, with their number."""
+def verified_words(record: TrialRecord, summary: StudySummary, *, short: bool = False) -> str:
+    """The same of its runs in fresh processes, with their number unless short."""
     verified = summary.verified(record)
     if verified is None:
         return "–"
     low, high = verified.samples_per_second_ci95
     runs = "1 run" if verified.runs == 1 else f"{verified.runs} runs"
-    return f"{verified.samples_per_second:.2f} ± {(high - low) / 2:.2f} ({runs})"
+    words = f"{verified.samples_per_second:.2f} ± {(high - low) / 2:.2f}"
+    return words if short else f"{words} ({runs})"
+
+
+def figure_words(record: TrialRecord, summary: StudySummary) -> str:
+    """The one figure of a configuration that tables show: the verified one, with a tick, where there is one."""
+    return (
+        rate_words(record) if summary.verified(record) is None else f"{verified_words(record, summary, short=True)} ✓"
+    )
+
+
+def standing_words(record: TrialRecord, summary: StudySummary) -> str:
+    """Whether a configuration won, is level with the winner, or neither: then nothing."""
+    if record.state is not TrialState.COMPLETE or summary.winner is None:
+        return ""
+    if record.config.name == summary.winner:
+        return "★ winner"
+    return "level with the winner" if record.config.name in summary.tied else ""
+
+
+def tie_words(summary: StudySummary) -> str | None:
+    """Why the winner is none of those that seem as fast; None where nothing needs to be explained."""
+    best, fastest = summary.best, summary.fastest
+    if best is None or fastest is None or best.config.name != summary.winner:
+        return None
+    sentences = []
+    if summary.tied:
+        sentences.append(f"Level with {', '.join(summary.tied)}; of these it leaves the most memory free.")
+    if fastest is not best and fastest.config.name not in summary.tied:
+        how = "was slower when verified" if summary.verified(fastest) is not None else "did not run again when verified"
+        sentences.append(f"{fastest.config.name}, the fastest of the search, {how}.")
+    return " ".join(sentences) or None
 
 
 def improvement_words(summary: StudySummary) -> str:
@@ -96,8 +139,9 @@ def numerics_words(name: str, found: NumericsCheck | str) -> str:
     if found.fault is not None:
         return f"{name} is not the winner, for it trains something else: {found.fault}."
     return (
-        f"{name} trains as {found.reference} does: from the same seed and data, over {len(found.curve.losses)} steps, "
-        f"their losses differ by at most {max(found.learned_error, 1e-6):.2g} of what was learned."
+        f"{name} trains as untuned training does: over {len(found.curve.losses)} steps from the same seed and data, "
+        f"its losses match those of {found.reference} (largest deviation {max(found.learned_error, 1e-6):.0e} of the "
+        "loss change)."
     )
 
 
@@ -125,12 +169,23 @@ def throughput_table(summary: StudySummary) -> str:
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
 
 
-def stage_table(summary: StudySummary) -> str:
-    """DeepSpeed's table of tuning spaces: for each ZeRO stage its trials and its best, then over all of them."""
+def stage_table(summary: StudySummary, *, marked: bool = False) -> str:
+    """DeepSpeed's table of tuning spaces: for each ZeRO stage its trials and its best, then over all of them.
+
+    Args:
+        marked: name the winner and what is level with it, which DeepSpeed's table has no room for.
+    """
     rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
     rows.append(("global", len(summary.records), summary.best))
+
+    def name(best: TrialRecord | None) -> str | None:
+        if best is None:
+            return None
+        standing = standing_words(best, summary) if marked else ""
+        return f"{best.config.name} ({standing})" if standing else best.config.name
+
     return tabulate.tabulate(
-        [[space, count, best and best.samples_per_second, best and best.config.name] for space, count, best in rows],
+        [[space, count, best and summary.rate(best), name(best)] for space, count, best in rows],
         headers=["tuning_space", "num_experiments", "best_metric_val", "best_exp_name"],
         tablefmt="pipe",
     )
@@ -159,7 +214,7 @@ def trial_table(summary: StudySummary) -> str:
             _gib(record),
             record.state.value,
             # A pipe in a message would end the cell.
-            (record.reason or record.source.value).replace("|", "/"),
+            (record.reason or standing_words(record, summary) or record.source.value).replace("|", "/"),
         ]
         for record in summary.records
     ]
@@ -234,13 +289,12 @@ def _environment(summary: StudySummary) -> str:
 def _bullets(summary: StudySummary) -> str:
     lines = [
         f"- Tuning time: {tuning_words(summary)}",
+        *([f"- With what came after it: {duration_words(summary.total_seconds)}"] if summary.verification else []),
         f"- Number of experiments: {len(summary.records)}",
         f"- Throughput improvement over baseline: {improvement_words(summary)}",
     ]
     if summary.verification:
         lines.append(f"- Verification, in fresh processes: {duration_words(summary.verification_seconds)}")
-    if summary.tied:
-        lines.append(f"- Level with the best, which leaves the most memory free: {', '.join(summary.tied)}")
     if summary.state.value == "unfinished":
         lines.append(f"- Not finished: {summary.finished_trials} of {summary.trials_total} trials")
     elif summary.ended:

@@ -148,6 +148,8 @@ class StudySummary:
     """What the study was asked to reach."""
     tuning_seconds: float
     """Time that tuners spent on it, over all sessions, from the first trial's begin on."""
+    finals_seconds: float = 0.0
+    """Time spent after the search, over all sessions: verification, comparison of losses, ablations."""
     ended: str | None
     """Why the search stopped before `trials_total`, when it did and will not go on."""
     records: Sequence[TrialRecord]
@@ -189,10 +191,20 @@ class StudySummary:
         runs = self.verification.get(record.config.name)
         return verified_rate(runs, record.outcome) if runs and isinstance(record.outcome, Measurement) else None
 
+    def rate(self, record: TrialRecord) -> float:
+        """Samples/s as verified; without verification runs, of the search; 0 for a trial without a measurement."""
+        verified = self.verified(record)
+        return verified.samples_per_second if verified is not None else record.samples_per_second or 0.0
+
     @property
     def verification_seconds(self) -> float:
         """What the verification took, which is no part of `tuning_seconds`."""
         return math.fsum(run.wall_seconds for runs in self.verification.values() for run in runs)
+
+    @property
+    def total_seconds(self) -> float:
+        """Search and what came after it."""
+        return self.tuning_seconds + max(self.finals_seconds, self.verification_seconds)
 
     @property
     def trial_seconds(self) -> float:
@@ -251,11 +263,14 @@ class StudySummary:
         return Speedup(factor=factor, ci95=interval)
 
     def best_of_stage(self) -> dict[int, tuple[int, TrialRecord | None]]:
-        """For each ZeRO stage tried, in order: how many trials, and the fastest of them, stopped ones included."""
+        """For each ZeRO stage tried, in order: how many trials, and the best of them, stopped ones included.
+
+        The study's best is its stage's, whatever the search showed of others.
+        """
         stages: dict[int, tuple[int, TrialRecord | None]] = {}
         for stage in sorted({record.config.zero_stage for record in self.records}):
             records = [record for record in self.records if record.config.zero_stage == stage]
             measured = [record for record in records if isinstance(record.outcome, Measurement)]
-            best = max(measured, key=lambda record: record.samples_per_second or 0.0, default=None)
+            best = max(measured, key=lambda record: (record is self.best, self.rate(record)), default=None)
             stages[stage] = (len(records), best)
         return stages

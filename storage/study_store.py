@@ -1,7 +1,7 @@
 """The Optuna study that keeps a tuning: opening, resuming, saving and telling.
 
-Records live in the trials' user attributes and are saved before Optuna is told, so that a crash between the two
-loses nothing: `recover` tells what was saved.
+Records live in the trials' system attributes and are saved before Optuna is told, so that a crash between the two
+loses nothing: `recover` tells what was saved. User attributes are for people: short values with units in their names.
 """
 
 import dataclasses
@@ -22,16 +22,19 @@ from objectives.numerics import NumericsCheck
 from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.ablations import Contributions
+from storage.attributes import record_of, save_record, set_study_attribute, study_attributes
 from storage.database import open_storage
+from storage.notes import OWN_NOTE, study_note, trial_note
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
 
 METRIC = "samples_per_second"
 
-# User attributes of the study and of its trials. The first word keeps them together in the dashboard's lists.
+# What is stored with the study (`storage.attributes`), and a trial's source, a user attribute.
 IDENTITY = "ds_tune:identity"
 TARGET = "ds_tune:trials_total"
 SECONDS = "ds_tune:tuning_seconds"
+FINALS_SECONDS = "ds_tune:finals_seconds"
 ENDED = "ds_tune:ended"
 MORE = "ds_tune:more"
 VERSIONS = "ds_tune:versions"
@@ -40,7 +43,6 @@ VERIFICATION = "ds_tune:verification:"
 EXCLUDED = "ds_tune:excluded"
 NUMERICS = "ds_tune:numerics:"
 CONTRIBUTIONS = "ds_tune:contributions"
-RECORD = "record"
 SOURCE = "source"
 
 # How far an out-of-memory trial is counted as over the limit: nobody knows what it would have needed.
@@ -120,7 +122,7 @@ class StudyStore:
         storage = open_storage(storage_url)
         if name in optuna.get_all_study_names(storage):
             store = cls(optuna.load_study(study_name=name, storage=storage, sampler=sampler), storage)
-            stored = store.study.user_attrs.get(IDENTITY)
+            stored = store.attributes.get(IDENTITY)
             if stored is None and store.study.get_trials(deepcopy=False):
                 # Without trials it may be one that a tuner was killed in the making of.
                 raise UsageError(
@@ -135,7 +137,7 @@ class StudyStore:
                     "or begin another one with --study NAME --results DIR"
                 )
             if not found:
-                store.study.set_user_attr(VERSIONS, dict(versions))
+                store._set(VERSIONS, dict(versions))
                 return store
             # Nothing was learned under the old identity: the study begins anew under the corrected one.
             optuna.delete_study(study_name=name, storage=storage)
@@ -143,9 +145,12 @@ class StudyStore:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([identity.figures.mark(METRIC)])
-        study.set_user_attr(VERSIONS, dict(versions))
-        study.set_user_attr(IDENTITY, identity.to_json())
-        return cls(study, storage)
+        store = cls(study, storage)
+        study.set_user_attr("model", identity.workload.description)
+        study.set_user_attr("hardware", identity.figures.mark(identity.machine.description))
+        store._set(VERSIONS, dict(versions))
+        store._set(IDENTITY, identity.to_json())
+        return store
 
     @classmethod
     def load(cls, storage_url: str, name: str | None) -> "StudyStore":
@@ -167,35 +172,41 @@ class StudyStore:
             there = f"it holds {', '.join(names)}" if names else "it holds none"
             wanted = f"no study {name}" if name else "no single study"
             raise UsageError(f"{wanted} in {masked(storage_url)} ({there}); name one with --study")
-        study = optuna.load_study(study_name=name, storage=storage)
-        if IDENTITY not in study.user_attrs:
+        store = cls(optuna.load_study(study_name=name, storage=storage), storage)
+        if IDENTITY not in store.attributes:
             raise UsageError(f"study {name} in {masked(storage_url)} was not made by ds-tune")
-        return cls(study, storage)
+        return store
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What ds-tune stored with the study, by its keys; read from the storage each time."""
+        return study_attributes(self.storage, self.study)
+
+    def _set(self, key: str, value: Any) -> None:
+        set_study_attribute(self.storage, self.study, key, value)
 
     @property
     def figures(self) -> Figures:
         """Of which kind all of the study's figures are."""
-        return Figures(self.study.user_attrs[IDENTITY].get("figures", Figures.MEASURED.value))
+        return Figures(self.attributes[IDENTITY].get("figures", Figures.MEASURED.value))
 
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in their order. An interrupted one has no record."""
-        return [
-            TrialRecord.from_json(json.loads(trial.user_attrs[RECORD]))
-            for trial in self.study.get_trials(deepcopy=False)
-            if RECORD in trial.user_attrs and trial.state.is_finished()
-        ]
+        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        return [record for trial in ended if (record := record_of(trial)) is not None]
 
     def summary(self) -> StudySummary:
-        attributes = self.study.user_attrs
+        attributes = self.attributes
         identity = attributes[IDENTITY]
         return StudySummary(
             study=self.study.study_name,
             workload=Workload.from_json(identity["workload"]),
             machine=Machine.from_json(identity["hardware"]),
-            figures=self.figures,
+            figures=Figures(identity.get("figures", Figures.MEASURED.value)),
             versions=attributes[VERSIONS],
             trials_total=attributes.get(TARGET, 0),
             tuning_seconds=attributes.get(SECONDS, 0.0),
+            finals_seconds=attributes.get(FINALS_SECONDS, 0.0),
             ended=attributes.get(ENDED),
             records=self.records(),
             verification={
@@ -218,37 +229,37 @@ class StudyStore:
 
     def set_target(self, trials: int, *, afresh: bool = False) -> None:
         """How many finished trials the study is to have; what ended it before is forgotten, `afresh` in any case."""
-        if afresh or self.study.user_attrs.get(TARGET) != trials:
-            self.study.set_user_attr(TARGET, trials)
-            self.study.set_user_attr(ENDED, None)
-            self.study.set_user_attr(WINNER, None)
+        if afresh or self.attributes.get(TARGET) != trials:
+            self._set(TARGET, trials)
+            self._set(ENDED, None)
+            self._set(WINNER, None)
 
     @property
     def more_pending(self) -> bool:
         """Whether a `--more M` was begun and its end not yet seen by the person who asked for it."""
-        return bool(self.study.user_attrs.get(MORE))
+        return bool(self.attributes.get(MORE))
 
     def set_more_pending(self, pending: bool) -> None:
         if pending != self.more_pending:
-            self.study.set_user_attr(MORE, pending)
+            self._set(MORE, pending)
 
     def add_verification(self, name: str, run: Measurement) -> None:
         """Stores one more run of a finalist. A finished trial's attributes are closed, so the study's hold it."""
         key = f"{VERIFICATION}{name}"
-        runs = json.loads(self.study.user_attrs.get(key, "[]"))
-        self.study.set_user_attr(key, json.dumps([*runs, run.to_json()]))
+        runs = json.loads(self.attributes.get(key, "[]"))
+        self._set(key, json.dumps([*runs, run.to_json()]))
 
     def set_winner(self, name: str, tied: Sequence[str]) -> None:
-        self.study.set_user_attr(WINNER, {"name": name, "tied": list(tied)})
+        self._set(WINNER, {"name": name, "tied": list(tied)})
 
     def set_numerics(self, name: str, found: NumericsCheck | str) -> None:
         """Stores what a finalist's losses showed, or why they could not be compared."""
         document = {"unchecked": found} if isinstance(found, str) else found.to_json()
-        self.study.set_user_attr(f"{NUMERICS}{name}", json.dumps(document))
+        self._set(f"{NUMERICS}{name}", json.dumps(document))
 
     def set_contributions(self, found: Contributions) -> None:
         """What each setting of the winner brings."""
-        self.study.set_user_attr(CONTRIBUTIONS, json.dumps(found.to_json()))
+        self._set(CONTRIBUTIONS, json.dumps(found.to_json()))
 
     def importances(self) -> dict[str, float]:
         """Optuna's share of each parameter in the differences of throughput, the largest first; empty if it has none.
@@ -262,14 +273,18 @@ class StudyStore:
 
     def set_excluded(self, excluded: Sequence[Excluded]) -> None:
         """What was not launched because it certainly does not fit."""
-        self.study.set_user_attr(EXCLUDED, json.dumps([each.to_json() for each in excluded]))
+        self._set(EXCLUDED, json.dumps([each.to_json() for each in excluded]))
 
     def set_ended(self, reason: str) -> None:
-        self.study.set_user_attr(ENDED, reason)
+        self._set(ENDED, reason)
 
     def add_seconds(self, seconds: float) -> None:
-        """Adds to the time that tuners spent on the study."""
-        self.study.set_user_attr(SECONDS, self.study.user_attrs.get(SECONDS, 0.0) + seconds)
+        """Adds to the time that tuners spent on the search."""
+        self._set(SECONDS, self.attributes.get(SECONDS, 0.0) + seconds)
+
+    def add_finals_seconds(self, seconds: float) -> None:
+        """Adds to the time spent after the search."""
+        self._set(FINALS_SECONDS, self.attributes.get(FINALS_SECONDS, 0.0) + seconds)
 
     def enqueue(self, params: Mapping[str, Any], source: Source) -> None:
         """Has the next `ask` propose these parameters; asking twice for the same changes nothing."""
@@ -283,7 +298,7 @@ class StudyStore:
 
     def save(self, trial: optuna.Trial, record: TrialRecord) -> None:
         """Stores the record; from here on the trial is not lost, whatever happens before `tell`."""
-        trial.set_user_attr(RECORD, json.dumps(record.to_json()))
+        save_record(self.storage, trial, record)
 
     def tell(self, trial: optuna.Trial, record: TrialRecord) -> None:
         """Ends the trial in Optuna: its value, its constraint, and what the dashboard shows of it.
@@ -297,23 +312,28 @@ class StudyStore:
                 for step, seconds in enumerate(measured.step_seconds, start=1):
                     if step not in told.intermediate_values:
                         trial.report(samples / seconds, step)
+                low, high = measured.samples_per_second_ci95
                 attributes: dict[str, Any] = {
-                    "samples_per_second_ci95": list(measured.samples_per_second_ci95),
+                    "samples_per_second": measured.samples_per_second,
+                    "samples_per_second_ci95_low": low,
+                    "samples_per_second_ci95_high": high,
                     "peak_memory_gib": round(measured.peak_memory_bytes / GIB, 3),
                     "step_seconds": sum(measured.step_seconds) / len(measured.step_seconds),
                     "wall_seconds": round(measured.wall_seconds, 2),
                 }
                 violation = measured.peak_memory_bytes / record.machine.capacity_bytes - 1
             case Failure() as failure:
-                attributes = {"reason": record.reason, "wall_seconds": round(failure.wall_seconds, 2)}
+                attributes = {"wall_seconds": round(failure.wall_seconds, 2)}
                 if failure.peak_memory_bytes is not None:
                     attributes["peak_memory_gib"] = round(failure.peak_memory_bytes / GIB, 3)
                 violation = OUT_OF_MEMORY_VIOLATION
-                optuna_dashboard.save_note(trial, f"{failure.message}\n\n```\n{failure.log_tail}\n```")
+        if record.reason is not None:
+            attributes["reason"] = record.reason
         if self.figures is not Figures.MEASURED:
             attributes["figures"] = self.figures.value
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
+        optuna_dashboard.save_note(trial, trial_note(record, figures=self.figures))
         if record.counts and "constraints" not in told.system_attrs:
             fits = isinstance(record.outcome, Measurement)
             self._constrain(trial, min(violation, 0.0) if fits else violation)
@@ -341,9 +361,9 @@ class StudyStore:
         again = []
         for frozen in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
             trial = optuna.Trial(self.study, frozen._trial_id)
-            saved = frozen.user_attrs.get(RECORD)
+            saved = record_of(frozen)
             if saved is not None:
-                self.tell(trial, TrialRecord.from_json(json.loads(saved)))
+                self.tell(trial, saved)
                 continue
             config = config_of(frozen)
             if config is not None:
@@ -355,13 +375,23 @@ class StudyStore:
             self.interrupt(trial)
         return again
 
-    def note(self, text: str) -> None:
-        """What optuna-dashboard shows beside the study."""
-        optuna_dashboard.save_note(self.study, text)
+    def publish(self, summary: StudySummary) -> None:
+        """Brings up to date what optuna-dashboard shows of the study and its trials: who won, and verified figures."""
+        best = summary.best
+        self.study.set_user_attr("best", "" if best is None else f"{best.config.name} (trial {best.number})")
+        optuna_dashboard.save_note(self.study, study_note(summary))
+        trials = {trial.number: trial for trial in self.study.get_trials(deepcopy=False)}
+        for record in summary.records:
+            trial = optuna.Trial(self.study, trials[record.number]._trial_id)
+            text, there = trial_note(record, summary), optuna_dashboard.get_note(trial)
+            # What a person wrote in its place is theirs.
+            if there != text and (not there or there.startswith(OWN_NOTE.format(name=record.config.name))):
+                optuna_dashboard.save_note(trial, text)
 
     def interrupt(self, trial: optuna.Trial) -> None:
         """Ends a trial that was stopped from outside; it has no record and counts for nothing."""
         trial.set_user_attr("reason", "interrupted")
+        optuna_dashboard.save_note(trial, "Interrupted: it measured nothing and counts for nothing.")
         self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 

@@ -59,6 +59,7 @@ def tune(arguments: argparse.Namespace) -> int:
     spec, model = _with_cost_model(spec, console)
     resources = contextlib.ExitStack()
     objective, verification = answers.objectives(spec, console.say, resources)
+    console.verifies = spec.verify and verification is not None
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))
     try:
@@ -208,7 +209,8 @@ def report(arguments: argparse.Namespace) -> int:
     console = Console(_output(stderr=arguments.json), quiet=arguments.quiet)
     console.study_opened(summary, [])
     for count, record in enumerate(summary.records, start=1):
-        console.trial_finished(record, dataclasses.replace(summary, records=summary.records[:count]))
+        # As it looked then: nothing was known yet of any loss.
+        console.trial_finished(record, dataclasses.replace(summary, records=summary.records[:count], numerics={}))
     console.finish(summary, [], _dashboard_command(arguments))
     _print_document(arguments, summary)
     return _exit_status(summary, console)

@@ -7,27 +7,39 @@ from pathlib import Path
 import rich.box
 import rich.console
 import rich.live
-import rich.progress_bar
 import rich.table
 import rich.text
 
 from objectives.machine import GIB
 from objectives.numerics import NumericsCheck
-from objectives.trial import Figures, Measurement, Outcome, TrialConfig
+from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
 from storage.markdown import (
     duration_words,
+    figure_words,
     improvement_words,
     numerics_words,
     rate_words,
-    tuning_words,
+    standing_words,
+    tie_words,
+    total_words,
     verified_words,
 )
 from storage.records import StudySummary, TrialRecord, TrialState
 from tuner.space import DIMENSIONS
+from tuner.time_left import EXPLANATION_RUNS, VERIFICATION_RUNS, RunsLeft
 
 _STYLES = {TrialState.COMPLETE: "green", TrialState.PRUNED: "yellow", TrialState.FAILED: "red"}
+
+NARROW_COLUMNS, NARROW_NAME, WIDE_NAME = 100, 25, 36
+"""How wide a terminal counts as narrow, and the columns that a configuration's name then has, or otherwise."""
+RATE_WIDTH, PEAK_WIDTH = 16, 9
+
+SHORTEST_WORD = 3
+"""Of an abbreviated word of a name, its ellipsis included."""
+
+BAR_WIDTH = 6
 
 # The live line counts seconds; drawing it more often would only take time from the CPU ranks.
 REFRESHES_PER_SECOND = 1
@@ -39,11 +51,17 @@ class Console:
     On a terminal the last line is alive; elsewhere each line is plain and final. Nothing is shown when quiet.
     """
 
+    verifies = False
+    """Whether runs follow on the search, for the time that is left."""
+
     def __init__(self, output: rich.console.Console, *, quiet: bool = False) -> None:
         self._output = output
         self._quiet = quiet
         self._live: rich.live.Live | None = None
-        self._running: _RunningTrial | None = None
+        self._running: _Running | None = None
+        self._opened = time.monotonic()
+        self._verified = self._explained = 0
+        self._has_heading = False
 
     def say(self, text: str) -> None:
         """One line for the person."""
@@ -79,9 +97,11 @@ class Console:
             self.say(f"{name} was interrupted and runs again.")
 
     def trial_started(self, number: int, config: TrialConfig, summary: StudySummary) -> None:
-        self._running = _RunningTrial(config, summary)
+        title = f"trial {summary.finished_trials + 1}/{summary.trials_total}"
+        left = max(summary.trials_total - summary.finished_trials, 1)
+        self._running = _Running(config, title, RunsLeft.of_trials(left, finals=self.verifies), summary)
         if self._live is None:
-            self.say(f"{self._running.title}: {config.name} …")
+            self.say(f"{title}: {config.name} …")
 
     def phase(self, phase: str) -> None:
         if self._running is not None:
@@ -91,12 +111,16 @@ class Console:
         self._running = None
         if self._quiet:
             return
-        self._output.print(trial_line(record, summary), soft_wrap=True)
+        if not self._has_heading:
+            self._has_heading = True
+            self._output.print(trial_heading(summary.figures, self._output.width), soft_wrap=True)
+        self._output.print(trial_line(record, summary, self._output.width), soft_wrap=True)
 
     def verification_started(self, record: TrialRecord, summary: StudySummary) -> None:
-        self._running = _RunningTrial(record.config, summary)
-        runs = len(summary.verification.get(record.config.name, ()))
-        self._running.title = f"verification, run {runs + 1} of"
+        # Of a round that has begun the summary knows nothing yet.
+        self._verified = max(self._verified, sum(map(len, summary.verification.values()))) + 1
+        left = RunsLeft(0, max(VERIFICATION_RUNS - self._verified + 1, 1), EXPLANATION_RUNS)
+        self._running = _Running(record.config, f"verification {self._verified}", left, summary)
 
     def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None:
         self._running = None
@@ -106,8 +130,7 @@ class Console:
             self.say(f"     {record.config.name} again, in fresh processes: {outcome.kind.value.replace('_', ' ')}")
 
     def numerics_started(self, record: TrialRecord, compared: TrialConfig, summary: StudySummary) -> None:
-        self._running = _RunningTrial(compared, summary)
-        self._running.title = f"losses of {record.config.name}, compared:"
+        self._explain("comparing losses", compared, summary)
 
     def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
         self._running = None
@@ -115,33 +138,32 @@ class Console:
             self.say(f"     {numerics_words(record.config.name, found)}")
 
     def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> None:
-        self._running = _RunningTrial(config, summary)
-        self._running.title = f"why {winner.config.name} is fast:"
+        self._explain("ablation", config, summary)
+
+    def _explain(self, title: str, config: TrialConfig, summary: StudySummary) -> None:
+        left = RunsLeft(explanations=max(EXPLANATION_RUNS - self._explained, 1))
+        self._explained += 1
+        self._running = _Running(config, title, left, summary)
 
     def _live_line(self) -> rich.text.Text:
-        running = self._running
-        if running is None:
+        if self._running is None:
             return rich.text.Text("starting the training processes …", style="dim")
-        return rich.text.Text.assemble(
-            ("▶ ", "cyan"),
-            (f"{running.title}  ", "bold"),
-            (running.config.name, "cyan"),
-            f"  {running.phase}  {duration_words(time.monotonic() - running.started)}",
-            (running.remaining(), "dim"),
-        )
+        return live_line(self._running, time.monotonic(), self._opened, self._output.width)
 
     def finish(self, summary: StudySummary, written: Sequence[Path], dashboard: str) -> None:
         """The closing tables: the stages, the best configuration, and where everything is."""
         if self._quiet:
             return
         self._output.print()
-        self._output.print(stage_table(summary))
+        self._output.print(stage_table(summary, self._output.width))
+        if summary.verification:
+            self.say("✓ verified in fresh processes; the other figures are of the search.\n")
         best = summary.best
         if best is not None:
-            self._output.print(best_table(summary))
+            self._output.print(best_table(summary, self._output.width))
+            if (words := tie_words(summary)) is not None:
+                self.say(words)
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
-            if summary.tied:
-                self.say(f"Level with {', '.join(summary.tied)}; of these it leaves the most memory free.")
             self._say_batch_difference(summary)
         for name, found in summary.numerics.items():
             self.say(numerics_words(name, found))
@@ -151,8 +173,7 @@ class Console:
             self.say(f"Stopped after {summary.finished_trials} of {summary.trials_total} trials: {summary.ended}.")
         for line in forecast_lines(summary):
             self.say(line)
-        verified = f"; verification {duration_words(seconds)}" if (seconds := summary.verification_seconds) else ""
-        self.say(f"Tuning took {tuning_words(summary)}, {len(summary.records)} experiments{verified}.")
+        self.say(total_words(summary))
         if written:
             self.say("Written:")
             for path in written:
@@ -185,87 +206,146 @@ def forecast_lines(summary: StudySummary) -> list[str]:
     return lines
 
 
-class _RunningTrial:
-    """What the live line shows."""
+class _Running:
+    """What the live line shows: a run, and how much comes after it."""
 
-    def __init__(self, config: TrialConfig, summary: StudySummary) -> None:
+    def __init__(self, config: TrialConfig, title: str, left: RunsLeft, summary: StudySummary) -> None:
         self.config = config
+        self.title = title
         self.phase = "start"
         self.started = time.monotonic()
-        self.title = f"trial {summary.finished_trials + 1}/{summary.trials_total}"
-        self._left = summary.trials_total - summary.finished_trials
-        self._seconds = [record.outcome.wall_seconds for record in summary.records]
+        self._left = left
+        self._trial_seconds = [record.outcome.wall_seconds for record in summary.records]
+        self._fresh_seconds = [run.wall_seconds for runs in summary.verification.values() for run in runs]
 
-    def remaining(self) -> str:
-        """An estimate from the trials so far; nothing before there are two."""
-        if len(self._seconds) < 2 or self._left < 1:
-            return ""
-        mean = sum(self._seconds) / len(self._seconds)
-        left = self._left * mean - (time.monotonic() - self.started)
-        return f"  about {duration_words(max(left, mean / 2))} left"
+    def seconds_left(self, elapsed: float) -> float:
+        return self._left.seconds(elapsed, self._trial_seconds, self._fresh_seconds)
 
 
-def trial_line(record: TrialRecord, summary: StudySummary) -> rich.text.Text:
-    """Number, name, samples/s ± CI, peak GiB, state and reason, best so far."""
-    peak = record.outcome.peak_memory_bytes
-    memory = f"{peak / GIB:.2f} GiB" if peak is not None else "–"
+def live_line(running: _Running, now: float, opened: float, width: int) -> rich.text.Text:
+    """A bar, the run and its phase, and the time left, in one line of a terminal.
+
+    Args:
+        now, opened: seconds on one clock; the bar shows how much of the time from `opened` on has passed.
+    """
+    elapsed = now - running.started
+    left = running.seconds_left(elapsed)
+    filled = round(BAR_WIDTH * (now - opened) / (now - opened + left))
+    end = f"  about {duration_words(left)} left"
     line = rich.text.Text.assemble(
-        (f"#{record.number:<3}", "bold"),
-        (f"{record.config.name:<22} ", "cyan"),
+        ("━" * filled, "cyan"),
+        ("─" * (BAR_WIDTH - filled), "dim"),
+        (f" {running.title}  ", "bold"),
+        (shortened(running.config.name, NARROW_NAME), "cyan"),
+        f"  {duration_words(elapsed)}  {running.phase}",
+        no_wrap=True,
+        overflow="ellipsis",
     )
-    if isinstance(record.outcome, Measurement):
-        line.append(f"{rate_words(record):>15} samples/s")
-        line.append(f"{memory:>12}  ")
-        line.append(summary.figures.mark(record.state.value), style=_STYLES[record.state])
-    else:
-        line.append(f"{summary.figures.mark(record.state.value):>8}", style=_STYLES[record.state])
-    if record.reason is not None:
-        line.append(f"  {record.reason}")
-    best = summary.best
-    if best is not None and record.state is not TrialState.PRUNED:
-        mark = (
-            "  ★ best so far"
-            if best.number == record.number
-            else f"  best {best.samples_per_second:.2f} {best.config.name}"
-        )
-        line.append(mark, style="dim")
+    line.truncate(max(width - len(end), BAR_WIDTH), overflow="ellipsis")
+    line.append(end, style="dim")
     return line
 
 
-def stage_table(summary: StudySummary) -> rich.table.Table:
-    """DeepSpeed's table of tuning spaces."""
+def shortened(name: str, width: int) -> str:
+    """A name in as many columns at most: its longest words abbreviated, or where that is not enough its middle left
+    out. ZeRO stage and batch sizes stand at its ends."""
+    words = name.split("_")
+    while len("_".join(words)) > width:
+        longest = max(range(1, len(words) - 2), key=lambda index: len(words[index]), default=None)
+        if longest is None or len(words[longest]) <= SHORTEST_WORD:
+            head = (width - 1) // 2
+            return f"{name[:head]}…{name[head + 1 - width :]}"
+        words[longest] = f"{words[longest].removesuffix('…')[:-1]}…"
+    return "_".join(words)
+
+
+def trial_heading(figures: Figures, width: int) -> rich.text.Text:
+    """The headings of the lines of finished trials."""
+    name = _name_width(width)
+    rate = figures.mark("samples/s")
+    return rich.text.Text(
+        f"{'#':<4}{'configuration':<{name + RATE_WIDTH - len(rate)}}{rate}{'peak GiB':>{PEAK_WIDTH}}  state",
+        style="bold",
+    )
+
+
+def trial_line(record: TrialRecord, summary: StudySummary, width: int) -> rich.text.Text:
+    """Number, name, samples/s ± CI, peak GiB, state and reason; as much of the reason as the line has room for."""
+    name = _name_width(width)
+    peak = record.outcome.peak_memory_bytes
+    memory = "–" if peak is None else f"{peak / GIB:.2f}"
+    line = rich.text.Text.assemble(
+        (f"{f'#{record.number}':<3} ", "bold"),
+        (f"{shortened(record.config.name, name):<{name}}", "cyan"),
+        f"{rate_words(record):>{RATE_WIDTH}}{memory:>{PEAK_WIDTH}}  ",
+    )
+    state = summary.figures.mark(record.state.value)
+    if record.reason is not None:
+        endings = [f"{state}: {record.reason}", f"{state}: {short_reason(record)}"]
+        endings.append(summary.figures.mark(short_reason(record)))
+    elif summary.fastest is not None and summary.fastest.number == record.number:
+        endings = [f"{state}  ★ best so far", f"{state} ★"]
+    else:
+        endings = [state]
+    room = width - len(line)
+    line.append(next((words for words in endings if len(words) <= room), endings[-1]), style=_STYLES[record.state])
+    return line
+
+
+def short_reason(record: TrialRecord) -> str:
+    """Why a trial is not complete, in a word or two."""
+    if not isinstance(record.outcome, Failure):
+        return "clearly slower"
+    return (
+        "refused" if record.outcome.kind is FailureKind.INVALID_CONFIG else record.outcome.kind.value.replace("_", " ")
+    )
+
+
+def _name_width(width: int) -> int:
+    return NARROW_NAME if width < NARROW_COLUMNS else WIDE_NAME
+
+
+def stage_table(summary: StudySummary, width: int) -> rich.table.Table:
+    """DeepSpeed's table of tuning spaces, with the winner marked."""
     mark = summary.figures.mark
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best by ZeRO stage"), title_justify="left")
-    table.add_column("tuning space", no_wrap=True)
-    table.add_column("experiments", justify="right", no_wrap=True)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("trials", justify="right", no_wrap=True)
     table.add_column(mark("samples/s"), justify="right", no_wrap=True)
     table.add_column("peak GiB", justify="right", no_wrap=True)
-    table.add_column("configuration", overflow="fold")
+    table.add_column("configuration", no_wrap=True)
+    table.add_column("", no_wrap=True)
     rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
     for space, count, best in [*rows, ("global", len(summary.records), summary.best)]:
         if best is None:
-            table.add_row(space, str(count), "–", "–", "none ran")
+            table.add_row(space, str(count), "–", "–", "none ran", "")
         else:
-            peak = best.outcome.peak_memory_bytes or 0
-            style = "bold green" if space == "global" else None
-            table.add_row(space, str(count), rate_words(best), f"{peak / GIB:.2f}", best.config.name, style=style)
+            memory = f"{(best.outcome.peak_memory_bytes or 0) / GIB:.2f}"
+            standing = standing_words(best, summary).removesuffix(" with the winner")
+            style = "bold green" if best is summary.best else None
+            name = shortened(best.config.name, _name_width(width))
+            table.add_row(space, str(count), figure_words(best, summary), memory, name, standing, style=style)
     return table
 
 
-def best_table(summary: StudySummary) -> rich.table.Table:
+def best_table(summary: StudySummary, width: int) -> rich.table.Table:
     """The best configuration beside the baseline, a column each."""
-    columns = [("best", summary.best), ("baseline", summary.baseline)]
+    best_title = "best" if summary.winner is None else "★ winner"
+    columns = [(best_title, summary.best), ("baseline", summary.baseline)]
     shown = [(title, record) for title, record in columns if record is not None]
     mark = summary.figures.mark
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best configuration"), title_justify="left")
     table.add_column("", no_wrap=True)
     for title, _ in shown:
         table.add_column(title, justify="right", overflow="fold")
-    table.add_row("name", *(record.config.name for _, record in shown))
-    rate = "samples/s in the search" if summary.figures is Figures.MEASURED else mark("samples/s")
-    table.add_row(rate, *(rate_words(record) for _, record in shown))
-    if any(summary.verified(record) for _, record in shown):
+    names = [record.config.name for _, record in shown]
+    if any(len(name) > _name_width(width) for name in names):
+        names = [name.replace("_gas", "_\ngas") for name in names]
+    table.add_row("name", *names)
+    if all(summary.verified(record) for _, record in shown):
         table.add_row("samples/s verified", *(verified_words(record, summary) for _, record in shown))
+    else:
+        table.add_row(mark("samples/s"), *(figure_words(record, summary) for _, record in shown))
     for dimension in DIMENSIONS:
         values = [getattr(record.config, dimension.field) for _, record in shown]
         if any(value != dimension.off for value in values):

@@ -52,8 +52,9 @@ class PlanRow:
         needs = " and ".join(f"{parts[name] / GIB:.1f} GiB of {name}" for name in largest)
         fragments = Fragments(hardware.capacity_bytes - hardware.outside_bytes)
         usable = float(fragments.usable_bytes(memory.large_bytes)) / GIB
+        left = f"about {usable:.1f}" if usable > 0 else "nothing"
         return (
-            f"needs {self.forecast.peak_memory_bytes / GIB:.1f} GiB where fragments leave it about {usable:.1f}, "
+            f"needs {self.forecast.peak_memory_bytes / GIB:.1f} GiB where fragmentation leaves it {left}, "
             f"among them {needs}"
         )
 

@@ -5,7 +5,6 @@ stored trials alone, so that a resumed study goes on as the uninterrupted one wo
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from objectives.cost_model.calibration import Observation, observation_of
 from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.cost_model.model import CostModel
 from objectives.trial import TrialConfig
+from storage.attributes import record_of
 from storage.records import TrialRecord
-from storage.study_store import RECORD
 from tuner.proposer import Proposal, Proposer
 from tuner.space import Space
 
@@ -118,9 +117,9 @@ class CostModelSampler(SpaceSampler):
         """What the finished trials say, those of other spaces left out."""
         observations: list[Observation | None] = [*self._earlier]
         for trial in trials:
-            if RECORD not in trial.user_attrs or not trial.state.is_finished():
+            record = record_of(trial) if trial.state.is_finished() else None
+            if record is None:
                 continue
-            record = TrialRecord.from_json(json.loads(trial.user_attrs[RECORD]))
             row = self.proposer.row(record.config)
             if row is not None:
                 observations.append(observation_of(row, record.outcome, record.machine.capacity_bytes))

@@ -14,7 +14,6 @@ from objectives.trial import Failure, FailureKind, TrialConfig
 from storage.earlier import earlier_records
 from storage.export import write_trial_inputs
 from storage.lock import StudyLock
-from storage.markdown import summary_markdown
 from storage.ownership import check_owner, claim
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.study_store import SOURCE, Identity, StudyStore
@@ -105,9 +104,15 @@ class Study:
             store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
             if spec.verify and self._verification is not None:
                 legal = frozenset(self._space.legal)
-                Finals(store, spec.results, self._verification, self._observer, self._stop, legal.__contains__).run()
-            store.note(summary_markdown(store.summary()))
-            return store.summary()
+                finals = Finals(store, spec.results, self._verification, self._observer, self._stop, legal.__contains__)
+                began = time.monotonic()
+                try:
+                    finals.run()
+                finally:
+                    store.add_finals_seconds(time.monotonic() - began)
+            summary = store.summary()
+            store.publish(summary)
+            return summary
 
     def _target(self, summary: StudySummary, *, more_pending: bool) -> int:
         """The total of finished trials to reach.

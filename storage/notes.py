@@ -1,0 +1,59 @@
+"""What optuna-dashboard shows beside a trial and beside the study, in Markdown."""
+
+from objectives.machine import GIB
+from objectives.trial import Failure, Figures
+from storage.markdown import rate_words, standing_words, summary_markdown, tie_words, verified_words
+from storage.records import StudySummary, TrialRecord
+
+OWN_NOTE = "**{name}**"
+"""How a note that ds-tune wrote begins."""
+
+
+def trial_note(record: TrialRecord, summary: StudySummary | None = None, figures: Figures = Figures.MEASURED) -> str:
+    """The configuration, its figure, how it ended; once there is a summary, whether it is the winner.
+
+    Args:
+        figures: their origin, where there is no summary yet.
+    """
+    figures = figures if summary is None else summary.figures
+    lines = [OWN_NOTE.format(name=record.config.name)]
+    if summary is not None and (standing := standing_words(record, summary)):
+        lines[0] += f": {standing}"
+        if record is summary.best:
+            lines += [words for words in (tie_words(summary), optuna_words(summary)) if words is not None]
+    peak = record.outcome.peak_memory_bytes
+    memory = "" if peak is None else f", {peak / GIB:.2f} GiB peak a rank"
+    if isinstance(record.outcome, Failure):
+        lines.append(f"{record.state.value}: {record.reason}")
+        lines.append(f"{record.outcome.message}\n\n```\n{record.outcome.log_tail}\n```")
+        return "\n\n".join(lines)
+    lines.append(f"{record.state.value}: {record.reason}" if record.reason else record.state.value)
+    if summary is not None and summary.verified(record) is not None:
+        lines.append(
+            f"{verified_words(record, summary)} samples/s verified; {rate_words(record)} in the search{memory}"
+        )
+    else:
+        lines.append(figures.mark(f"{rate_words(record)} samples/s{memory}"))
+    return "\n\n".join(lines)
+
+
+def study_note(summary: StudySummary) -> str:
+    """The report, after a sentence that says which trial won."""
+    best = summary.best
+    if best is None:
+        return summary_markdown(summary)
+    kind = "the winner" if summary.winner == best.config.name else "the fastest"
+    told = [f"Trial {best.number}, **{best.config.name}**, is {kind}.", tie_words(summary), optuna_words(summary)]
+    return " ".join(words for words in told if words is not None) + "\n\n" + summary_markdown(summary)
+
+
+def optuna_words(summary: StudySummary) -> str | None:
+    """Says so where Optuna's best trial is another than the study's; it knows the search's figures alone."""
+    complete = [record for record in summary.records if record.counts and not record.reason]
+    highest = max(complete, key=lambda record: record.samples_per_second or 0.0, default=None)
+    if highest is None or highest is summary.best:
+        return None
+    return (
+        f"Optuna's best trial, {highest.number} ({highest.config.name}), is the one with the highest figure in the "
+        "search; it was not the best when it was checked."
+    )
