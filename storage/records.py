@@ -13,7 +13,7 @@ from objectives.timing.intervals import speedup_ci95
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
 from storage.ablations import Contributions
-from storage.verification import VerifiedRate, verified_rate
+from storage.verification import Finalist, VerifiedRate, is_busy, step_spread, undisturbed_speedup, verified_rate
 
 RECORD_VERSION = 1
 
@@ -157,7 +157,9 @@ class StudySummary:
     winner: str | None = None
     """The configuration that the verification found to be the best."""
     tied: Sequence[str] = ()
-    """Those that the winner is not settled to be faster than."""
+    """Those shown to be level with the winner, or with the fastest where the winner saves memory."""
+    unsettled: Sequence[str] = ()
+    """Those that the verification could not tell from the winner."""
     numerics: Mapping[str, NumericsCheck | str] = dataclasses.field(default_factory=dict)
     """What the finalists' losses showed, or why they could not be compared, by the configuration's name."""
     contributions: Contributions | None = None
@@ -184,10 +186,29 @@ class StudySummary:
                 return record
         return self.fastest
 
+    @property
+    def finalists(self) -> dict[str, Finalist]:
+        """Measurements of the configurations that ran again, by name; the baseline is one of them."""
+        return {
+            record.config.name: Finalist(search=record.outcome, runs=runs)
+            for record in self.records
+            if isinstance(record.outcome, Measurement) and (runs := self.verification.get(record.config.name))
+        }
+
     def verified(self, record: TrialRecord) -> VerifiedRate | None:
-        """What the verification runs of a trial say; None without any."""
-        runs = self.verification.get(record.config.name)
-        return verified_rate(runs, record.outcome) if runs and isinstance(record.outcome, Measurement) else None
+        """Rate of a trial's configuration by its verification runs; None without any."""
+        finalists = self.finalists
+        finalist = finalists.pop(record.config.name, None)
+        return None if finalist is None else verified_rate(finalist, finalists.values())
+
+    @property
+    def disturbance(self) -> float | None:
+        """Relative difference between the slow and the fast steps of one configuration, where something else used the
+        machine during the verification; None on a quiet machine."""
+        finalists = list(self.finalists.values())
+        if not finalists or not is_busy(finalists):
+            return None
+        return max(step_spread([each.search, *each.runs]) for each in finalists)
 
     @property
     def verification_seconds(self) -> float:
@@ -233,13 +254,18 @@ class StudySummary:
         assert isinstance(best.outcome, Measurement) and isinstance(baseline.outcome, Measurement)
         if best is baseline:
             return Speedup(factor=1.0, ci95=(1.0, 1.0))
-        fast, slow = self.verified(best), self.verified(baseline)
-        if fast is not None and slow is not None:
+        finalists = self.finalists
+        if self.disturbance is not None and {best.config.name, baseline.config.name} <= set(finalists):
+            fast, slow = finalists.pop(best.config.name), finalists.pop(baseline.config.name)
+            factor, interval = undisturbed_speedup(fast, slow, finalists.values())
+            return Speedup(factor=factor, ci95=interval)
+        verified, untuned = self.verified(best), self.verified(baseline)
+        if verified is not None and untuned is not None:
             factor, interval = speedup_ci95(
-                fast.samples_per_second,
-                fast.samples_per_second_ci95,
-                slow.samples_per_second,
-                slow.samples_per_second_ci95,
+                verified.samples_per_second,
+                verified.samples_per_second_ci95,
+                untuned.samples_per_second,
+                untuned.samples_per_second_ci95,
             )
             return Speedup(factor=factor, ci95=interval)
         factor, interval = speedup_ci95(

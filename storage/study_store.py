@@ -205,6 +205,7 @@ class StudyStore:
             },
             winner=(attributes.get(WINNER) or {}).get("name"),
             tied=(attributes.get(WINNER) or {}).get("tied", ()),
+            unsettled=(attributes.get(WINNER) or {}).get("unsettled", ()),
             numerics={
                 key.removeprefix(NUMERICS): _numerics_from_json(json.loads(value))
                 for key, value in attributes.items()
@@ -238,8 +239,9 @@ class StudyStore:
         runs = json.loads(self.study.user_attrs.get(key, "[]"))
         self.study.set_user_attr(key, json.dumps([*runs, run.to_json()]))
 
-    def set_winner(self, name: str, tied: Sequence[str]) -> None:
-        self.study.set_user_attr(WINNER, {"name": name, "tied": list(tied)})
+    def set_winner(self, name: str, tied: Sequence[str], unsettled: Sequence[str]) -> None:
+        """Stores the verification's verdict; see `StudySummary`."""
+        self.study.set_user_attr(WINNER, {"name": name, "tied": list(tied), "unsettled": list(unsettled)})
 
     def set_numerics(self, name: str, found: NumericsCheck | str) -> None:
         """Stores what a finalist's losses showed, or why they could not be compared."""

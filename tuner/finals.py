@@ -13,7 +13,7 @@ from storage.records import StudyState, StudySummary, TrialRecord
 from storage.study_store import StudyStore
 from tuner.observer import Observer
 from tuner.stopping import StopSignals
-from tuner.verification import candidates, judge, next_runs, verified_rates
+from tuner.verification import judge, next_runs
 
 COMPARED_ACCUMULATION = 2
 """More micro-steps a step show nothing that two do not; the comparison is spared them."""
@@ -68,18 +68,16 @@ class Finals:
             if summary.winner is not None:
                 self._ablate(summary)
                 return
-            turn = next_runs(summary, summary.verification, frozenset(failed))
+            turn = next_runs(summary, frozenset(failed))
             if turn:
                 self._run_again(turn, summary, failed)
                 continue
-            field = [record for record in candidates(summary) if record.config.name not in failed]
-            rates = verified_rates(field, summary.verification)
-            if not rates:
+            verdict = judge(summary, frozenset(failed))
+            if verdict is None:
                 return
-            verdict = judge(rates)
-            [leader] = [record for record in field if record.config.name == verdict.leader]
+            [leader] = [record for record in summary.records if record.config.name == verdict.leader]
             if verdict.leader in summary.numerics:  # and without a fault, or it would be no candidate
-                self._store.set_winner(verdict.leader, verdict.tied)
+                self._store.set_winner(verdict.leader, verdict.level, verdict.unsettled)
                 continue
             self._check_numerics(leader, summary)
 
