@@ -6,10 +6,12 @@ import tabulate
 
 from objectives.machine import GIB
 from objectives.numerics import NumericsCheck
+from objectives.timing.intervals import is_answer
 from objectives.trial import KNOBS, Figures, Measurement
 from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord
+from storage.verification import LEVEL
 
 ORIGINS = {
     Figures.SIMULATED: "All figures are **simulated**: a model of the hardware gave them, with noise; nothing was run.",
@@ -62,8 +64,7 @@ def rate_words(record: TrialRecord) -> str:
     """Samples per second with the half width of its 95% interval; a dash for a trial without one."""
     if not isinstance(record.outcome, Measurement):
         return "–"
-    low, high = record.outcome.samples_per_second_ci95
-    return f"{record.outcome.samples_per_second:.2f} ± {(high - low) / 2:.2f}"
+    return _with_half_width(record.outcome.samples_per_second, record.outcome.samples_per_second_ci95)
 
 
 def verified_words(record: TrialRecord, summary: StudySummary) -> str:
@@ -71,9 +72,13 @@ def verified_words(record: TrialRecord, summary: StudySummary) -> str:
     verified = summary.verified(record)
     if verified is None:
         return "–"
-    low, high = verified.samples_per_second_ci95
     runs = "1 run" if verified.runs == 1 else f"{verified.runs} runs"
-    return f"{verified.samples_per_second:.2f} ± {(high - low) / 2:.2f} ({runs})"
+    return f"{_with_half_width(verified.samples_per_second, verified.samples_per_second_ci95)} ({runs})"
+
+
+def _with_half_width(rate: float, ci95: tuple[float, float]) -> str:
+    low, high = ci95
+    return f"{rate:.2f} ± {(high - low) / 2:.2f}" if is_answer(ci95) else f"about {rate:.3g}"
 
 
 def improvement_words(summary: StudySummary) -> str:
@@ -86,7 +91,42 @@ def improvement_words(summary: StudySummary) -> str:
     if summary.best is summary.baseline:
         return summary.figures.mark("1.00× (nothing tried was faster than the baseline)")
     low, high = speedup.ci95
+    if not is_answer(speedup.ci95):
+        return summary.figures.mark(f"too noisy to tell{_noise_words(summary)}")
     return summary.figures.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
+
+
+def verdict_lines(summary: StudySummary) -> list[str]:
+    """What the verification found of the others: who is level with the winner, and who could not be told from it."""
+    lines = []
+    best, disturbance = summary.best, summary.disturbance
+    if best is not None and summary.tied:
+        peaks = [
+            record.outcome.peak_memory_bytes or 0 for record in summary.records if record.config.name in summary.tied
+        ]
+        least = "; it needs the least memory" if (best.outcome.peak_memory_bytes or 0) < min(peaks, default=0) else ""
+        lines.append(f"Level with {', '.join(summary.tied)}: within {LEVEL:.0%}{least}.")
+    if summary.unsettled:
+        others = ", ".join(summary.unsettled)
+        if disturbance is None:
+            lines.append(f"Not told from {others} in the time of the verification; it is the best supported.")
+        else:
+            lines.append(
+                f"The machine is too noisy to tell it from {others}{_noise_words(summary)}. "
+                "It is the best supported; run again when nothing else uses the machine."
+            )
+    elif disturbance is not None and summary.winner is not None:
+        lines.append(
+            f"Something else used the machine: steps of one configuration differ by {disturbance:.0%}. "
+            "The configurations were compared by their fastest steps."
+        )
+    return lines
+
+
+def _noise_words(summary: StudySummary) -> str:
+    if summary.disturbance is None:
+        return ""
+    return f": steps of one configuration differ by {summary.disturbance:.0%}"
 
 
 def numerics_words(name: str, found: NumericsCheck | str) -> str:
@@ -239,8 +279,7 @@ def _bullets(summary: StudySummary) -> str:
     ]
     if summary.verification:
         lines.append(f"- Verification, in fresh processes: {duration_words(summary.verification_seconds)}")
-    if summary.tied:
-        lines.append(f"- Level with the best, which leaves the most memory free: {', '.join(summary.tied)}")
+    lines += [f"- {line}" for line in verdict_lines(summary)]
     if summary.state.value == "unfinished":
         lines.append(f"- Not finished: {summary.finished_trials} of {summary.trials_total} trials")
     elif summary.ended:

@@ -13,9 +13,20 @@ from objectives.timing.intervals import speedup_ci95
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
 from storage.ablations import Contributions
-from storage.verification import Finalist, VerifiedRate, is_busy, step_spread, undisturbed_speedup, verified_rate
+from storage.verification import (
+    Finalist,
+    VerifiedRate,
+    is_busy,
+    step_spread,
+    undisturbed_log_rate,
+    undisturbed_speedup,
+    verified_rate,
+)
 
 RECORD_VERSION = 1
+
+CONTENDERS = 5
+"""Where something else uses the machine, the fastest of nine trials may have looked as slow as the fifth."""
 
 
 class TrialState(enum.StrEnum):
@@ -33,6 +44,8 @@ class Source(enum.StrEnum):
     SEARCH = "search"
     RETRY = "retry"
     """The configuration of a trial that was running when the tuner was stopped."""
+    ABLATION = "ablation"
+    """After the search, one setting of the winner was changed, and that was faster."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +79,7 @@ class TrialRecord:
     @property
     def counts(self) -> bool:
         """Whether the trial is one of the `--trials N`."""
-        return self.state is not TrialState.FAILED
+        return self.state is not TrialState.FAILED and self.source is not Source.ABLATION
 
     @property
     def samples_per_second(self) -> float | None:
@@ -190,7 +203,7 @@ class StudySummary:
     def finalists(self) -> dict[str, Finalist]:
         """Measurements of the configurations that ran again, by name; the baseline is one of them."""
         return {
-            record.config.name: Finalist(search=record.outcome, runs=runs)
+            record.config.name: Finalist(record.outcome, runs)
             for record in self.records
             if isinstance(record.outcome, Measurement) and (runs := self.verification.get(record.config.name))
         }
@@ -202,13 +215,25 @@ class StudySummary:
         return None if finalist is None else verified_rate(finalist, finalists.values())
 
     @property
+    def contenders(self) -> dict[str, Finalist]:
+        """Measurements of the trials that may be the fastest where all have been disturbed, by name, the fastest first:
+        the first `CONTENDERS` by the fastest steps of each."""
+        finalists = [
+            (record.config.name, Finalist(record.outcome, self.verification.get(record.config.name, ())))
+            for record in self.eligible
+            if isinstance(record.outcome, Measurement)
+        ]
+        finalists.sort(key=lambda each: -undisturbed_log_rate(each[1].search))
+        return dict(finalists[:CONTENDERS])
+
+    @property
     def disturbance(self) -> float | None:
-        """Relative difference between the slow and the fast steps of one configuration, where something else used the
-        machine during the verification; None on a quiet machine."""
-        finalists = list(self.finalists.values())
-        if not finalists or not is_busy(finalists):
+        """Relative difference between the slow and the fast steps of one configuration, where something else uses the
+        machine; None on a quiet one."""
+        contenders = list(self.contenders.values())
+        if self.figures is not Figures.MEASURED or not is_busy(contenders):
             return None
-        return max(step_spread([each.search, *each.runs]) for each in finalists)
+        return max(step_spread(each.all_runs) for each in contenders)
 
     @property
     def verification_seconds(self) -> float:

@@ -243,6 +243,10 @@ class StudyStore:
         """Stores the verification's verdict; see `StudySummary`."""
         self.study.set_user_attr(WINNER, {"name": name, "tied": list(tied), "unsettled": list(unsettled)})
 
+    def forget_winner(self) -> None:
+        """Has the verification go on: there is one more finalist."""
+        self.study.set_user_attr(WINNER, None)
+
     def set_numerics(self, name: str, found: NumericsCheck | str) -> None:
         """Stores what a finalist's losses showed, or why they could not be compared."""
         document = {"unchecked": found} if isinstance(found, str) else found.to_json()
@@ -316,7 +320,7 @@ class StudyStore:
             attributes["figures"] = self.figures.value
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
-        if record.counts and "constraints" not in told.system_attrs:
+        if record.state is not TrialState.FAILED and "constraints" not in told.system_attrs:
             fits = isinstance(record.outcome, Measurement)
             self._constrain(trial, min(violation, 0.0) if fits else violation)
         value = record.samples_per_second if record.state is TrialState.COMPLETE else None

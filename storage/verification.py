@@ -22,7 +22,7 @@ CHANCE = 4.0
 """Of a few differences the variance is up to so many times the true one by chance (χ² with one degree of freedom)."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Finalist:
     """A configuration's measurements: of the search, and of the rounds of the verification in their order."""
 
@@ -144,16 +144,19 @@ def undisturbed_speedup(
     return math.exp(best - other_best), (math.exp(best - other_best - half), math.exp(best - other_best + half))
 
 
-def is_busy(finalists: Sequence[Finalist]) -> bool:
-    """Whether something else uses the machine.
+def is_busy(contenders: Sequence[Finalist]) -> bool:
+    """Whether something else uses the machine: more than one of the contenders is disturbed, for a single one may be
+    uneven by itself.
 
-    Either the steps of more than one trial of the search differed by more than `BUSY`, for a single one may be uneven
-    by itself, or a verification run and the search differ by that.
+    Disturbed is one whose steps in the search differ by more than `BUSY`, or whose verification runs differ from the
+    search by that.
     """
-    spreads = sorted(step_spread([each.search]) for each in finalists)
-    return (len(spreads) > 1 and spreads[-2] > BUSY) or any(
-        abs(log_rate(run) - log_rate(each.search)) > math.log1p(BUSY) for each in finalists for run in each.runs
-    )
+    disturbed = [
+        step_spread([each.search]) > BUSY
+        or any(abs(log_rate(run) - log_rate(each.search)) > math.log1p(BUSY) for run in each.runs)
+        for each in contenders
+    ]
+    return sum(disturbed) > 1
 
 
 def step_spread(runs: Sequence[Measurement]) -> float:

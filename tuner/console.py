@@ -22,6 +22,7 @@ from storage.markdown import (
     numerics_words,
     rate_words,
     tuning_words,
+    verdict_lines,
     verified_words,
 )
 from storage.records import StudySummary, TrialRecord, TrialState
@@ -118,6 +119,9 @@ class Console:
         self._running = _RunningTrial(config, summary)
         self._running.title = f"why {winner.config.name} is fast:"
 
+    def finalist_added(self, record: TrialRecord) -> None:
+        self.say(f"     {record.config.name} is faster with one setting changed back: it is verified, too")
+
     def _live_line(self) -> rich.text.Text:
         running = self._running
         if running is None:
@@ -140,8 +144,8 @@ class Console:
         if best is not None:
             self._output.print(best_table(summary))
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
-            if summary.tied:
-                self.say(f"Level with {', '.join(summary.tied)}; of these it leaves the most memory free.")
+            for line in verdict_lines(summary):
+                self.say(line)
             self._say_batch_difference(summary)
         for name, found in summary.numerics.items():
             self.say(numerics_words(name, found))

@@ -1,6 +1,8 @@
 """What comes behind the search: who really is the fastest, whether it trains what it should, and why it is fast."""
 
 import dataclasses
+import datetime
+import math
 import time
 from collections.abc import Callable
 
@@ -9,9 +11,11 @@ from objectives.objective import Objective, TrainingObjective
 from objectives.trial import CORE_FIELDS, KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from storage.ablations import Ablation, Contributions
 from storage.layout import ResultsFolder
-from storage.records import StudyState, StudySummary, TrialRecord
+from storage.records import Source, StudyState, StudySummary, TrialRecord
 from storage.study_store import StudyStore
+from storage.verification import RUN_NOISE, Finalist, log_rate, undisturbed_log_rate
 from tuner.observer import Observer
+from tuner.space import Space
 from tuner.stopping import StopSignals
 from tuner.verification import judge, next_runs
 
@@ -45,13 +49,14 @@ class Finals:
         verification: Verification,
         observer: Observer,
         stop: StopSignals,
-        is_legal: Callable[[TrialConfig], bool],
+        space: Space,
     ) -> None:
         """
         Args:
-            is_legal: whether the study could have proposed a configuration.
+            space: what the study could have proposed.
         """
-        self._is_legal = is_legal
+        self._space = space
+        self._legal = frozenset(space.legal)
         self._store = store
         self._results = results
         self._verification = verification
@@ -143,11 +148,12 @@ class Finals:
             return
         known = {record.config: record for record in summary.records}
         in_search = winner.samples_per_second or 0.0
+        undisturbed = None if summary.disturbance is None else summary.finalists.get(winner.config.name)
         again: float | None = None  # the winner's rate in the processes that the others run in here
         started, affordable = time.monotonic(), max(MIN_ABLATION_SECONDS, ABLATION_SHARE * summary.tuning_seconds)
         ablations, missing = [], False
         try:
-            for field, config in ablated(winner.config, summary, self._is_legal):
+            for field, config in ablated(winner.config, summary, self._legal.__contains__):
                 if config in known:
                     outcome, against = beside(known[config], winner, summary)
                 else:
@@ -160,6 +166,9 @@ class Finals:
                     if self._stop.requested:
                         return
                     outcome, against = self._run_ablation(winner, config, summary, best_samples_per_second=again), again
+                    if is_faster(outcome, against, undisturbed):
+                        self._add_finalist(config, outcome, summary)
+                        return
                 ablations.append(Ablation.of(field, config, outcome, winner_samples_per_second=against))
         finally:
             self._verification.training.close()
@@ -170,6 +179,24 @@ class Finals:
                 importances=self._store.importances() if missing else {},
             )
         )
+
+    def _add_finalist(self, config: TrialConfig, outcome: Outcome, summary: StudySummary) -> None:
+        """Makes a trial of what an ablation found to be faster than the winner, and has it verified."""
+        self._store.enqueue(self._space.params(config), Source.ABLATION)
+        trial = self._store.study.ask(self._space.distributions)
+        record = TrialRecord(
+            number=trial.number,
+            config=TrialConfig(**trial.params),
+            outcome=outcome,
+            source=Source.ABLATION,
+            started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            machine=summary.machine,
+            versions=summary.versions,
+        )
+        self._store.save(trial, record)
+        self._store.tell(trial, record)
+        self._store.forget_winner()
+        self._observer.finalist_added(record)
 
     def _run_ablation(
         self,
@@ -203,6 +230,20 @@ def ablated(
                 changes.append((field, value))
     configs = [(field, TrialConfig.from_json({**winner.to_json(), field: value})) for field, value in changes]
     return [(field, config) for field, config in configs if is_legal(config)]
+
+
+def is_faster(outcome: Outcome, winner_samples_per_second: float, undisturbed: Finalist | None) -> bool:
+    """Whether an ablation beat the winner by more than two runs of one configuration differ by.
+
+    Args:
+        undisturbed: the winner's runs where something else uses the machine: then the fastest steps are compared.
+    """
+    if not isinstance(outcome, Measurement) or outcome.stopped_early:
+        return False
+    ahead = log_rate(outcome) - math.log(winner_samples_per_second)
+    if undisturbed is not None:
+        ahead = undisturbed_log_rate(outcome) - max(map(undisturbed_log_rate, undisturbed.all_runs))
+    return ahead > 2 * RUN_NOISE
 
 
 def beside(record: TrialRecord, winner: TrialRecord, summary: StudySummary) -> tuple[Outcome, float]:

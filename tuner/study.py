@@ -104,8 +104,7 @@ class Study:
             trials = store.study.get_trials(deepcopy=False)
             store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
             if spec.verify and self._verification is not None:
-                legal = frozenset(self._space.legal)
-                Finals(store, spec.results, self._verification, self._observer, self._stop, legal.__contains__).run()
+                Finals(store, spec.results, self._verification, self._observer, self._stop, self._space).run()
             store.note(summary_markdown(store.summary()))
             return store.summary()
 

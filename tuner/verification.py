@@ -1,26 +1,22 @@
 """Which of the fastest trials is really the fastest: they run again, in turns, each time in fresh processes."""
 
 import dataclasses
-import math
 
 from objectives.timing.intervals import is_answer
-from objectives.trial import Measurement
-from storage.records import StudySummary, TrialRecord
-from storage.verification import Finalist, compare, is_busy, log_rate, undisturbed_log_rate
+from storage.records import Source, StudySummary, TrialRecord
+from storage.verification import compare
 
 CANDIDATES = 3
 SURE_CANDIDATES = 2
 """The fastest of a search is the one that was also lucky: what it is really ahead of the next is seen beside it."""
 CLOSE = 0.05
 """A third that is this much slower than the fastest does not catch up by the noise of one run."""
-BUSY_CANDIDATES = 5
-"""Where something else uses the machine, the fastest of nine trials may have looked as slow as the fifth."""
 
 SURE_ROUNDS = 2
 """Rounds that are always affordable. On a quiet machine they settle everything: a run in fresh processes takes about
 ten seconds for GPT2-xl on H100s."""
 MAX_ROUNDS = 8
-BUDGET_SECONDS = 180.0
+BUDGET_SECONDS = 120.0
 """Further rounds begin while the verification has taken less than this, or less than the search where that took
 more."""
 
@@ -43,20 +39,18 @@ class Verdict:
 
 
 def candidates(summary: StudySummary) -> list[TrialRecord]:
-    """The trials that may be the fastest, the fastest of the search first: two, or three that are close.
-
-    Where something else uses the machine, they are the first `BUSY_CANDIDATES` by the fastest steps of each.
-    """
-    records = {record.config.name: record for record in summary.eligible}
-    field = _finalists(summary)
-    busy = is_busy(list(field.values()))
-    rate = undisturbed_log_rate if busy else log_rate
-    rates = {name: rate(finalist.search) for name, finalist in field.items()}
-    order = sorted(rates, key=lambda name: -rates[name])
-    if busy:
-        return [records[name] for name in order[:BUSY_CANDIDATES]]
-    close = [name for name in order[:CANDIDATES] if rates[name] >= rates[order[0]] + math.log1p(-CLOSE)]
-    return [records[name] for name in max(close, order[:SURE_CANDIDATES], key=len)]
+    """The trials that may be the fastest, the fastest of the search first: two, or three that are close; more where
+    something else uses the machine, and what an ablation found to be faster."""
+    complete = summary.eligible
+    complete.sort(key=lambda record: record.samples_per_second or 0.0, reverse=True)
+    found = [record for record in complete if record.source is Source.ABLATION]
+    if summary.disturbance is not None:
+        chosen = [record for record in complete if record.config.name in summary.contenders]
+    else:
+        least = (complete[0].samples_per_second or 0.0) * (1 - CLOSE)
+        close = [record for record in complete[:CANDIDATES] if (record.samples_per_second or 0.0) >= least]
+        chosen = max(close, complete[:SURE_CANDIDATES], key=len)
+    return [*chosen, *(record for record in found if record not in chosen)]
 
 
 def judge(summary: StudySummary, failed: frozenset[str] = frozenset()) -> Verdict | None:
@@ -68,9 +62,9 @@ def judge(summary: StudySummary, failed: frozenset[str] = frozenset()) -> Verdic
     Args:
         failed: names of those that did not run again.
     """
-    busy = is_busy(list(_finalists(summary).values()))
-    names = [record.config.name for record in candidates(summary) if record.config.name not in failed]
-    field = {name: finalist for name, finalist in _finalists(summary).items() if finalist.runs and name in names}
+    busy = summary.disturbance is not None
+    names = {record.config.name for record in candidates(summary)} - failed
+    field = {name: finalist for name, finalist in summary.finalists.items() if name in names}
     if not field:
         return None
     fastest = next(iter(field))
@@ -139,12 +133,3 @@ def _wants_baseline(baseline: TrialRecord, summary: StudySummary) -> bool:
         return True
     speedup = summary.speedup
     return speedup is not None and not is_answer(speedup.ci95) and _is_affordable(runs, summary)
-
-
-def _finalists(summary: StudySummary) -> dict[str, Finalist]:
-    """The eligible trials as finalists, by name; most have not run again."""
-    return {
-        record.config.name: Finalist(search=record.outcome, runs=summary.verification.get(record.config.name, ()))
-        for record in summary.eligible
-        if isinstance(record.outcome, Measurement)
-    }
