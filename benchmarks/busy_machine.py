@@ -1,6 +1,6 @@
 """How often the right winner is named where somebody else uses the machine, too.
 
-    python benchmarks/busy_machine.py [--studies 300] [--seed 0]
+    python benchmarks/busy_machine.py [--studies 300] [--seed 0] [--json FILE]
 
 Each study is a search of nine trials and the verification of its finalists by the rules of `objectives.timing`,
 `storage.verification` and `tuner.verification`, on a machine whose clock runs through: what slows it slows whatever is
@@ -16,9 +16,11 @@ average and in the 95th percentile; `told` how often the verification says that 
 import argparse
 import bisect
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -203,35 +205,42 @@ def study(make: Callable[[np.random.Generator], Slowdown], seed: int) -> Result:
     )
 
 
-def row(name: str, results: list[Result]) -> list[str]:
-    """A row of the table."""
-    count = len(results)
+def row(name: str, results: list[Result]) -> dict[str, str | float]:
+    """Figures of one kind of noise."""
     covered = [result.covered for result in results if result.covered is not None]
     losses = [result.loss for result in results]
-    return [
-        name,
-        f"{sum(loss <= 0.02 for loss in losses) / count:.0%}",
-        f"{statistics.fmean(losses):.1%}",
-        f"{np.percentile(losses, 95):.1%}",
-        f"{sum(result.told for result in results) / count:.0%}",
-        f"{statistics.fmean(covered):.0%}" if covered else "–",
-        f"{len(covered) / count:.0%}",
-        f"{statistics.fmean(result.runs for result in results):.1f}",
-        f"{statistics.fmean(result.seconds for result in results):.0f}",
-    ]
+    return {
+        "noise": name,
+        "right": statistics.fmean(loss <= 0.02 for loss in losses),
+        "loss": statistics.fmean(losses),
+        "loss_p95": float(np.percentile(losses, 95)),
+        "told": statistics.fmean(result.told for result in results),
+        "covered": statistics.fmean(covered) if covered else math.nan,
+        "answers": len(covered) / len(results),
+        "runs": statistics.fmean(result.runs for result in results),
+        "seconds": statistics.fmean(result.seconds for result in results),
+    }
+
+
+FORMATS = {"right": ".0%", "loss": ".1%", "loss_p95": ".1%", "told": ".0%", "covered": ".0%", "answers": ".0%",
+           "runs": ".1f", "seconds": ".0f"}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     rows = [
         row(name, [study(make, arguments.seed + number) for number in range(arguments.studies)])
         for name, make in NOISES.items()
     ]
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    shown = [[each["noise"], *(format(each[key], form) for key, form in FORMATS.items())] for each in rows]
     headers = ["noise", "right", "loss", "p95", "told", "covered", "answers", "runs", "seconds"]
-    print(tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True))
+    print(tabulate.tabulate(shown, headers=headers, tablefmt="pipe", disable_numparse=True))
 
 
 if __name__ == "__main__":

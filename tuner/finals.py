@@ -71,7 +71,8 @@ class Finals:
             if summary.state is StudyState.UNFINISHED or summary.fastest is None:
                 return
             if summary.winner is not None:
-                self._ablate(summary)
+                if self._ablate(summary):
+                    continue
                 return
             turn = next_runs(summary, frozenset(failed))
             if turn:
@@ -141,11 +142,15 @@ class Finals:
         folder.mkdir(parents=True, exist_ok=True)
         return self._verification.training.losses(config, folder, self._observer.phase)
 
-    def _ablate(self, summary: StudySummary) -> None:
-        """Runs the winner without each of its settings in turn, as far as the study's trials do not tell."""
+    def _ablate(self, summary: StudySummary) -> bool:
+        """Runs the winner without each of its settings in turn, as far as the study's trials do not tell.
+
+        Returns:
+            Whether one of these was faster and is a finalist now, so that there is no winner any more.
+        """
         winner, before = summary.best, summary.contributions
         if winner is None or (before is not None and before.winner == winner.config.name):
-            return
+            return False
         known = {record.config: record for record in summary.records}
         in_search = winner.samples_per_second or 0.0
         undisturbed = None if summary.disturbance is None else summary.finalists.get(winner.config.name)
@@ -164,11 +169,11 @@ class Finals:
                         rerun = self._run_ablation(winner, winner.config, summary)
                         again = rerun.samples_per_second if isinstance(rerun, Measurement) else in_search
                     if self._stop.requested:
-                        return
+                        return False
                     outcome, against = self._run_ablation(winner, config, summary, best_samples_per_second=again), again
                     if is_faster(outcome, against, undisturbed):
                         self._add_finalist(config, outcome, summary)
-                        return
+                        return True
                 ablations.append(Ablation.of(field, config, outcome, winner_samples_per_second=against))
         finally:
             self._verification.training.close()
@@ -179,6 +184,7 @@ class Finals:
                 importances=self._store.importances() if missing else {},
             )
         )
+        return False
 
     def _add_finalist(self, config: TrialConfig, outcome: Outcome, summary: StudySummary) -> None:
         """Makes a trial of what an ablation found to be faster than the winner, and has it verified."""

@@ -187,7 +187,7 @@ def speedup_ci95(
 def log_half_width(rate: float, ci95: tuple[float, float]) -> float:
     """Half the width of the interval of a rate's logarithm; one that reaches zero counts as far down as up."""
     low, high = ci95
-    return math.log(high / max(low, rate**2 / high)) / 2
+    return math.log(high / low) / 2 if low > 0 else math.log(high / rate)
 
 
 def is_answer(ci95: tuple[float, float]) -> bool:
