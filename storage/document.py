@@ -27,6 +27,8 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "best": _trial(best, summary) if best else None,
         "baseline": _trial(baseline, summary) if baseline else None,
         "tied": list(summary.tied),
+        "unsettled": list(summary.unsettled),
+        "disturbance": summary.disturbance,
         "contributions": summary.contributions.to_json() if summary.contributions else None,
         "explanation": explanation_lines(summary),
         "numerics": [_numerics(name, found) for name, found in summary.numerics.items()],

@@ -6,10 +6,12 @@ import tabulate
 
 from objectives.machine import GIB
 from objectives.numerics import NumericsCheck
+from objectives.timing.intervals import is_answer
 from objectives.trial import KNOBS, Figures, Measurement
 from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
 from storage.records import StudySummary, TrialRecord, TrialState
+from storage.verification import LEVEL
 
 ORIGINS = {
     Figures.SIMULATED: "All figures are **simulated**: a model of the hardware gave them, with noise; nothing was run.",
@@ -28,7 +30,7 @@ def summary_markdown(summary: StudySummary) -> str:
         "\n## Detailed result summary\n",
         _bullets(summary),
         stage_table(summary, marked=True),
-        *([f"\n{words}"] if (words := tie_words(summary)) is not None else []),
+        *(f"\n{line}" for line in verdict_lines(summary)),
         f"\n{closing_line(summary)}",
         "\n## Trials\n",
         trial_table(summary),
@@ -74,8 +76,7 @@ def rate_words(record: TrialRecord) -> str:
     """Samples per second with the half width of its 95% interval; a dash for a trial without one."""
     if not isinstance(record.outcome, Measurement):
         return "–"
-    low, high = record.outcome.samples_per_second_ci95
-    return f"{record.outcome.samples_per_second:.2f} ± {(high - low) / 2:.2f}"
+    return _with_half_width(record.outcome.samples_per_second, record.outcome.samples_per_second_ci95)
 
 
 def verified_words(record: TrialRecord, summary: StudySummary, *, short: bool = False) -> str:
@@ -83,10 +84,14 @@ def verified_words(record: TrialRecord, summary: StudySummary, *, short: bool = 
     verified = summary.verified(record)
     if verified is None:
         return "–"
-    low, high = verified.samples_per_second_ci95
     runs = "1 run" if verified.runs == 1 else f"{verified.runs} runs"
-    words = f"{verified.samples_per_second:.2f} ± {(high - low) / 2:.2f}"
+    words = _with_half_width(verified.samples_per_second, verified.samples_per_second_ci95)
     return words if short else f"{words} ({runs})"
+
+
+def _with_half_width(rate: float, ci95: tuple[float, float]) -> str:
+    low, high = ci95
+    return f"{rate:.2f} ± {(high - low) / 2:.2f}" if is_answer(ci95) else f"about {rate:.3g}"
 
 
 def figure_words(record: TrialRecord, summary: StudySummary) -> str:
@@ -97,26 +102,14 @@ def figure_words(record: TrialRecord, summary: StudySummary) -> str:
 
 
 def standing_words(record: TrialRecord, summary: StudySummary) -> str:
-    """Whether a configuration won, is level with the winner, or neither: then nothing."""
+    """Whether a configuration won, is level with the winner or not told from it, or neither: then nothing."""
     if record.state is not TrialState.COMPLETE or summary.winner is None:
         return ""
     if record.config.name == summary.winner:
         return "★ winner"
+    if record.config.name in summary.unsettled:
+        return "not told from the winner"
     return "level with the winner" if record.config.name in summary.tied else ""
-
-
-def tie_words(summary: StudySummary) -> str | None:
-    """Why the winner is none of those that seem as fast; None where nothing needs to be explained."""
-    best, fastest = summary.best, summary.fastest
-    if best is None or fastest is None or best.config.name != summary.winner:
-        return None
-    sentences = []
-    if summary.tied:
-        sentences.append(f"Level with {', '.join(summary.tied)}; of these it leaves the most memory free.")
-    if fastest is not best and fastest.config.name not in summary.tied:
-        how = "was slower when verified" if summary.verified(fastest) is not None else "did not run again when verified"
-        sentences.append(f"{fastest.config.name}, the fastest of the search, {how}.")
-    return " ".join(sentences) or None
 
 
 def improvement_words(summary: StudySummary) -> str:
@@ -129,7 +122,47 @@ def improvement_words(summary: StudySummary) -> str:
     if summary.best is summary.baseline:
         return summary.figures.mark("1.00× (nothing tried was faster than the baseline)")
     low, high = speedup.ci95
+    if not is_answer(speedup.ci95):
+        return summary.figures.mark(f"too noisy to tell{_noise_words(summary)}")
     return summary.figures.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
+
+
+def verdict_lines(summary: StudySummary) -> list[str]:
+    """What the verification found of the others: who is level with the winner, and who could not be told from it."""
+    lines = []
+    best, disturbance = summary.best, summary.disturbance
+    if best is not None and summary.tied:
+        peaks = [
+            record.outcome.peak_memory_bytes or 0 for record in summary.records if record.config.name in summary.tied
+        ]
+        least = "; it needs the least memory" if (best.outcome.peak_memory_bytes or 0) < min(peaks, default=0) else ""
+        lines.append(f"Level with {', '.join(summary.tied)}: within {LEVEL:.0%}{least}.")
+    fastest = summary.fastest
+    named = (summary.winner, *summary.tied, *summary.unsettled)
+    if summary.winner is not None and fastest is not None and fastest.config.name not in named:
+        how = "was slower when verified" if summary.verified(fastest) is not None else "did not run again when verified"
+        lines.append(f"{fastest.config.name}, the fastest of the search, {how}.")
+    if summary.unsettled:
+        others = ", ".join(summary.unsettled)
+        if disturbance is None:
+            lines.append(f"Not told from {others} in the time of the verification; it is the best supported.")
+        else:
+            lines.append(
+                f"The machine is too noisy to tell it from {others}{_noise_words(summary)}. "
+                "It is the best supported; run again when nothing else uses the machine."
+            )
+    elif disturbance is not None and summary.winner is not None:
+        lines.append(
+            f"Something else used the machine: steps of one configuration differ by {disturbance:.0%}. "
+            "The configurations were compared by their fastest steps."
+        )
+    return lines
+
+
+def _noise_words(summary: StudySummary) -> str:
+    if summary.disturbance is None:
+        return ""
+    return f": steps of one configuration differ by {summary.disturbance:.0%}"
 
 
 def numerics_words(name: str, found: NumericsCheck | str) -> str:

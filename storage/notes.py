@@ -2,7 +2,7 @@
 
 from objectives.machine import GIB
 from objectives.trial import Failure, Figures
-from storage.markdown import rate_words, standing_words, summary_markdown, tie_words, verified_words
+from storage.markdown import rate_words, standing_words, summary_markdown, verdict_lines, verified_words
 from storage.records import StudySummary, TrialRecord
 
 OWN_NOTE = "**{name}**"
@@ -20,7 +20,7 @@ def trial_note(record: TrialRecord, summary: StudySummary | None = None, figures
     if summary is not None and (standing := standing_words(record, summary)):
         lines[0] += f": {standing}"
         if record is summary.best:
-            lines += [words for words in (tie_words(summary), optuna_words(summary)) if words is not None]
+            lines += [*verdict_lines(summary), *([words] if (words := optuna_words(summary)) is not None else [])]
     peak = record.outcome.peak_memory_bytes
     memory = "" if peak is None else f", {peak / GIB:.2f} GiB peak a rank"
     if isinstance(record.outcome, Failure):
@@ -43,7 +43,7 @@ def study_note(summary: StudySummary) -> str:
     if best is None:
         return summary_markdown(summary)
     kind = "the winner" if summary.winner == best.config.name else "the fastest"
-    told = [f"Trial {best.number}, **{best.config.name}**, is {kind}.", tie_words(summary), optuna_words(summary)]
+    told = [f"Trial {best.number}, **{best.config.name}**, is {kind}.", *verdict_lines(summary), optuna_words(summary)]
     return " ".join(words for words in told if words is not None) + "\n\n" + summary_markdown(summary)
 
 

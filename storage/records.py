@@ -13,9 +13,20 @@ from objectives.timing.intervals import speedup_ci95
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 from objectives.workload import Workload
 from storage.ablations import Contributions
-from storage.verification import VerifiedRate, verified_rate
+from storage.verification import (
+    Finalist,
+    VerifiedRate,
+    is_busy,
+    step_spread,
+    undisturbed_log_rate,
+    undisturbed_speedup,
+    verified_rate,
+)
 
 RECORD_VERSION = 1
+
+CONTENDERS = 5
+"""Where something else uses the machine, the fastest of nine trials may have looked as slow as the fifth."""
 
 
 class TrialState(enum.StrEnum):
@@ -33,6 +44,8 @@ class Source(enum.StrEnum):
     SEARCH = "search"
     RETRY = "retry"
     """The configuration of a trial that was running when the tuner was stopped."""
+    ABLATION = "ablation"
+    """After the search, one setting of the winner was changed, and that was faster."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +79,7 @@ class TrialRecord:
     @property
     def counts(self) -> bool:
         """Whether the trial is one of the `--trials N`."""
-        return self.state is not TrialState.FAILED
+        return self.state is not TrialState.FAILED and self.source is not Source.ABLATION
 
     @property
     def samples_per_second(self) -> float | None:
@@ -159,7 +172,9 @@ class StudySummary:
     winner: str | None = None
     """The configuration that the verification found to be the best."""
     tied: Sequence[str] = ()
-    """Those that the winner is not settled to be faster than."""
+    """Those shown to be level with the winner, or with the fastest where the winner saves memory."""
+    unsettled: Sequence[str] = ()
+    """Those that the verification could not tell from the winner."""
     numerics: Mapping[str, NumericsCheck | str] = dataclasses.field(default_factory=dict)
     """What the finalists' losses showed, or why they could not be compared, by the configuration's name."""
     contributions: Contributions | None = None
@@ -186,10 +201,41 @@ class StudySummary:
                 return record
         return self.fastest
 
+    @property
+    def finalists(self) -> dict[str, Finalist]:
+        """Measurements of the configurations that ran again, by name; the baseline is one of them."""
+        return {
+            record.config.name: Finalist(record.outcome, runs)
+            for record in self.records
+            if isinstance(record.outcome, Measurement) and (runs := self.verification.get(record.config.name))
+        }
+
     def verified(self, record: TrialRecord) -> VerifiedRate | None:
-        """What the verification runs of a trial say; None without any."""
-        runs = self.verification.get(record.config.name)
-        return verified_rate(runs, record.outcome) if runs and isinstance(record.outcome, Measurement) else None
+        """Rate of a trial's configuration by its verification runs; None without any."""
+        finalists = self.finalists
+        finalist = finalists.pop(record.config.name, None)
+        return None if finalist is None else verified_rate(finalist, finalists.values())
+
+    @property
+    def contenders(self) -> dict[str, Finalist]:
+        """Measurements of the trials that may be the fastest where all have been disturbed, by name, the fastest first:
+        the first `CONTENDERS` by the fastest steps of each."""
+        finalists = [
+            (record.config.name, Finalist(record.outcome, self.verification.get(record.config.name, ())))
+            for record in self.eligible
+            if isinstance(record.outcome, Measurement)
+        ]
+        finalists.sort(key=lambda each: -undisturbed_log_rate(each[1].search))
+        return dict(finalists[:CONTENDERS])
+
+    @property
+    def disturbance(self) -> float | None:
+        """Relative difference between the slow and the fast steps of one configuration, where something else uses the
+        machine; None on a quiet one."""
+        contenders = list(self.contenders.values())
+        if self.figures is not Figures.MEASURED or not is_busy(contenders):
+            return None
+        return max(step_spread(each.all_runs) for each in contenders)
 
     def rate(self, record: TrialRecord) -> float:
         """Samples/s as verified; without verification runs, of the search; 0 for a trial without a measurement."""
@@ -245,13 +291,18 @@ class StudySummary:
         assert isinstance(best.outcome, Measurement) and isinstance(baseline.outcome, Measurement)
         if best is baseline:
             return Speedup(factor=1.0, ci95=(1.0, 1.0))
-        fast, slow = self.verified(best), self.verified(baseline)
-        if fast is not None and slow is not None:
+        finalists = self.finalists
+        if self.disturbance is not None and {best.config.name, baseline.config.name} <= set(finalists):
+            fast, slow = finalists.pop(best.config.name), finalists.pop(baseline.config.name)
+            factor, interval = undisturbed_speedup(fast, slow, finalists.values())
+            return Speedup(factor=factor, ci95=interval)
+        verified, untuned = self.verified(best), self.verified(baseline)
+        if verified is not None and untuned is not None:
             factor, interval = speedup_ci95(
-                fast.samples_per_second,
-                fast.samples_per_second_ci95,
-                slow.samples_per_second,
-                slow.samples_per_second_ci95,
+                verified.samples_per_second,
+                verified.samples_per_second_ci95,
+                untuned.samples_per_second,
+                untuned.samples_per_second_ci95,
             )
             return Speedup(factor=factor, ci95=interval)
         factor, interval = speedup_ci95(

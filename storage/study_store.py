@@ -216,6 +216,7 @@ class StudyStore:
             },
             winner=(attributes.get(WINNER) or {}).get("name"),
             tied=(attributes.get(WINNER) or {}).get("tied", ()),
+            unsettled=(attributes.get(WINNER) or {}).get("unsettled", ()),
             numerics={
                 key.removeprefix(NUMERICS): _numerics_from_json(json.loads(value))
                 for key, value in attributes.items()
@@ -249,8 +250,13 @@ class StudyStore:
         runs = json.loads(self.attributes.get(key, "[]"))
         self._set(key, json.dumps([*runs, run.to_json()]))
 
-    def set_winner(self, name: str, tied: Sequence[str]) -> None:
-        self._set(WINNER, {"name": name, "tied": list(tied)})
+    def set_winner(self, name: str, tied: Sequence[str], unsettled: Sequence[str]) -> None:
+        """Stores the verification's verdict; see `StudySummary`."""
+        self._set(WINNER, {"name": name, "tied": list(tied), "unsettled": list(unsettled)})
+
+    def forget_winner(self) -> None:
+        """Has the verification go on: there is one more finalist."""
+        self._set(WINNER, None)
 
     def set_numerics(self, name: str, found: NumericsCheck | str) -> None:
         """Stores what a finalist's losses showed, or why they could not be compared."""
@@ -334,7 +340,7 @@ class StudyStore:
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
         optuna_dashboard.save_note(trial, trial_note(record, figures=self.figures))
-        if record.counts and "constraints" not in told.system_attrs:
+        if record.state is not TrialState.FAILED and "constraints" not in told.system_attrs:
             fits = isinstance(record.outcome, Measurement)
             self._constrain(trial, min(violation, 0.0) if fits else violation)
         value = record.samples_per_second if record.state is TrialState.COMPLETE else None

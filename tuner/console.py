@@ -22,8 +22,8 @@ from storage.markdown import (
     numerics_words,
     rate_words,
     standing_words,
-    tie_words,
     total_words,
+    verdict_lines,
     verified_words,
 )
 from storage.records import StudySummary, TrialRecord, TrialState
@@ -145,6 +145,9 @@ class Console:
         self._explained += 1
         self._running = _Running(config, title, left, summary)
 
+    def finalist_added(self, record: TrialRecord) -> None:
+        self.say(f"     {record.config.name} is faster with one setting changed back: it is verified, too")
+
     def _live_line(self) -> rich.text.Text:
         if self._running is None:
             return rich.text.Text("starting the training processes …", style="dim")
@@ -161,8 +164,8 @@ class Console:
         best = summary.best
         if best is not None:
             self._output.print(best_table(summary, self._output.width))
-            if (words := tie_words(summary)) is not None:
-                self.say(words)
+            for line in verdict_lines(summary):
+                self.say(line)
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
             self._say_batch_difference(summary)
         for name, found in summary.numerics.items():

@@ -1,6 +1,8 @@
 """What comes behind the search: who really is the fastest, whether it trains what it should, and why it is fast."""
 
 import dataclasses
+import datetime
+import math
 import time
 from collections.abc import Callable
 
@@ -9,11 +11,13 @@ from objectives.objective import Objective, TrainingObjective
 from objectives.trial import CORE_FIELDS, KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from storage.ablations import Ablation, Contributions
 from storage.layout import ResultsFolder
-from storage.records import StudyState, StudySummary, TrialRecord
+from storage.records import Source, StudyState, StudySummary, TrialRecord
 from storage.study_store import StudyStore
+from storage.verification import RUN_NOISE, Finalist, log_rate, undisturbed_log_rate
 from tuner.observer import Observer
+from tuner.space import Space
 from tuner.stopping import StopSignals
-from tuner.verification import candidates, judge, next_runs, verified_rates
+from tuner.verification import judge, next_runs
 
 COMPARED_ACCUMULATION = 2
 """More micro-steps a step show nothing that two do not; the comparison is spared them."""
@@ -45,13 +49,14 @@ class Finals:
         verification: Verification,
         observer: Observer,
         stop: StopSignals,
-        is_legal: Callable[[TrialConfig], bool],
+        space: Space,
     ) -> None:
         """
         Args:
-            is_legal: whether the study could have proposed a configuration.
+            space: what the study could have proposed.
         """
-        self._is_legal = is_legal
+        self._space = space
+        self._legal = frozenset(space.legal)
         self._store = store
         self._results = results
         self._verification = verification
@@ -66,20 +71,19 @@ class Finals:
             if summary.state is StudyState.UNFINISHED or summary.fastest is None:
                 return
             if summary.winner is not None:
-                self._ablate(summary)
+                if self._ablate(summary):
+                    continue
                 return
-            turn = next_runs(summary, summary.verification, frozenset(failed))
+            turn = next_runs(summary, frozenset(failed))
             if turn:
                 self._run_again(turn, summary, failed)
                 continue
-            field = [record for record in candidates(summary) if record.config.name not in failed]
-            rates = verified_rates(field, summary.verification)
-            if not rates:
+            verdict = judge(summary, frozenset(failed))
+            if verdict is None:
                 return
-            verdict = judge(rates)
-            [leader] = [record for record in field if record.config.name == verdict.leader]
+            [leader] = [record for record in summary.records if record.config.name == verdict.leader]
             if verdict.leader in summary.numerics:  # and without a fault, or it would be no candidate
-                self._store.set_winner(verdict.leader, verdict.tied)
+                self._store.set_winner(verdict.leader, verdict.level, verdict.unsettled)
                 continue
             self._check_numerics(leader, summary)
 
@@ -138,18 +142,23 @@ class Finals:
         folder.mkdir(parents=True, exist_ok=True)
         return self._verification.training.losses(config, folder, self._observer.phase)
 
-    def _ablate(self, summary: StudySummary) -> None:
-        """Runs the winner without each of its settings in turn, as far as the study's trials do not tell."""
+    def _ablate(self, summary: StudySummary) -> bool:
+        """Runs the winner without each of its settings in turn, as far as the study's trials do not tell.
+
+        Returns:
+            Whether one of these was faster and is a finalist now, so that there is no winner any more.
+        """
         winner, before = summary.best, summary.contributions
         if winner is None or (before is not None and before.winner == winner.config.name):
-            return
+            return False
         known = {record.config: record for record in summary.records}
         in_search = winner.samples_per_second or 0.0
+        undisturbed = None if summary.disturbance is None else summary.finalists.get(winner.config.name)
         again: float | None = None  # the winner's rate in the processes that the others run in here
         started, affordable = time.monotonic(), max(MIN_ABLATION_SECONDS, ABLATION_SHARE * summary.tuning_seconds)
         ablations, missing = [], False
         try:
-            for field, config in ablated(winner.config, summary, self._is_legal):
+            for field, config in ablated(winner.config, summary, self._legal.__contains__):
                 if config in known:
                     outcome, against = beside(known[config], winner, summary)
                 else:
@@ -160,8 +169,11 @@ class Finals:
                         rerun = self._run_ablation(winner, winner.config, summary)
                         again = rerun.samples_per_second if isinstance(rerun, Measurement) else in_search
                     if self._stop.requested:
-                        return
+                        return False
                     outcome, against = self._run_ablation(winner, config, summary, best_samples_per_second=again), again
+                    if is_faster(outcome, against, undisturbed):
+                        self._add_finalist(config, outcome, summary)
+                        return True
                 ablations.append(Ablation.of(field, config, outcome, winner_samples_per_second=against))
         finally:
             self._verification.training.close()
@@ -172,6 +184,25 @@ class Finals:
                 importances=self._store.importances() if missing else {},
             )
         )
+        return False
+
+    def _add_finalist(self, config: TrialConfig, outcome: Outcome, summary: StudySummary) -> None:
+        """Makes a trial of what an ablation found to be faster than the winner, and has it verified."""
+        self._store.enqueue(self._space.params(config), Source.ABLATION)
+        trial = self._store.study.ask(self._space.distributions)
+        record = TrialRecord(
+            number=trial.number,
+            config=TrialConfig(**trial.params),
+            outcome=outcome,
+            source=Source.ABLATION,
+            started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            machine=summary.machine,
+            versions=summary.versions,
+        )
+        self._store.save(trial, record)
+        self._store.tell(trial, record)
+        self._store.forget_winner()
+        self._observer.finalist_added(record)
 
     def _run_ablation(
         self,
@@ -205,6 +236,20 @@ def ablated(
                 changes.append((field, value))
     configs = [(field, TrialConfig.from_json({**winner.to_json(), field: value})) for field, value in changes]
     return [(field, config) for field, config in configs if is_legal(config)]
+
+
+def is_faster(outcome: Outcome, winner_samples_per_second: float, undisturbed: Finalist | None) -> bool:
+    """Whether an ablation beat the winner by more than two runs of one configuration differ by.
+
+    Args:
+        undisturbed: the winner's runs where something else uses the machine: then the fastest steps are compared.
+    """
+    if not isinstance(outcome, Measurement) or outcome.stopped_early:
+        return False
+    ahead = log_rate(outcome) - math.log(winner_samples_per_second)
+    if undisturbed is not None:
+        ahead = undisturbed_log_rate(outcome) - max(map(undisturbed_log_rate, undisturbed.all_runs))
+    return ahead > 2 * RUN_NOISE
 
 
 def beside(record: TrialRecord, winner: TrialRecord, summary: StudySummary) -> tuple[Outcome, float]:

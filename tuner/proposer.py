@@ -55,7 +55,11 @@ BASELINE_FITS = 0.7
 ran the untuned training of GPT2-xl out of memory in four stages before it offloaded."""
 
 TWIN_FITS = 0.5
-"""On one GPU ZeRO-3 is not for what is so likely to fit in a lower stage."""
+"""ZeRO-3 is not needed for what is so likely to fit in a lower stage."""
+
+HOPELESS_STAGE_3 = 0.25
+"""How much slower than the best so far ZeRO-3 must be predicted not to be tried where nobody needs it. On two H200s it
+took 30 of a search's 79 s."""
 
 SETUP_SECONDS = (0.6, 0.6, 0.6, 3.5)
 """What a warm trial takes besides its steps, by ZeRO stage (measured on an H200 with GPT2-xl)."""
@@ -97,7 +101,8 @@ class Proposer:
         self._row = {config: row for row, config in enumerate(self.grid.configs)}
         self._capacity_bytes = float(model.hardware.capacity_bytes)
         self._outside_bytes = model.hardware.outside_bytes
-        self._twins = _twins(self.grid.configs) if model.hardware.ranks == 1 else {}
+        self._twins = _twins(self.grid.configs)
+        self._ranks = model.hardware.ranks
         self._seconds = _trial_seconds(self.grid.log_rate, configs, model.hardware.ranks, plan or StepPlan())
 
     def row(self, config: TrialConfig) -> int | None:
@@ -127,7 +132,7 @@ class Proposer:
         if not open_rows.any():
             return None
         gains = self._gains(rates, observations) * memory.fits**FIT_POWER
-        in_vain = [row for row, twins in self._twins.items() if (memory.fits[twins] > TWIN_FITS).any()]
+        in_vain = self._in_vain(rates, memory, observations)
         gains[in_vain] = 0.0
         expected_gain = float(np.max(np.where(open_rows, gains, 0.0)))
         contends = open_rows.copy()
@@ -147,6 +152,22 @@ class Proposer:
             forecast=self.forecast(row, rates, memory),
             expected_gain=expected_gain,
         )
+
+    def _in_vain(self, rates: RatePosterior, memory: MemoryPosterior, observations: Sequence[Observation]) -> list[int]:
+        """Rows of ZeRO-3 that nobody needs: a lower stage fits with the same batch, and it cannot win.
+
+        On one GPU it never wins, as there is nothing to partition; on several where it is predicted to be
+        `HOPELESS_STAGE_3` slower than the best so far.
+        """
+        measured = [each.log_rate for each in observations if each.log_rate is not None and each.is_own]
+        if self._ranks > 1 and not measured:
+            return []
+        limit = math.inf if self._ranks == 1 else max(measured) + math.log1p(-HOPELESS_STAGE_3)
+        return [
+            row
+            for row, twins in self._twins.items()
+            if rates.mean[row] < limit and (memory.fits[twins] > TWIN_FITS).any()
+        ]
 
     def baselines(self, configs: Sequence[TrialConfig], observations: Sequence[Observation]) -> list[TrialConfig]:
         """The baselines in the order to try them: theirs, but those that are unlikely to fit come last.
@@ -240,7 +261,7 @@ class Proposer:
 def _twins(configs: Sequence[TrialConfig]) -> dict[int, list[int]]:
     """For each row of ZeRO-3 those that differ in a lower stage alone.
 
-    On one GPU there is nothing to partition: what stage 3 adds is work, so that it only gains where they don't fit.
+    What stage 3 adds to them is work; on several GPUs it gains where they don't fit, on one only there.
     """
     rows = {config: row for row, config in enumerate(configs)}
     twins = {}

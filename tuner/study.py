@@ -103,8 +103,7 @@ class Study:
             trials = store.study.get_trials(deepcopy=False)
             store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
             if spec.verify and self._verification is not None:
-                legal = frozenset(self._space.legal)
-                finals = Finals(store, spec.results, self._verification, self._observer, self._stop, legal.__contains__)
+                finals = Finals(store, spec.results, self._verification, self._observer, self._stop, self._space)
                 began = time.monotonic()
                 try:
                     finals.run()

@@ -24,6 +24,16 @@ CLOSING_SPREAD = 0.1
 """Relative standard deviation of what the micro-step that closes a step takes beyond the others, where too few steps
 show it. Assumed, not measured: rather too much than too little."""
 
+UNSEEN_FASTER = 0.01
+"""Fraction by which the mean of all steps may be below the fastest that was timed. Of four steps all are above their
+mean in one case of sixteen, but by so much only where they differ by more."""
+
+UNKNOWN_FACTOR = 2.0
+"""Stands for the interval of a single step, which tells nothing of how far steps lie apart."""
+
+ANSWER_FACTOR = 2.0
+"""An interval that spans more is not an answer: it is not shown as one."""
+
 # Quantiles of Student's t for 1..30 degrees of freedom (any statistics table): two-sided 95%, and 98% for p = 0.01 on
 # one side. Beyond 30 the last is used, which is at most 4% too wide.
 T95 = (
@@ -103,6 +113,8 @@ def mean_ci95(values: Sequence[float], *, independent: bool = False) -> tuple[fl
 def step_ci95(step_seconds: Sequence[float], micro_step_seconds: Sequence[float]) -> tuple[float, float]:
     """The 95% confidence interval of the mean step; of fewer than three steps by what their micro-steps show.
 
+    It is bounded by what was seen: see `above_fastest`.
+
     A step is a sum: of its micro-steps, whose spread is seen, and of what the one that closes it takes beyond the
     others, of which `CLOSING_SPREAD` is assumed.
 
@@ -111,20 +123,29 @@ def step_ci95(step_seconds: Sequence[float], micro_step_seconds: Sequence[float]
     """
     count = len(step_seconds)
     if count >= 3 or len(micro_step_seconds) < FEWEST_FOR_SPREAD:
-        return mean_ci95(step_seconds)
+        return above_fastest(mean_ci95(step_seconds), step_seconds)
     size, spread = effective_size(micro_step_seconds), statistics.stdev(micro_step_seconds)
     mean, micro_steps = statistics.fmean(step_seconds), len(micro_step_seconds) / count
     closing = max(mean - (micro_steps + 1) * statistics.fmean(micro_step_seconds), 0.0)
     # Steps that resemble each other's neighbours count for fewer in the sum as well.
     of_sum = micro_steps**2 * spread**2 / (size / count)
     half = student_quantile(T95, size) * math.sqrt((of_sum + (CLOSING_SPREAD * closing) ** 2) / count)
-    return (mean - half, mean + half)
+    return above_fastest((mean - half, mean + half), [(micro_steps + 1) * min(micro_step_seconds)])
+
+
+def above_fastest(ci95: tuple[float, float], seconds: Sequence[float]) -> tuple[float, float]:
+    """The interval of a mean with its lower end raised to the fastest of the values seen, less `UNSEEN_FASTER`.
+
+    Student's interval of a few values that differ widely reaches below zero, and its reciprocal to any throughput.
+    """
+    low, high = ci95
+    return (max(low, (1 - UNSEEN_FASTER) * min(seconds)), high) if math.isfinite(low) else ci95
 
 
 def student_quantile(table: Sequence[float], size: float) -> float:
     """Student's quantile for `size - 1` degrees of freedom, rounded down to be on the safe side."""
-    freedom = max(math.floor(size) - 1, 1)
-    return table[freedom - 1] if freedom <= len(table) else table[-1]
+    freedom = max(size - 1, 1.0)
+    return table[math.floor(freedom) - 1] if freedom <= len(table) else table[-1]
 
 
 def throughput(
@@ -132,7 +153,8 @@ def throughput(
 ) -> tuple[float, tuple[float, float]]:
     """Samples per second and its 95% interval, from the seconds of whole optimizer steps.
 
-    The interval is the one of the mean step time, turned over: exact at its ends, as 1/x is monotone.
+    The interval is the reciprocal of that of the mean step time: exact at its ends, as 1/x is monotone. A single step
+    has none; `UNKNOWN_FACTOR` to either side stands for it.
 
     Args:
         ci95: of the mean step, where more is known than these steps tell.
@@ -142,11 +164,11 @@ def throughput(
     """
     if not step_seconds:
         raise ValueError("no optimizer step was timed")
-    low, high = mean_ci95(step_seconds) if ci95 is None else ci95
     rate = samples_per_step / statistics.fmean(step_seconds)
-    slowest = samples_per_step / high if math.isfinite(high) else 0.0
-    fastest = samples_per_step / low if low > 0 else 2 * rate
-    return rate, (slowest, fastest)
+    low, high = above_fastest(mean_ci95(step_seconds), step_seconds) if ci95 is None else ci95
+    if not math.isfinite(high):
+        return rate, (rate / UNKNOWN_FACTOR, rate * UNKNOWN_FACTOR)
+    return rate, (samples_per_step / high, samples_per_step / low)
 
 
 def speedup_ci95(
@@ -154,12 +176,21 @@ def speedup_ci95(
 ) -> tuple[float, tuple[float, float]]:
     """How many times faster `rate` is than `base`, with a 95% interval.
 
-    The two relative half-widths are combined as independent errors of the logarithms, so that the interval of a ratio
-    is one of ratios: it never reaches zero.
+    The half-widths of the two logarithms are combined as independent errors, so that the interval of a ratio is one of
+    ratios: it never reaches zero.
     """
     ratio = rate / base
-    relative = math.hypot(
-        (rate_ci95[1] - rate_ci95[0]) / 2 / rate,
-        (base_ci95[1] - base_ci95[0]) / 2 / base,
-    )
-    return ratio, (ratio * math.exp(-relative), ratio * math.exp(relative))
+    half = math.hypot(log_half_width(rate, rate_ci95), log_half_width(base, base_ci95))
+    return ratio, (ratio * math.exp(-half), ratio * math.exp(half))
+
+
+def log_half_width(rate: float, ci95: tuple[float, float]) -> float:
+    """Half the width of the interval of a rate's logarithm; one that reaches zero counts as far down as up."""
+    low, high = ci95
+    return math.log(high / low) / 2 if low > 0 else math.log(high / rate)
+
+
+def is_answer(ci95: tuple[float, float]) -> bool:
+    """Whether an interval says enough to be shown as one; see `ANSWER_FACTOR`."""
+    low, high = ci95
+    return high <= ANSWER_FACTOR * low

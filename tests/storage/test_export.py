@@ -273,3 +273,30 @@ def test_a_study_without_a_baseline_exports(
     export(make_summary([make_record("z1_gas1_tmbspg1", 10.0)]), folder)
     assert read(folder.study_json)["speedup"] is None
     assert read(folder.optimal_config)["zero_optimization"]["stage"] == 1
+
+
+DRIFTED = (0.39, 0.5, 0.98, 0.61)
+"""Step times of a run on a loaded machine, whose stored interval of 55.8 to 14,815 samples/s once ended a study."""
+
+
+@pytest.mark.parametrize("interval", [(55.8, 14815.0), (0.0, 1e300), (97.0, 97.0)], ids=str)
+def test_every_file_is_written_whatever_interval_a_run_was_stored_with(
+    finished: StudySummary, tmp_path: Path, interval: tuple[float, float]
+) -> None:
+    records = [
+        dataclasses.replace(
+            record,
+            outcome=dataclasses.replace(record.outcome, step_seconds=DRIFTED, samples_per_second_ci95=interval),
+        )
+        if isinstance(record.outcome, Measurement)
+        else record
+        for record in finished.records
+    ]
+    runs = {record.config.name: [record.outcome] * 2 for record in records if isinstance(record.outcome, Measurement)}
+    noisy = dataclasses.replace(finished, records=records, verification=runs, winner=records[1].config.name)
+    export(noisy, ResultsFolder(tmp_path))
+    text = (tmp_path / "summary.md").read_text()
+    assert "e+" not in text
+    assert "Something else used the machine: steps of one configuration differ by" in text
+    speedup = json.loads((tmp_path / "summary.json").read_text())["speedup"]
+    assert 0 < speedup["ci95"][0] <= speedup["factor"] <= speedup["ci95"][1] < 100

@@ -15,7 +15,8 @@ from objectives.numerics import LossCurve, NumericsCheck
 from objectives.trial import Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, StudySummary, TrialRecord
-from tuner.finals import ablated, beside, compared
+from storage.verification import Finalist
+from tuner.finals import ablated, beside, compared, is_faster
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -197,7 +198,8 @@ def test_the_fastest_is_not_the_winner_if_it_trains_something_else(tune: Tune) -
     wrong = [found for found in document["numerics"] if found["passed"] is False]
     assert wrong and all(found["name"].startswith("z2") for found in wrong)
     assert document["best"]["config"]["zero_stage"] != 2
-    fastest = max(document["trials"], key=lambda trial: trial["samples_per_second"])
+    of_search = [trial for trial in document["trials"] if trial["source"] != "ablation"]
+    fastest = max(of_search, key=lambda trial: trial["samples_per_second"])
     assert fastest["name"] in [found["name"] for found in wrong]
     assert f"{fastest['name']} is not the winner, for it trains something else: its first loss is" in finished.stderr
 
@@ -219,3 +221,37 @@ def test_killed_after_the_comparison_it_is_not_made_again(tune: Tune) -> None:
     again = tune(*command, answer="stage 2 is fastest")
     assert "again, in fresh processes" not in again.stderr
     assert json.loads(again.stdout)["numerics"][0]["passed"] is True
+
+
+def test_ablation_that_beats_the_winner_is_verified_and_wins(tune: Tune) -> None:
+    finished = tune("--trials", "4", "--json")
+    document = json.loads(finished.stdout)
+    jsonschema.validate(document, SCHEMA)
+    [found] = [trial for trial in document["trials"] if trial["source"] == "ablation"]
+    assert f"{found['name']} is faster with one setting changed back: it is verified, too" in finished.stderr
+    assert document["best"]["name"] == found["name"]
+    assert document["best"]["verification_runs"] >= 1
+    assert document["contributions"]["winner"] == found["name"], "the new winner is explained"
+    assert all(each["samples_per_second"] <= each["winner_samples_per_second"] * 1.01
+               for each in document["contributions"]["ablations"])  # fmt: skip
+    assert len(document["trials"]) == 5, "the study has its four trials and the finalist"
+    again = tune("--trials", "4", "--json")
+    assert json.loads(again.stdout)["best"] == document["best"]
+
+
+def measured(rate: float, steps: Sequence[float] = (1.0, 1.0), *, stopped_early: bool = False) -> Measurement:
+    return dataclasses.replace(
+        TRAINS, samples_per_second=rate, step_seconds=tuple(steps), stopped_early=stopped_early
+    )  # fmt: skip
+
+
+def test_ablation_is_faster_only_beyond_what_two_runs_differ_by() -> None:
+    assert is_faster(measured(102.0), 100.0, None)
+    assert not is_faster(measured(100.9), 100.0, None)
+    assert not is_faster(measured(150.0, stopped_early=True), 100.0, None)
+
+
+def test_ablation_on_a_busy_machine_is_compared_by_its_fastest_steps() -> None:
+    winner = Finalist(measured(100.0, (1.0, 1.0)), [measured(70.0, (1.0, 1.8))])
+    assert not is_faster(measured(100.5, (1.0, 1.0)), 70.0, winner), "the winner was disturbed in these processes"
+    assert is_faster(measured(80.0, (1.0, 1.8)), 100.0, winner), "it was disturbed itself"

@@ -12,17 +12,24 @@ from objectives.machine import GIB, Machine
 from objectives.trial import Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.records import Source, StudySummary, TrialRecord
-from storage.verification import verified_rate
-from tuner.verification import MAX_ROUNDS, candidates, judge, next_runs
+from tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, judge, next_runs
 
 MACHINE = Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
 
 
-def measurement(rate: float, *, peak_gib: float = 1.0, stopped_early: bool = False) -> Measurement:
+def measurement(
+    rate: float,
+    *,
+    peak_gib: float = 1.0,
+    stopped_early: bool = False,
+    half_width: float = 0.0,
+    steps: Sequence[float] = (1.0, 1.0),
+    wall_seconds: float = 10.0,
+) -> Measurement:
     return Measurement(
-        step_seconds=(1.0, 1.0),
+        step_seconds=tuple(steps),
         samples_per_second=rate,
-        samples_per_second_ci95=(rate, rate),
+        samples_per_second_ci95=(rate - half_width, rate + half_width),
         forward_seconds=0.3,
         backward_seconds=0.5,
         optimizer_seconds=0.2,
@@ -34,7 +41,7 @@ def measurement(rate: float, *, peak_gib: float = 1.0, stopped_early: bool = Fal
         reserved_memory_bytes=round(peak_gib * GIB),
         alloc_retries=0,
         setup_seconds=1.0,
-        wall_seconds=10.0,
+        wall_seconds=wall_seconds,
         model_parameters=1000,
         flops_per_sample=1e9,
     )
@@ -68,12 +75,18 @@ def summary(*rates: float, **changes: Any) -> StudySummary:
     )
 
 
-def turn(study: StudySummary, runs: Mapping[int, Sequence[float]], failed: frozenset[str] = frozenset()) -> list[int]:
+def verified(study: StudySummary, runs: Mapping[int, Sequence[float]], **changes: Any) -> StudySummary:
+    """The study with the rates of earlier runs by number."""
+    names = {number: study.records[number].config.name for number in runs}
+    measured = {names[number]: [measurement(rate, **changes) for rate in rates] for number, rates in runs.items()}
+    return dataclasses.replace(study, verification=measured)
+
+
+def turn(
+    study: StudySummary, runs: Mapping[int, Sequence[float]], failed: frozenset[str] = frozenset(), **changes: Any
+) -> list[int]:
     """The numbers of the trials that run next, given the rates of earlier runs by number."""
-    measured = {
-        study.records[number].config.name: [measurement(rate) for rate in rates] for number, rates in runs.items()
-    }
-    return [each.number for each in next_runs(study, measured, failed)]
+    return [each.number for each in next_runs(verified(study, runs, **changes), failed)]
 
 
 def test_the_three_fastest_are_candidates_if_they_are_close() -> None:
@@ -103,13 +116,52 @@ def test_a_settled_order_needs_no_further_run() -> None:
     assert turn(summary(10, 95, 99), {1: [95], 2: [100], 0: [10]}) == []
 
 
-def test_those_that_are_level_run_again_in_the_other_order() -> None:
-    assert turn(summary(10, 100, 99.9, 96), {1: [100], 2: [99.8], 3: [96], 0: [10]}) == [2, 1]
+def test_those_that_cannot_be_told_apart_run_again_in_the_other_order() -> None:
+    assert turn(summary(10, 100, 99.9, 96), {1: [100], 2: [98.7], 3: [96], 0: [10]}) == [2, 1]
 
 
-def test_after_its_rounds_a_tie_is_a_tie() -> None:
-    runs = {1: [100.0] * MAX_ROUNDS, 2: [100.0] * MAX_ROUNDS, 0: [10.0]}
-    assert turn(summary(10, 100, 99), runs) == []
+def test_those_shown_to_be_level_do_not_run_again() -> None:
+    assert turn(summary(10, 100, 99), {1: [100.0], 2: [100.0], 0: [10.0]}) == []
+
+
+def test_undecided_rounds_go_on_until_the_rounds_or_the_budget_are_spent() -> None:
+    study, undecided = summary(10, 100, 99), {1: [95.0, 105.0], 2: [105.0, 95.0], 0: [10.0]}
+    assert sorted(turn(study, undecided)) == [1, 2]
+    assert turn(study, undecided, wall_seconds=BUDGET_SECONDS) == []
+    often = {number: rates * (MAX_ROUNDS // 2) for number, rates in undecided.items()}
+    assert turn(study, often, wall_seconds=1.0) == []
+
+
+def test_second_round_is_always_affordable() -> None:
+    assert sorted(turn(summary(10, 100, 99), {1: [95.0], 2: [97.0], 0: [10.0]}, wall_seconds=BUDGET_SECONDS)) == [1, 2]
+
+
+def test_baseline_runs_again_where_the_speedup_over_it_is_no_answer() -> None:
+    study = summary(10, 100, 50)
+    assert turn(study, {1: [100.0], 2: [50.0], 0: [10.0]}) == []
+    assert turn(study, {1: [100.0], 2: [50.0], 0: [25.0]}) == [0]
+
+
+BIMODAL = (1.0, 1.8, 1.0, 1.8)
+
+
+def test_where_something_else_uses_the_machine_there_are_more_candidates() -> None:
+    quiet = summary(10, 100, 99, 80, 70, 60, 50)
+    busy = dataclasses.replace(
+        quiet, records=[record(number, measurement(r.samples_per_second or 0, steps=BIMODAL)) for number, r in
+                        enumerate(quiet.records)],
+    )  # fmt: skip
+    assert [each.number for each in candidates(quiet)] == [1, 2]
+    assert busy.disturbance == pytest.approx(0.8)
+    assert [each.number for each in candidates(busy)] == [1, 2, 3, 4, 5]
+
+
+def test_what_an_ablation_found_is_a_candidate_whatever_it_measured_there() -> None:
+    study = summary(10, 100, 99, 98, 97)
+    found = dataclasses.replace(record(5, measurement(60)), source=Source.ABLATION)
+    with_found = dataclasses.replace(study, records=[*study.records, found])
+    assert [each.number for each in candidates(with_found)] == [1, 2, 3, 5]
+    assert with_found.finished_trials == study.finished_trials, "it is none of the trials that were asked for"
 
 
 def test_a_single_candidate_runs_once_beside_the_baseline() -> None:
@@ -125,13 +177,33 @@ def test_who_fails_in_fresh_processes_is_out() -> None:
     assert turn(summary(10, 100, 99), {2: [99], 0: [10]}, frozenset({"z0_gas1_tmbspg2"})) == []
 
 
-def test_of_those_that_are_level_the_one_with_the_most_free_memory_wins() -> None:
-    rates = {
-        name: verified_rate([measurement(rate, peak_gib=peak_gib)], measurement(rate))
-        for name, rate, peak_gib in (("large", 100.0, 7), ("small", 99.9, 3), ("slow", 90.0, 1))
+def judged(*rates_and_peaks: tuple[float, float], half_width: float = 0.0) -> Any:
+    """The verdict on trials 1, 2, … of these verified rates and peaks of 8 GiB, as (leader, level, unsettled)."""
+    study = summary(10, *(rate for rate, _ in rates_and_peaks))
+    runs = {
+        study.records[number].config.name: [measurement(rate, peak_gib=peak, half_width=half_width)] * 2
+        for number, (rate, peak) in enumerate(rates_and_peaks, start=1)
     }
-    verdict = judge(rates)
-    assert (verdict.leader, verdict.tied) == ("small", ("large",))
+    verdict = judge(dataclasses.replace(study, verification=runs))
+    assert verdict is not None
+    numbers = {each.config.name: each.number for each in study.records}
+    return numbers[verdict.leader], [numbers[n] for n in verdict.level], [numbers[n] for n in verdict.unsettled]
+
+
+def test_of_those_that_are_level_the_one_that_needs_clearly_less_memory_wins() -> None:
+    assert judged((100.0, 7), (99.9, 3), (90.0, 1)) == (2, [1], [])
+
+
+def test_a_few_mib_less_do_not_make_the_slower_one_win() -> None:
+    assert judged((100.0, 3), (99.9, 2.99)) == (1, [2], [])
+
+
+def test_of_those_that_cannot_be_told_apart_the_faster_one_wins() -> None:
+    assert judged((168.0, 4.9), (120.0, 4.6), half_width=80.0) == (1, [], [2])
+
+
+def test_of_those_that_cannot_be_told_apart_the_smaller_one_wins_where_memory_is_short() -> None:
+    assert judged((101.0, 7.5), (100.0, 4.0), half_width=20.0) == (2, [], [1])
 
 
 def test_the_winner_is_the_best_and_its_verified_figures_make_the_speedup() -> None:

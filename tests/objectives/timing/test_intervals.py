@@ -8,6 +8,7 @@ import pytest
 
 from objectives.timing.intervals import (
     effective_size,
+    is_answer,
     is_drifting,
     mean_ci95,
     speedup_ci95,
@@ -72,7 +73,7 @@ def test_the_interval_of_few_steps_comes_from_their_micro_steps() -> None:
     low, high = step_ci95([10.0], micro_steps)
     spread = math.sqrt(7**2 * 0.00816**2 / 7 + (0.1 * 2.0) ** 2)
     assert (low, high) == pytest.approx((10.0 - 2.447 * spread, 10.0 + 2.447 * spread), rel=1e-3)
-    assert step_ci95([10.0, 10.0, 10.1], micro_steps * 3) == mean_ci95([10.0, 10.0, 10.1])
+    assert step_ci95([10.0, 10.05, 10.1], micro_steps * 3) == mean_ci95([10.0, 10.05, 10.1])
     assert step_ci95([10.0], micro_steps[:3]) == (-math.inf, math.inf)
 
 
@@ -85,8 +86,8 @@ def test_two_steps_know_their_mean_better_than_one() -> None:
 def test_throughput_is_samples_over_the_mean_step() -> None:
     rate, (low, high) = throughput([0.9, 1.0, 1.1], 64)
     assert rate == pytest.approx(64.0)
-    half = 4.303 * 0.1 / math.sqrt(3)
-    assert (low, high) == pytest.approx((64 / (1 + half), 64 / (1 - half)))
+    assert low == pytest.approx(64 / (1 + 4.303 * 0.1 / math.sqrt(3)))
+    assert high == pytest.approx(64 / (0.99 * 0.9)), "faster than the fastest step"
 
 
 def test_equal_steps_leave_no_doubt() -> None:
@@ -107,4 +108,22 @@ def test_no_step_has_no_throughput() -> None:
 def test_a_speedup_carries_the_doubt_of_both_figures() -> None:
     ratio, (low, high) = speedup_ci95(200.0, (190.0, 210.0), 100.0, (95.0, 105.0))
     assert ratio == 2.0
-    assert (low, high) == pytest.approx((2 * math.exp(-math.sqrt(0.005)), 2 * math.exp(math.sqrt(0.005))))
+    half = math.sqrt(2) * math.log(210 / 190) / 2
+    assert (low, high) == pytest.approx((2 * math.exp(-half), 2 * math.exp(half)))
+
+
+@pytest.mark.parametrize("step_seconds", [[0.39, 0.98, 0.6], [0.1, 9.0], [1e-9, 1e9, 1.0, 5.0]])
+def test_no_mean_step_is_faster_than_the_fastest_one_timed(step_seconds: list[float]) -> None:
+    low, _ = step_ci95(step_seconds, ())
+    assert low == pytest.approx(0.99 * min(step_seconds))
+
+
+def test_one_step_is_not_faster_than_its_fastest_micro_step_times_their_number() -> None:
+    low, _ = step_ci95([40.0], [1.0, 1.0, 1.0, 1.0, 29.0, 1.0, 1.0])
+    assert low == pytest.approx(0.99 * 8 * 1.0)
+
+
+def test_an_interval_that_spans_more_than_a_factor_of_two_is_no_answer() -> None:
+    assert is_answer((1.0, 2.0))
+    assert not is_answer((1.0, 2.1))
+    assert not is_answer((0.0, 2960690.9))
