@@ -16,6 +16,8 @@ ORIGINS = {
     Figures.REPLAYED: "All figures are **replayed**: a recording of earlier runs gave them; nothing was run.",
 }
 
+WINNER, LEVEL = "★ winner", "level with the winner"
+
 
 def summary_markdown(summary: StudySummary) -> str:
     """The whole report: results, every trial, versions, hardware, and how it was measured."""
@@ -101,8 +103,8 @@ def standing_words(record: TrialRecord, summary: StudySummary) -> str:
     if record.state is not TrialState.COMPLETE or summary.winner is None:
         return ""
     if record.config.name == summary.winner:
-        return "★ winner"
-    return "level with the winner" if record.config.name in summary.tied else ""
+        return WINNER
+    return LEVEL if record.config.name in summary.tied else ""
 
 
 def tie_words(summary: StudySummary) -> str | None:
