@@ -18,6 +18,8 @@ ORIGINS = {
     Figures.REPLAYED: "All figures are **replayed**: a recording of earlier runs gave them; nothing was run.",
 }
 
+WINNER, IS_LEVEL, UNSETTLED = "★ winner", "level with the winner", "not told from the winner"
+
 
 def summary_markdown(summary: StudySummary) -> str:
     """The whole report: results, every trial, versions, hardware, and how it was measured."""
@@ -106,10 +108,10 @@ def standing_words(record: TrialRecord, summary: StudySummary) -> str:
     if record.state is not TrialState.COMPLETE or summary.winner is None:
         return ""
     if record.config.name == summary.winner:
-        return "★ winner"
+        return WINNER
     if record.config.name in summary.unsettled:
-        return "not told from the winner"
-    return "level with the winner" if record.config.name in summary.tied else ""
+        return UNSETTLED
+    return IS_LEVEL if record.config.name in summary.tied else ""
 
 
 def improvement_words(summary: StudySummary) -> str:

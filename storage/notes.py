@@ -1,5 +1,8 @@
 """What optuna-dashboard shows beside a trial and beside the study, in Markdown."""
 
+import optuna
+import optuna_dashboard
+
 from objectives.machine import GIB
 from objectives.trial import Failure, Figures
 from storage.markdown import rate_words, standing_words, summary_markdown, verdict_lines, verified_words
@@ -7,6 +10,17 @@ from storage.records import StudySummary, TrialRecord
 
 OWN_NOTE = "**{name}**"
 """How a note that ds-tune wrote begins."""
+
+
+def save_notes(study: optuna.Study, summary: StudySummary) -> None:
+    """Brings the notes of a study and its trials up to date. What a person wrote in their place is theirs."""
+    optuna_dashboard.save_note(study, study_note(summary))
+    trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+    for record in summary.records:
+        trial = optuna.Trial(study, trials[record.number]._trial_id)
+        text, there = trial_note(record, summary), optuna_dashboard.get_note(trial)
+        if there != text and (not there or there.startswith(OWN_NOTE.format(name=record.config.name))):
+            optuna_dashboard.save_note(trial, text)
 
 
 def trial_note(record: TrialRecord, summary: StudySummary | None = None, figures: Figures = Figures.MEASURED) -> str:

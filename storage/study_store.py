@@ -24,7 +24,7 @@ from objectives.workload import Workload
 from storage.ablations import Contributions
 from storage.attributes import record_of, save_record, set_study_attribute, study_attributes
 from storage.database import open_storage
-from storage.notes import OWN_NOTE, study_note, trial_note
+from storage.notes import save_notes, trial_note
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
 
@@ -385,14 +385,7 @@ class StudyStore:
         """Brings up to date what optuna-dashboard shows of the study and its trials: who won, and verified figures."""
         best = summary.best
         self.study.set_user_attr("best", "" if best is None else f"{best.config.name} (trial {best.number})")
-        optuna_dashboard.save_note(self.study, study_note(summary))
-        trials = {trial.number: trial for trial in self.study.get_trials(deepcopy=False)}
-        for record in summary.records:
-            trial = optuna.Trial(self.study, trials[record.number]._trial_id)
-            text, there = trial_note(record, summary), optuna_dashboard.get_note(trial)
-            # What a person wrote in its place is theirs.
-            if there != text and (not there or there.startswith(OWN_NOTE.format(name=record.config.name))):
-                optuna_dashboard.save_note(trial, text)
+        save_notes(self.study, summary)
 
     def interrupt(self, trial: optuna.Trial) -> None:
         """Ends a trial that was stopped from outside; it has no record and counts for nothing."""

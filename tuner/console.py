@@ -1,5 +1,7 @@
 """What a person sees: a line a finished trial, a live line below, and the tables at the end."""
 
+import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,9 @@ from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome
 from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
 from storage.markdown import (
+    IS_LEVEL,
+    UNSETTLED,
+    WINNER,
     duration_words,
     figure_words,
     improvement_words,
@@ -62,6 +67,8 @@ class Console:
         self._opened = time.monotonic()
         self._verified = self._explained = 0
         self._has_heading = False
+        # Where nobody reads it at once, nothing is abbreviated.
+        self._columns = output.width if output.is_terminal or "COLUMNS" in os.environ else None
 
     def say(self, text: str) -> None:
         """One line for the person."""
@@ -113,8 +120,8 @@ class Console:
             return
         if not self._has_heading:
             self._has_heading = True
-            self._output.print(trial_heading(summary.figures, self._output.width), soft_wrap=True)
-        self._output.print(trial_line(record, summary, self._output.width), soft_wrap=True)
+            self._output.print(trial_heading(summary.figures, self._columns), soft_wrap=True)
+        self._output.print(trial_line(record, summary, self._columns), soft_wrap=True)
 
     def verification_started(self, record: TrialRecord, summary: StudySummary) -> None:
         # Of a round that has begun the summary knows nothing yet.
@@ -158,12 +165,14 @@ class Console:
         if self._quiet:
             return
         self._output.print()
-        self._output.print(stage_table(summary, self._output.width))
+        self._output.print(stage_table(summary, self._columns))
         if summary.verification:
-            self.say("✓ verified in fresh processes; the other figures are of the search.\n")
+            level = ", = level with it" if summary.tied else ""
+            level += ", ? not told from it" if summary.unsettled else ""
+            self.say(f"★ winner{level}, ✓ verified in fresh processes; other figures are of the search.\n")
         best = summary.best
         if best is not None:
-            self._output.print(best_table(summary, self._output.width))
+            self._output.print(best_table(summary, self._columns))
             for line in verdict_lines(summary):
                 self.say(line)
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
@@ -262,7 +271,7 @@ def shortened(name: str, width: int) -> str:
     return "_".join(words)
 
 
-def trial_heading(figures: Figures, width: int) -> rich.text.Text:
+def trial_heading(figures: Figures, width: int | None) -> rich.text.Text:
     """The headings of the lines of finished trials."""
     name = _name_width(width)
     rate = figures.mark("samples/s")
@@ -272,14 +281,15 @@ def trial_heading(figures: Figures, width: int) -> rich.text.Text:
     )
 
 
-def trial_line(record: TrialRecord, summary: StudySummary, width: int) -> rich.text.Text:
+def trial_line(record: TrialRecord, summary: StudySummary, width: int | None) -> rich.text.Text:
     """Number, name, samples/s ± CI, peak GiB, state and reason; as much of the reason as the line has room for."""
-    name = _name_width(width)
+    columns = _name_width(width)
+    name = record.config.name if width is None else shortened(record.config.name, columns)
     peak = record.outcome.peak_memory_bytes
     memory = "–" if peak is None else f"{peak / GIB:.2f}"
     line = rich.text.Text.assemble(
         (f"{f'#{record.number}':<3} ", "bold"),
-        (f"{shortened(record.config.name, name):<{name}}", "cyan"),
+        (f"{name:<{columns}}", "cyan"),
         f"{rate_words(record):>{RATE_WIDTH}}{memory:>{PEAK_WIDTH}}  ",
     )
     state = summary.figures.mark(record.state.value)
@@ -290,7 +300,7 @@ def trial_line(record: TrialRecord, summary: StudySummary, width: int) -> rich.t
         endings = [f"{state}  ★ best so far", f"{state} ★"]
     else:
         endings = [state]
-    room = width - len(line)
+    room = math.inf if width is None else width - len(line)
     line.append(next((words for words in endings if len(words) <= room), endings[-1]), style=_STYLES[record.state])
     return line
 
@@ -298,23 +308,23 @@ def trial_line(record: TrialRecord, summary: StudySummary, width: int) -> rich.t
 def short_reason(record: TrialRecord) -> str:
     """Why a trial is not complete, in a word or two."""
     if not isinstance(record.outcome, Failure):
-        return "clearly slower"
+        return "too slow"
     return (
         "refused" if record.outcome.kind is FailureKind.INVALID_CONFIG else record.outcome.kind.value.replace("_", " ")
     )
 
 
-def _name_width(width: int) -> int:
-    return NARROW_NAME if width < NARROW_COLUMNS else WIDE_NAME
+def _name_width(width: int | None) -> int:
+    return WIDE_NAME if width is None or width >= NARROW_COLUMNS else NARROW_NAME
 
 
-def stage_table(summary: StudySummary, width: int) -> rich.table.Table:
+def stage_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     """DeepSpeed's table of tuning spaces, with the winner marked."""
-    mark = summary.figures.mark
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best by ZeRO stage"), title_justify="left")
+    title = summary.figures.mark("Best by ZeRO stage")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("stage", no_wrap=True)
     table.add_column("trials", justify="right", no_wrap=True)
-    table.add_column(mark("samples/s"), justify="right", no_wrap=True)
+    table.add_column("samples/s", justify="right", no_wrap=True)
     table.add_column("peak GiB", justify="right", no_wrap=True)
     table.add_column("configuration", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -324,14 +334,14 @@ def stage_table(summary: StudySummary, width: int) -> rich.table.Table:
             table.add_row(space, str(count), "–", "–", "none ran", "")
         else:
             memory = f"{(best.outcome.peak_memory_bytes or 0) / GIB:.2f}"
-            standing = standing_words(best, summary).removesuffix(" with the winner")
+            standing = {WINNER: "★", IS_LEVEL: "=", UNSETTLED: "?"}.get(standing_words(best, summary), "")
             style = "bold green" if best is summary.best else None
-            name = shortened(best.config.name, _name_width(width))
+            name = best.config.name if width is None else shortened(best.config.name, _name_width(width))
             table.add_row(space, str(count), figure_words(best, summary), memory, name, standing, style=style)
     return table
 
 
-def best_table(summary: StudySummary, width: int) -> rich.table.Table:
+def best_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     """The best configuration beside the baseline, a column each."""
     best_title = "best" if summary.winner is None else "★ winner"
     columns = [(best_title, summary.best), ("baseline", summary.baseline)]
@@ -342,9 +352,10 @@ def best_table(summary: StudySummary, width: int) -> rich.table.Table:
     for title, _ in shown:
         table.add_column(title, justify="right", overflow="fold")
     names = [record.config.name for _, record in shown]
-    if any(len(name) > _name_width(width) for name in names):
-        names = [name.replace("_gas", "_\ngas") for name in names]
-    table.add_row("name", *names)
+    table.add_row(
+        "name",
+        *(each.replace("_gas", "_\ngas") if width and len(each) > _name_width(width) else each for each in names),
+    )
     if all(summary.verified(record) for _, record in shown):
         table.add_row("samples/s verified", *(verified_words(record, summary) for _, record in shown))
     else:

@@ -5,11 +5,15 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+from objectives.cost_model.hardware import hardware_of
+from objectives.cost_model.model import CostModel
 from objectives.machine import GIB, Machine
 from objectives.trial import Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.ablations import Ablation, Contributions
-from storage.explanation import explanation_lines, first_steps_words
+from storage.explanation import bottleneck_words, explanation_lines, first_steps_words, gain_words
 from storage.records import Source, StudySummary, TrialRecord
 
 H200 = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB, compute_capability="9.0")
@@ -113,7 +117,7 @@ def test_without_a_formula_for_the_model_the_rest_is_still_said() -> None:
     unknown = dataclasses.replace(WORKLOAD, model="/nonesuch")
     lines = explanation_lines(summary(workload=unknown, contributions=contributions))
     assert lines == [
-        "compile blocks rather than off brings +22.5% (78.40 samples/s, z1_gas2_tmbspg16 64.00).",
+        "compile blocks rather than off brings 22.5% (beside z1_gas2_tmbspg16).",
         "zero_stage 1 rather than 0 makes it run (z0_x: out of memory).",
     ]
 
@@ -138,6 +142,36 @@ def test_slow_first_steps_pay_off_after_so_many() -> None:
         "Its first steps take 29 s longer than later ones (compilation), which pays off after 13 steps."
     )
     assert first_steps_words(summary(first_steps_seconds=0.1)) is None
+
+
+def test_first_steps_of_a_model_that_is_not_compiled_are_not_laid_to_compilation() -> None:
+    words = first_steps_words(summary(best=config(1, 16, 2), first_steps_seconds=2.0))
+    assert words == "Its first steps take 2 s longer than later ones, which pays off after 1 step."
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (0.225, "brings 22.5%"),
+        (-0.046, "costs 4.6%"),
+        (0.004, "changes little, +0.4%"),
+        (-0.004, "changes little, -0.4%"),
+    ],
+)
+def test_a_setting_that_slows_the_winner_costs_and_one_within_noise_changes_little(gain: float, words: str) -> None:
+    assert gain_words(gain) == words
+
+
+def test_a_share_below_half_is_the_largest_part_and_not_most() -> None:
+    """The optimizer's share is measured, and the others share the rest."""
+    study = summary(best=config(3, 4))
+    best = study.records[1]
+    assert isinstance(best.outcome, Measurement)
+    step = best.outcome.step_seconds[0]
+    slow = dataclasses.replace(best.outcome, optimizer_seconds=0.49 * step)
+    model = CostModel(WORKLOAD, hardware_of(H200))
+    words = bottleneck_words(best, slow, model)
+    assert re.match(r"The largest part of a step of z3_gas1_tmbspg4, about 4\d%, goes to ", words), words
 
 
 def test_a_compilation_found_in_a_cache_later_still_counts() -> None:
@@ -170,7 +204,7 @@ def test_a_vocabulary_that_is_a_multiple_already_is_not_advised_to_grow(tmp_path
 def test_the_next_steps_are_predictions_of_hardware() -> None:
     lines = explanation_lines(summary(best=config(1, 16)))
     assert any(re.match(r"Twice the GPUs are predicted to train [12]\.\d\d times", line) for line in lines), lines
-    assert any(line.startswith("Memory is the limit: a micro-batch of 32 is predicted to bring +") for line in lines)
+    assert any(line.startswith("Memory is the limit: a micro-batch of 32 is predicted to bring ") for line in lines)
 
 
 def test_figures_that_nobody_measured_say_so_in_every_sentence() -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
-from objectives.trial import FailureKind, Figures, TrialConfig
+from objectives.trial import FailureKind, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
+from storage.attributes import set_study_attribute
 from storage.records import Source, TrialRecord
 from storage.study_store import IDENTITY, Identity, StudyStore
 
@@ -60,6 +61,11 @@ def run(store: StudyStore, record: TrialRecord) -> optuna.trial.FrozenTrial:
     store.save(trial, record)
     store.tell(trial, record)
     return store.study.trials[trial.number]
+
+
+def measurement_of(record: TrialRecord) -> Measurement:
+    assert isinstance(record.outcome, Measurement)
+    return record.outcome
 
 
 def config_of(trial: optuna.trial.FrozenTrial) -> TrialConfig | None:
@@ -124,7 +130,8 @@ def test_the_dashboards_columns_have_units_in_their_names(store: StudyStore, mak
     assert measured["peak_memory_gib"] == 12.0
     assert measured["step_seconds"] == pytest.approx(16 / 40)
     assert measured["wall_seconds"] == 20.0
-    assert measured["samples_per_second_ci95"][0] < 40 < measured["samples_per_second_ci95"][1]
+    assert measured["samples_per_second"] == pytest.approx(40.0)
+    assert measured["samples_per_second_ci95_low"] < 40 < measured["samples_per_second_ci95_high"]
     failed = run(store, make_record("z1_gas1_tmbspg64")).user_attrs
     assert failed["reason"] == "out of memory in forward (peak 12.00 of 24.00 GiB)"
 
@@ -132,13 +139,21 @@ def test_the_dashboards_columns_have_units_in_their_names(store: StudyStore, mak
 def test_a_failure_has_its_log_in_a_note(store: StudyStore, make_record: MakeRecord) -> None:
     trial = run(store, make_record("z1_gas1_tmbspg64"))
     note = optuna_dashboard.get_note(optuna.Trial(store.study, trial._trial_id))
-    assert note.startswith("rank 1 in forward: OutOfMemoryError")
-    assert "the last lines of the log" in note
+    assert note.startswith("**z1_gas1_tmbspg64**\n\npruned: out of memory in forward (peak 12.00 of 24.00 GiB)")
+    assert "rank 1 in forward: OutOfMemoryError" in note and "the last lines of the log" in note
 
 
-def test_the_study_has_a_note(store: StudyStore) -> None:
-    store.note("# gpt2-xl")
-    assert optuna_dashboard.get_note(store.study) == "# gpt2-xl"
+def test_user_attributes_are_short_and_plain(store: StudyStore, make_record: MakeRecord) -> None:
+    """They are columns of optuna-dashboard's tables and of `optuna trials` and `optuna studies`."""
+    trials = [run(store, make_record("z1_gas2_tmbspg4", 40.0)), run(store, make_record("z1_gas1_tmbspg64"))]
+    store.add_verification("z1_gas2_tmbspg4", measurement_of(make_record("z1_gas2_tmbspg4", 41.0)))
+    store.set_winner("z1_gas2_tmbspg4", [])
+    store.publish(store.summary())
+    for attributes in (store.study.user_attrs, *(trial.user_attrs for trial in trials)):
+        assert attributes
+        assert all(isinstance(value, int | float | str) and len(str(value)) <= 100 for value in attributes.values())
+    assert store.study.user_attrs["best"] == "z1_gas2_tmbspg4 (trial 0)"
+    assert "gpt2-xl" in store.study.user_attrs["model"] and "NVIDIA H200" in store.study.user_attrs["hardware"]
 
 
 def test_the_record_is_kept_whole(store: StudyStore, make_record: MakeRecord) -> None:
@@ -317,7 +332,7 @@ def test_a_new_target_forgets_why_the_search_ended(store: StudyStore) -> None:
 
 
 def test_the_identity_is_readable_in_the_database(store: StudyStore, identity: Identity) -> None:
-    attributes: dict[str, Any] = store.study.user_attrs
+    attributes: dict[str, Any] = store.attributes
     assert json.loads(json.dumps(attributes["ds_tune:identity"]))["workload"]["model"] == "gpt2-xl"
 
 
@@ -326,9 +341,9 @@ def test_a_study_from_before_there_were_other_figures_is_measured(
 ) -> None:
     store = open_store()
     run(store, make_record("z1_gas1_tmbspg1", 10.0))
-    old = store.study.user_attrs[IDENTITY]
+    old = store.attributes[IDENTITY]
     del old["figures"], old["recording"]
-    store.study.set_user_attr(IDENTITY, old)
+    set_study_attribute(store.storage, store.study, IDENTITY, old)
     again = open_store()
     assert len(again.records()) == 1
     assert again.summary().figures is Figures.MEASURED

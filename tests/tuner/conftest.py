@@ -1,6 +1,7 @@
 """Whole studies in a second, answered by a formula (`analytic_tune.py`), and the real commands."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,9 @@ TUNER = [sys.executable, "-P", "-m", "tuner"]
 # 4 stages × 8 pairs of batch sizes: small, so that a study can also be exhausted.
 SPACE = ["--gpus", "0", "--seq-len", "32", "--max-micro-batch", "4", "--max-global-batch", "8"]
 
+# readline, which pytest imports, tells processes started from it of a terminal's width.
+NO_WIDTH = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+
 # Most tests count trials: with this sampler a study has as many as it was asked for, unless it is exhausted.
 SAMPLER = ["--sampler", "tpe"]
 
@@ -25,7 +29,7 @@ Finished: TypeAlias = subprocess.CompletedProcess[str]
 def server() -> Iterator[subprocess.Popen[str]]:
     """Runs analytic tuners one after another, each in a process of its own."""
     with subprocess.Popen(
-        [*ANALYTIC_TUNE, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*ANALYTIC_TUNE, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=NO_WIDTH
     ) as process:
         yield process
         assert process.stdin is not None
@@ -90,6 +94,8 @@ def command(tmp_path: Path) -> Callable[..., Finished]:
     """Runs a real command of ds-tune."""
 
     def run(*arguments: str) -> Finished:
-        return subprocess.run([*TUNER, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [*TUNER, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=NO_WIDTH
+        )
 
     return run

@@ -20,8 +20,9 @@ from objectives.cost_model.model import CostModel
 from objectives.machine import GIB
 from objectives.surface import Surface, read_surface
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from storage.attributes import RECORD
 from storage.records import Source, TrialRecord
-from storage.study_store import RECORD, Identity, StudyStore
+from storage.study_store import Identity, StudyStore
 from tuner.proposer import ENOUGH_GAIN
 from tuner.sampler import OWN, CostModelSampler, make_sampler, unvisited
 from tuner.space import Limits, Space
@@ -222,7 +223,7 @@ def test_records_of_configurations_outside_the_space_are_passed_over(open_study:
         # As a study on a wider space would have it.
         distributions={name: SPACE.distributions[name] for name in FEW.distributions},
         value=27.0,
-        user_attrs={RECORD: json.dumps(record_of(outside, SURFACE.outcomes[outside]).to_json())},
+        system_attrs={RECORD: json.dumps(record_of(outside, SURFACE.outcomes[outside]).to_json())},
     )
     assert sampler.observations([trial]) == []
     assert sampler.propose([trial], 1) == sampler.propose([], 1)

@@ -27,7 +27,7 @@ def free_port() -> int:
 @pytest.fixture
 def dashboard(tune: Tune, tmp_path: Path) -> Iterator[int]:
     """The port of a dashboard that serves a study with throughputs and with an out-of-memory trial."""
-    assert tune("--trials", "3", answer="stage 0 does not fit").returncode == 0
+    assert tune("--trials", "4", answer="stage 0 does not fit").returncode == 0
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-P", "-m", "tuner", "dashboard", "--port", str(port)],
@@ -84,7 +84,7 @@ def test_the_study_is_shown_with_its_trials_their_states_constraints_and_notes(d
     assert detail["objective_names"] == ["samples_per_second"]
     assert "## Detailed result summary" in detail["note"]["body"]
 
-    pruned, baseline, third = detail["trials"]
+    pruned, baseline, third, _ = detail["trials"]
     assert [trial["state"] for trial in detail["trials"]][:2] == ["Pruned", "Complete"]
     assert pruned["constraints"][0] > 0
     assert "OutOfMemoryError" in pruned["note"]["body"]
@@ -98,7 +98,23 @@ def test_the_study_is_shown_with_its_trials_their_states_constraints_and_notes(d
     }
     attributes = {attribute["key"]: attribute["value"] for attribute in baseline["user_attrs"]}
     assert "z1_gas1_tmbspg1" in attributes["name"]
-    assert {"peak_memory_gib", "step_seconds", "wall_seconds", "samples_per_second_ci95"} <= set(attributes)
+    assert {"peak_memory_gib", "step_seconds", "wall_seconds", "samples_per_second_ci95_low"} <= set(attributes)
+
+    # A page as wide as a screen, and columns worth sorting.
+    for shown in (detail, study, *detail["trials"]):
+        assert shown["user_attrs"]
+        assert all(len(attribute["value"]) <= 100 for attribute in shown["user_attrs"])
+    sortable = {attribute["key"] for attribute in detail["union_user_attrs"] if attribute["sortable"]}
+    assert {"samples_per_second_ci95_low", "peak_memory_gib", "wall_seconds"} <= sortable
+
+    bodies = [trial["note"]["body"] for trial in detail["trials"]]
+    names = [next(each["value"] for each in trial["user_attrs"] if each["key"] == "name") for trial in detail["trials"]]
+    assert all(body.startswith(f"**{name}**") for body, name in zip(bodies, names, strict=True))
+    [winner] = [number for number, body in enumerate(bodies) if "★ winner" in body.splitlines()[0]]
+    assert " samples/s verified; " in bodies[winner] and " ± " in bodies[winner]
+    assert detail["note"]["body"].startswith(f"Trial {winner}, **{names[winner]}**, is the winner.")
+    best = {attribute["key"]: attribute["value"] for attribute in study["user_attrs"]}["best"]
+    assert best == f"{names[winner]} (trial {winner})"
 
     # It has no authentication and can delete studies.
     assert listening_addresses(dashboard) == {"0100007F"}

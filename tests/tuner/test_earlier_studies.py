@@ -23,7 +23,7 @@ def url(folder: Path) -> str:
 
 
 def identity_of(store: StudyStore) -> Identity:
-    stored = store.study.user_attrs[IDENTITY]
+    stored = store.attributes[IDENTITY]
     summary = store.summary()
     return Identity(
         objective=stored["objective"], workload=summary.workload, machine=summary.machine, space=stored["space"]

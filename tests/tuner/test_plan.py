@@ -173,7 +173,7 @@ def test_the_table_shows_of_each_micro_batch_the_best_accumulation_only(plan: Ru
 def test_it_says_what_needs_the_memory(plan: Run) -> None:
     _, output, _ = plan("--hardware", "16xV100-32GB")
     assert re.search(
-        r"z0_gas1_tmbspg1 needs 3\d\.\d GiB where fragments leave it about 26\.1, "
+        r"z0_gas1_tmbspg1 needs 3\d\.\d GiB where fragmentation leaves it about 26\.1, "
         r"among them 17\.4 GiB of optimizer states and \d+\.\d GiB of the optimizer step's copies",
         output,
     )

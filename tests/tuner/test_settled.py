@@ -19,6 +19,7 @@ from objectives.surface import read_surface
 from objectives.timing.step_plan import PRECISE
 from objectives.trial import Failure, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
+from storage.attributes import RECORD
 from storage.layout import ResultsFolder
 from storage.records import StudySummary, TrialRecord, TrialState
 from storage.study_store import EXCLUDED, StudyStore
@@ -338,13 +339,13 @@ def test_all_of_it_is_told_again_from_the_storage_alone(tune: Run, answers: list
 def forget_what_was_predicted(database: Path) -> None:
     """Leaves a study as it was stored before there was a cost model."""
     with sqlite3.connect(database) as connection:
-        query = "SELECT trial_user_attribute_id, value_json FROM trial_user_attributes WHERE key = 'record'"
-        for row, value in connection.execute(query).fetchall():
+        query = "SELECT trial_system_attribute_id, value_json FROM trial_system_attributes WHERE key = ?"
+        for row, value in connection.execute(query, (RECORD,)).fetchall():
             record = json.loads(json.loads(value))
             del record["forecast"]
-            update = "UPDATE trial_user_attributes SET value_json = ? WHERE trial_user_attribute_id = ?"
+            update = "UPDATE trial_system_attributes SET value_json = ? WHERE trial_system_attribute_id = ?"
             connection.execute(update, (json.dumps(json.dumps(record)), row))
-        connection.execute("DELETE FROM study_user_attributes WHERE key = ?", (EXCLUDED,))
+        connection.execute("DELETE FROM study_system_attributes WHERE key = ?", (EXCLUDED,))
     connection.close()
 
 
