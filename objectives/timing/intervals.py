@@ -17,13 +17,6 @@ WARMUP_EXCESS = 0.02
 FEWEST_FOR_CORRELATION = 8
 """The autocorrelation of fewer values is itself little more than noise."""
 
-FEWEST_FOR_SPREAD = 4
-"""Of fewer micro-steps nobody can tell how far they lie apart."""
-
-CLOSING_SPREAD = 0.1
-"""Relative standard deviation of what the micro-step that closes a step takes beyond the others, where too few steps
-show it. Assumed, not measured: rather too much than too little."""
-
 # Quantiles of Student's t for 1..30 degrees of freedom (any statistics table): two-sided 95%, and 98% for p = 0.01 on
 # one side. Beyond 30 the last is used, which is at most 4% too wide.
 T95 = (
@@ -97,27 +90,6 @@ def mean_ci95(values: Sequence[float], *, independent: bool = False) -> tuple[fl
         return (-math.inf, math.inf)
     size = float(len(values)) if independent else effective_size(values)
     half = student_quantile(T95, size) * statistics.stdev(values) / math.sqrt(size)
-    return (mean - half, mean + half)
-
-
-def step_ci95(step_seconds: Sequence[float], micro_step_seconds: Sequence[float]) -> tuple[float, float]:
-    """The 95% confidence interval of the mean step; of fewer than three steps by what their micro-steps show.
-
-    A step is a sum: of its micro-steps, whose spread is seen, and of what the one that closes it takes beyond the
-    others, of which `CLOSING_SPREAD` is assumed.
-
-    Args:
-        micro_step_seconds: of these steps, all micro-steps that don't close one.
-    """
-    count = len(step_seconds)
-    if count >= 3 or len(micro_step_seconds) < FEWEST_FOR_SPREAD:
-        return mean_ci95(step_seconds)
-    size, spread = effective_size(micro_step_seconds), statistics.stdev(micro_step_seconds)
-    mean, micro_steps = statistics.fmean(step_seconds), len(micro_step_seconds) / count
-    closing = max(mean - (micro_steps + 1) * statistics.fmean(micro_step_seconds), 0.0)
-    # Steps that resemble each other's neighbours count for fewer in the sum as well.
-    of_sum = micro_steps**2 * spread**2 / (size / count)
-    half = student_quantile(T95, size) * math.sqrt((of_sum + (CLOSING_SPREAD * closing) ** 2) / count)
     return (mean - half, mean + half)
 
 
