@@ -9,7 +9,7 @@ ones (long steps that agree need none: two of them are enough). Recorded traces 
 `step_seconds` (warm-up included); each is cut into a reference, its second half, and resampled in blocks.
 
 In the others the step is put together from the parts of short ones, a row a kind of trace of the micro-steps of a trial
-in which a whole step takes 45 s: `covered` is of the whole step's interval, `seconds` what was timed (median and 95th
+with 64 micro-steps a step: `covered` is of the whole step's interval, `seconds` what was timed (median and 95th
 percentile), and the last columns are how often a configuration is given up that takes so many times as long as the
 best. Recorded traces of steps of one micro-step stand for micro-steps. A step's first micro-step takes twice as long
 as the others, the closing one three times, with 5% of noise.
@@ -188,6 +188,7 @@ def parts_row(name: str, trace: Trace, traces: int, zero_stage: int, step_second
             stops[slower] += time_parts(values, zero_stage, micro_step_seconds, step_seconds / slower, random)[1]
     return [
         name,
+        f"{step_seconds:g}",
         f"{statistics.fmean(errors):+.2%}",
         f"{np.percentile(np.abs(errors), 95):.2%}",
         f"{covered / traces:.1%}",
@@ -247,8 +248,12 @@ def main() -> None:
         print(f"{tabulate.tabulate(rows, headers=headers, tablefmt='pipe', disable_numparse=True)}\n")
     kinds = MICRO_STEPS | {path.name: recorded(path) for path in arguments.recorded}
     for title, stage in (("stages 0 to 2", 0), ("stage 3", 3)):
-        rows = [parts_row(name, trace, arguments.traces, stage, 45.0) for name, trace in kinds.items()]
-        headers = [f"micro-steps, {title}", "bias", "95% of errors", "covered", "seconds", "hopeless if equal",
+        rows = [
+            parts_row(name, trace, arguments.traces, stage, seconds)
+            for name, trace in kinds.items()
+            for seconds in (12.0, 45.0)
+        ]
+        headers = [f"micro-steps, {title}", "step s", "bias", "95% of errors", "covered", "seconds", "hopeless if equal",
                    "10% slower", "30%", "2×", "4×"]  # fmt: skip
         print(f"\n{tabulate.tabulate(rows, headers=headers, tablefmt='pipe', disable_numparse=True)}")
 

@@ -52,12 +52,12 @@ class StepPlan:
     """Longer steps are spared where less will do: see what follows."""
     long_trial_seconds: float = 8.0
     """No further long step is begun that would end later, of those that are timed."""
-    short_step_seconds: float = 2.0
+    short_step_seconds: float = 3.0
     """Long steps are put together from parts: after so many seconds of micro-steps a step is closed; 0 to time whole
     steps only. See `short_step`."""
     parts_precision: float = 0.02
     """Enough of short steps is when the 95% interval of a whole step is within this fraction of it, to either side."""
-    loser_factor: float = 1.2
+    loser_factor: float = 1.5
     """How many times slower than the best a configuration must be to be given up before three short steps show it. Far
     enough above, for a trial's first steps may be slower than those that would follow."""
     min_long_steps: int = 2
@@ -129,18 +129,13 @@ class StepPlan:
             micro_step_seconds, step_seconds = statistics.fmean(parts.steady_seconds), parts.step_seconds
         if step_seconds <= self.long_step_seconds:
             return 0
-        if parts is not None and (self.is_known(parts) or self.is_hopeless(parts, best_step_seconds)):
-            return 0
         wanted = max(math.ceil(self.short_step_seconds / micro_step_seconds), FEWEST_MICRO_STEPS)
-        count = min(wanted, gradient_accumulation_steps)
         if parts is not None:
-            ends = parts.timed_seconds + count * micro_step_seconds + max(parts.excess_seconds, 0.0)
-            return count if ends <= self.long_trial_seconds else 0
-        return count
-
-    def is_known(self, parts: StepParts) -> bool:
-        """Whether the parts of a step say closely enough what a whole one takes."""
-        return parts.error_seconds() <= self.parts_precision * parts.step_seconds and not parts.is_drifting
+            if self._is_enough_of_parts(parts) or self.is_hopeless(parts, best_step_seconds):
+                return 0
+            left = self.long_trial_seconds - parts.timed_seconds - max(parts.excess_seconds, 0.0)
+            wanted = min(wanted, math.floor(left / micro_step_seconds))
+        return min(wanted, gradient_accumulation_steps) if wanted >= FEWEST_MICRO_STEPS else 0
 
     def is_hopeless(self, parts: StepParts, best_step_seconds: float | None) -> bool:
         """Whether whole steps are slower than the best's beyond reasonable doubt; see the function of that name."""
@@ -155,6 +150,13 @@ class StepPlan:
         if fastest <= limit or is_falling(steady) or (parts.is_drifting and steady[-1] < steady[0]):
             return False
         return parts.step_seconds - limit > parts.error_seconds(T98)
+
+    def _is_enough_of_parts(self, parts: StepParts) -> bool:
+        if parts.is_drifting or is_falling(parts.steady_seconds):
+            return False
+        if parts.error_seconds() <= self.parts_precision * parts.step_seconds:
+            return True
+        return len(parts.closing_seconds) > self.min_long_steps and parts.timed_seconds >= self.timed_seconds
 
     def _is_enough_of_long(self, steady: Sequence[float], spent: float) -> bool:
         if len(steady) < self.min_long_steps:

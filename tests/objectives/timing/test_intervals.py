@@ -11,7 +11,6 @@ from objectives.timing.intervals import (
     is_drifting,
     mean_ci95,
     speedup_ci95,
-    step_ci95,
     throughput,
     warmup_length,
 )
@@ -64,22 +63,6 @@ def test_many_values_use_the_last_quantile_of_the_table() -> None:
 
 def test_a_single_value_has_an_unbounded_interval() -> None:
     assert mean_ci95([3.0]) == (-math.inf, math.inf)
-
-
-def test_the_interval_of_few_steps_comes_from_their_micro_steps() -> None:
-    micro_steps = [0.99, 1.0, 1.01, 1.0, 1.0, 0.99, 1.01]
-    # Ten micro-steps: t(6) = 2.447, standard deviation 0.00816, and a tenth of the 2 s that the closing one took more.
-    low, high = step_ci95([10.0], micro_steps)
-    spread = math.sqrt(7**2 * 0.00816**2 / 7 + (0.1 * 2.0) ** 2)
-    assert (low, high) == pytest.approx((10.0 - 2.447 * spread, 10.0 + 2.447 * spread), rel=1e-3)
-    assert step_ci95([10.0, 10.0, 10.1], micro_steps * 3) == mean_ci95([10.0, 10.0, 10.1])
-    assert step_ci95([10.0], micro_steps[:3]) == (-math.inf, math.inf)
-
-
-def test_two_steps_know_their_mean_better_than_one() -> None:
-    micro_steps = noisy(1.0, 0.01, 20)
-    one, two = step_ci95([10.5], micro_steps[:10]), step_ci95([10.5, 10.5], micro_steps)
-    assert two[1] - two[0] < 0.8 * (one[1] - one[0])
 
 
 def test_throughput_is_samples_over_the_mean_step() -> None:
