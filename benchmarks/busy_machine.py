@@ -107,7 +107,7 @@ class BusyMachine:
         while count := plan.next_steps(steps, best):
             steps += [self._step(step_seconds * own) for _ in range(count)]
         timed = steps[warmup_length(steps) :]
-        rate, interval = throughput(timed, samples, step_ci95(timed, ()))
+        rate, interval = throughput(timed, samples, step_ci95(timed))
         return Measurement(
             step_seconds=tuple(timed),
             samples_per_second=rate,

@@ -8,10 +8,11 @@ mean over the true one; `covered` how often the 95% interval holds the true mean
 ones (long steps that agree need none: two of them are enough). Recorded traces are files of JSON lines with
 `step_seconds` (warm-up included); each is cut into a reference, its second half, and resampled in blocks.
 
-In the others, a row a kind of trace of the micro-steps of a trial: how often it is given up within its first timed step
-when it takes, in the long run, so many times as long as the best, which takes 10 s a step. What is below the rule's
-factor is a stop too early; for `1×` it is plainly wrong. `after` is the median number of micro-steps that the slowest
-configuration had run by then.
+In the others the step is put together from the parts of short ones, a row a kind of trace of the micro-steps of a trial
+with 64 micro-steps a step: `covered` is of the whole step's interval, `seconds` what was timed (median and 95th
+percentile), and the last columns are how often a configuration is given up that takes so many times as long as the
+best. Recorded traces of steps of one micro-step stand for micro-steps. A step's first micro-step takes twice as long
+as the others, the closing one three times, with 5% of noise.
 """
 
 import argparse
@@ -25,10 +26,13 @@ import numpy as np
 import tabulate
 
 from objectives.timing.intervals import mean_ci95, warmup_length
+from objectives.timing.step_parts import StepParts
 from objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 
-GAS = 48
+GAS = 64
 """Micro-steps of a step in the later tables."""
+FIRST, CLOSING = 2.0, 3.0
+"""What its first and its closing micro-step take, in plain ones."""
 
 Trace = Callable[[np.random.Generator, int], Sequence[float]]
 
@@ -68,7 +72,8 @@ def outliers(rate: float, factor: float) -> Trace:
 
 def recorded(path: Path) -> Trace:
     """Traces like a recorded one: its warm-up as it was, its steady steps resampled in blocks of five."""
-    runs = [json.loads(line)["step_seconds"] for line in path.read_text().splitlines() if line.strip()]
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    runs = [line["step_seconds"] for line in lines if len(line.get("step_seconds", ())) >= 8]
 
     def trace(random: np.random.Generator, count: int) -> Sequence[float]:
         run = runs[int(random.integers(len(runs)))]
@@ -143,30 +148,53 @@ MICRO_STEPS: dict[str, Trace] = {
 }
 
 
-def first_step_micro_steps(trace: Sequence[float], zero_stage: int, step_seconds: float, best: float) -> int | None:
-    """How many micro-steps a trial runs until it is given up within its first timed step; None where it is not."""
+def time_parts(
+    trace: Sequence[float], zero_stage: int, micro_step_seconds: float, best: float | None, random: np.random.Generator
+) -> tuple[StepParts, bool]:
+    """The parts that a trial would time of a trace, after its unconditional warm-up, and whether it was stopped."""
     plan = StepPlan()
-    rule = plan.mid_step_rule(zero_stage=zero_stage, gradient_accumulation_steps=GAS, best_step_seconds=best)
-    assert rule is not None
-    behind = plan.warmup(zero_stage) * min(plan.warmup_micro_steps, GAS)
-    not_closing = [seconds * step_seconds / GAS for seconds in trace[behind : behind + GAS - 1]]
-    for count in range(1, GAS):
-        if rule.is_due(count) and rule.is_hopeless(not_closing[:count]):
-            return behind + count
-    return None
+    behind = plan.warmup(zero_stage) * plan.warmup_micro_steps
+    rest = iter(trace[behind:])
+    steps: list[list[float]] = []
+    parts: StepParts | None = None
+    while count := plan.short_step(
+        gradient_accumulation_steps=GAS,
+        micro_step_seconds=micro_step_seconds * min(trace[behind - plan.warmup_micro_steps : behind]),
+        parts=parts,
+        best_step_seconds=best,
+    ):
+        step = [micro_step_seconds * next(rest) for _ in range(count)]
+        step[0] *= FIRST * (1 + 0.05 * random.standard_normal())
+        step[-1] *= CLOSING * (1 + 0.05 * random.standard_normal())
+        steps.append(step)
+        parts = StepParts.of(steps, GAS)
+    assert parts is not None
+    return parts, plan.is_hopeless(parts, best)
 
 
-def micro_step_row(name: str, trace: Trace, traces: int, zero_stage: int, ratios: Sequence[float]) -> list[str]:
-    rates, after = [], ""
-    for ratio in ratios:
-        ends = []
-        for seed in range(traces):
-            values = [float(value) for value in trace(np.random.default_rng(seed), 3 * GAS)]
-            ends.append(first_step_micro_steps(values, zero_stage, 10.0 * ratio, 10.0))
-        stopped = [end for end in ends if end is not None]
-        rates.append(f"{len(stopped) / traces:.1%}")
-        after = f"{statistics.median(stopped):g} of {GAS}" if stopped else "never"
-    return [name, *rates, after]
+def parts_row(name: str, trace: Trace, traces: int, zero_stage: int, step_seconds: float) -> list[str]:
+    errors, covered, seconds = [], 0, []
+    stops = {1.0: 0, 1.1: 0, 1.3: 0, 2.0: 0, 4.0: 0}
+    micro_step_seconds = step_seconds / (GAS - 2 + FIRST + CLOSING)
+    for seed in range(traces):
+        random = np.random.default_rng(seed)
+        values = [float(value) for value in trace(random, 6 * GAS)]
+        parts, _ = time_parts(values, zero_stage, micro_step_seconds, None, random)
+        low, high = parts.ci95()
+        errors.append(parts.step_seconds / step_seconds - 1)
+        covered += low <= step_seconds <= high
+        seconds.append(parts.timed_seconds)
+        for slower in stops:
+            stops[slower] += time_parts(values, zero_stage, micro_step_seconds, step_seconds / slower, random)[1]
+    return [
+        name,
+        f"{step_seconds:g}",
+        f"{statistics.fmean(errors):+.2%}",
+        f"{np.percentile(np.abs(errors), 95):.2%}",
+        f"{covered / traces:.1%}",
+        f"{np.median(seconds):.1f} / {np.percentile(seconds, 95):.1f}",
+        *(f"{count / traces:.1%}" for count in stops.values()),
+    ]
 
 
 def time_trial(trace: Sequence[float], plan: StepPlan, best: float | None) -> tuple[list[float], bool]:
@@ -218,9 +246,15 @@ def main() -> None:
         headers = [f"trace, {title}", "step s", "bias", "95% of errors", "covered", "steps", "hopeless if equal",
                    "10% slower", "30%"]  # fmt: skip
         print(f"{tabulate.tabulate(rows, headers=headers, tablefmt='pipe', disable_numparse=True)}\n")
-    for title, stage, ratios in (("stages 0 to 2", 0, (1.0, 1.4, 1.7, 2.0, 4.0)), ("stage 3", 3, (1.0, 2.0, 3.0, 8.0))):
-        rows = [micro_step_row(name, trace, arguments.traces, stage, ratios) for name, trace in MICRO_STEPS.items()]
-        headers = [f"micro-steps, {title}", *(f"{ratio:g}× best" for ratio in ratios), "after"]
+    kinds = MICRO_STEPS | {path.name: recorded(path) for path in arguments.recorded}
+    for title, stage in (("stages 0 to 2", 0), ("stage 3", 3)):
+        rows = [
+            parts_row(name, trace, arguments.traces, stage, seconds)
+            for name, trace in kinds.items()
+            for seconds in (12.0, 45.0)
+        ]
+        headers = [f"micro-steps, {title}", "step s", "bias", "95% of errors", "covered", "seconds",
+                   "hopeless if equal", "10% slower", "30%", "2×", "4×"]  # fmt: skip
         print(f"\n{tabulate.tabulate(rows, headers=headers, tablefmt='pipe', disable_numparse=True)}")
 
 

@@ -35,5 +35,5 @@ def warmup_deadline(step_seconds: float, steps: int, compile: str = "off") -> fl
 
 
 def timed_deadline(step_seconds: float, steps: int) -> float:
-    """For the timed steps, given what the last warm-up step took."""
+    """For the timed steps, given what one is expected to take."""
     return 10.0 + SLACK * steps * step_seconds

@@ -15,6 +15,7 @@ from objectives.machine import Machine
 from objectives.numerics import STEPS, LossCurve
 from objectives.rank_group import OnPhase, RankGroup
 from objectives.timing.intervals import throughput
+from objectives.timing.step_parts import StepParts
 from objectives.timing.step_plan import StepPlan
 from objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
@@ -187,7 +188,7 @@ def combine_ranks(
         first_steps_seconds=slowest["first_steps_seconds"],
         skipped_steps=slowest["skipped_steps"],
         stopped_early=slowest["stopped_early"],
-        from_micro_steps=slowest["from_micro_steps"],
+        from_parts=StepParts.from_json(slowest["from_parts"]) if slowest["from_parts"] else None,
         drifting=slowest["drifting"],
         peak_memory_bytes=max(document["peak_memory_bytes"] for document in ranks),
         reserved_memory_bytes=max(document["reserved_memory_bytes"] for document in ranks),

@@ -16,6 +16,7 @@ from objectives.cost_model.model import CostModel
 from objectives.machine import GIB, Machine
 from objectives.rank_group import OnPhase
 from objectives.timing.intervals import step_ci95, throughput
+from objectives.timing.step_parts import StepParts
 from objectives.timing.step_plan import StepPlan, is_hopeless
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 
@@ -81,19 +82,38 @@ class SimulatedObjective:
         step = prediction.step
         samples = config.global_batch_size(self._machine.ranks)
         best = samples / best_samples_per_second if best_samples_per_second else None
-        steps: list[float] = []
-        micro_steps: list[float] = []
         accumulation = config.gradient_accumulation_steps
-        while count := self._plan.next_steps(steps, best, micro_steps):
-            for _ in range(count):
-                # A step's own noise and that of each of its micro-steps.
-                usual = step.seconds * slower * math.exp(STEP_NOISE * own.standard_normal())
-                of_step = np.exp(STEP_NOISE * own.standard_normal(accumulation))
-                of_step *= (usual - step.optimizer * slower) / accumulation
-                micro_steps += of_step[:-1].tolist()
-                steps.append(float(of_step.sum()) + step.optimizer * slower)
-        rate, interval = throughput(steps, samples, step_ci95(steps, micro_steps))
-        share = min(self._plan.warmup_micro_steps / config.gradient_accumulation_steps, 1.0)
+        optimizer = step.optimizer * slower
+
+        def run_step(micro_steps: int) -> list[float]:
+            """Seconds of each micro-step: with the step's own noise and its own."""
+            usual = step.seconds * slower * math.exp(STEP_NOISE * own.standard_normal())
+            seconds = np.exp(STEP_NOISE * own.standard_normal(micro_steps)) * (usual - optimizer) / accumulation
+            seconds[-1] += optimizer
+            return [float(each) for each in seconds]
+
+        run: list[list[float]] = []
+        parts: StepParts | None = None
+        while count := self._plan.short_step(
+            gradient_accumulation_steps=accumulation,
+            micro_step_seconds=(step.seconds * slower - optimizer) / accumulation,
+            parts=parts,
+            best_step_seconds=best,
+        ):
+            run.append(run_step(count))
+            parts = StepParts.of(run, accumulation)
+        if parts is not None:
+            steps, interval_seconds = [parts.step_seconds], parts.ci95()
+            stopped_early = self._plan.is_hopeless(parts, best)
+        else:
+            steps = []
+            while count := self._plan.next_steps(steps, best):
+                run += [run_step(accumulation) for _ in range(count)]
+                steps = [math.fsum(each) for each in run]
+            interval_seconds = step_ci95(steps)
+            stopped_early = best is not None and is_hopeless(steps, best)
+        rate, interval = throughput(steps, samples, interval_seconds)
+        share = min(self._plan.warmup_micro_steps / accumulation, 1.0)
         warmup = (share * step.seconds * slower * 1.2,) * self._plan.warmup(config.zero_stage, config.compile)
         compute = (step.seconds - step.optimizer) * slower
         return Measurement(
@@ -102,16 +122,17 @@ class SimulatedObjective:
             samples_per_second_ci95=interval,
             forward_seconds=compute / 3,
             backward_seconds=compute * 2 / 3,
-            optimizer_seconds=step.optimizer * slower,
+            optimizer_seconds=optimizer,
             deepspeed_samples_per_second=None,
             warmup_step_seconds=warmup,
             skipped_steps=0,
-            stopped_early=best is not None and is_hopeless(steps, best),
+            stopped_early=stopped_early,
+            from_parts=parts,
             peak_memory_bytes=int(peak),
             reserved_memory_bytes=int(min(peak * 1.06, for_tensors)),
             alloc_retries=0,
             setup_seconds=SETUP_SECONDS,
-            wall_seconds=SETUP_SECONDS + math.fsum(warmup) + math.fsum(steps),
+            wall_seconds=SETUP_SECONDS + math.fsum(warmup) + math.fsum(map(math.fsum, run)),
             model_parameters=self._model.architecture.parameters,
             flops_per_sample=self._model.architecture.flops_per_sample(self._model.workload.seq_len),
         )

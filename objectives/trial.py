@@ -29,6 +29,7 @@ from objectives.knobs import (
     states_crowd_the_memory,
     zero,
 )
+from objectives.timing.step_parts import StepParts
 
 OFFLOADED: dict[str, dict[str, Any]] = {
     "cpu": {"offload_optimizer": {"device": "cpu", "pin_memory": True}},
@@ -207,7 +208,8 @@ class Measurement:
     """A trial that ran: the slowest rank's step times, and the largest memory figures over all ranks."""
 
     step_seconds: tuple[float, ...]
-    """Seconds of each timed whole optimizer step, data loading included, on the slowest rank."""
+    """Seconds of each timed whole optimizer step, data loading included, on the slowest rank. Where a step was put
+    together from parts, the one estimate that they make."""
     samples_per_second: float
     """`ranks × micro_batch_size × gradient_accumulation_steps / mean(step_seconds)`."""
     samples_per_second_ci95: tuple[float, float]
@@ -225,9 +227,12 @@ class Measurement:
     """Steps that fp16 overflow skipped; they are never among `step_seconds`."""
     stopped_early: bool = False
     """Timing was given up because the configuration is clearly slower than the study's best."""
+    from_parts: StepParts | None = None
+    """Seconds of the micro-steps that `step_seconds` was put together from; None where whole steps were timed."""
     from_micro_steps: int = 0
-    """Above zero: it was given up before a step was whole. `step_seconds` then holds one estimate, made from so many
-    micro-steps without data loading and optimizer, and the memory figures are those of what ran."""
+    """Above zero, in records of earlier versions only: the trial was given up before a step was whole. `step_seconds`
+    holds one estimate, made from so many micro-steps without the optimizer, and the memory figures are those of what
+    ran."""
     drifting: bool = False
     """The steps were still getting faster or slower when their budget ended: take the figure with care."""
     peak_memory_bytes: int
@@ -250,6 +255,8 @@ class Measurement:
         fields = {key: value for key, value in document.items() if key != "type"}
         for key in ("step_seconds", "samples_per_second_ci95", "warmup_step_seconds"):
             fields[key] = tuple(fields[key])
+        if fields.get("from_parts") is not None:
+            fields["from_parts"] = StepParts.from_json(fields["from_parts"])
         return cls(**fields)
 
 

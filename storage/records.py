@@ -90,8 +90,9 @@ class TrialRecord:
         """Why a trial is not complete, in one line; None for one that is."""
         if isinstance(self.outcome, Measurement):
             seen = f"{len(self.outcome.step_seconds)} steps"
-            if self.outcome.from_micro_steps:
-                seen = f"{self.outcome.from_micro_steps} micro-steps"
+            parts = self.outcome.from_parts
+            if micro_steps := parts.micro_steps if parts else self.outcome.from_micro_steps:
+                seen = f"{micro_steps} micro-steps"
             return f"clearly slower than the best ({seen})" if self.outcome.stopped_early else None
         reason = f"{self.outcome.kind.value.replace('_', ' ')}: {self.outcome.message}"
         if self.outcome.kind is FailureKind.OUT_OF_MEMORY and self.outcome.peak_memory_bytes is not None:

@@ -19,7 +19,7 @@ from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.cost_model.gaussian_process import normal_cdf
 from objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
 from objectives.cost_model.model import CostModel, Floats, grid_of
-from objectives.timing.intervals import FEWEST_FOR_SPREAD
+from objectives.timing.step_parts import FEWEST_MICRO_STEPS
 from objectives.timing.step_plan import StepPlan
 from objectives.trial import TrialConfig
 
@@ -282,7 +282,11 @@ def _trial_seconds(log_rate: Floats, configs: Sequence[TrialConfig], ranks: int,
     setup = np.array(
         [SETUP_SECONDS[config.zero_stage] + COMPILATION_SECONDS.get(config.compile, 0.0) for config in configs]
     )
-    long = np.where(accumulation > FEWEST_FOR_SPREAD, 1, plan.min_long_steps)
-    fewest = np.where(step > plan.long_step_seconds, long, plan.min_timed_steps)
+    is_long = step > plan.long_step_seconds
+    fewest = np.where(is_long, plan.min_long_steps, plan.min_timed_steps)
     timed = np.clip(plan.timed_seconds / step, fewest, plan.max_timed_steps)
+    if plan.short_step_seconds:  # one is mostly enough
+        micro_steps = np.maximum(plan.short_step_seconds * accumulation / step, FEWEST_MICRO_STEPS)
+        has_parts = is_long & (accumulation >= FEWEST_MICRO_STEPS)
+        timed = np.where(has_parts, np.minimum(micro_steps / accumulation, 1.0), timed)
     return np.asarray(setup + (warmup + timed) * step)

@@ -24,7 +24,8 @@ from objectives.rank.model import build_model, count_parameters, flops_per_sampl
 from objectives.rank.ops import COMPILE_SECONDS, KNOB_OPS, load_knob_op
 from objectives.rank.progress import Progress
 from objectives.timing.intervals import is_drifting, step_ci95, warmup_length
-from objectives.timing.step_plan import MidStepRule, StepPlan, is_hopeless, later_half
+from objectives.timing.step_parts import FEWEST_MICRO_STEPS, StepParts, whole_step
+from objectives.timing.step_plan import StepPlan, is_hopeless
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 
@@ -80,57 +81,34 @@ def run_trial(
         flops_per_sample=flops,
         device=machine.device,
     )
-    warmup_steps = plan.warmup(config.zero_stage, config.compile)
-    best_step_seconds = (
-        config.global_batch_size(machine.ranks) / best_samples_per_second if best_samples_per_second else None
-    )
-    mid_step_rule = plan.mid_step_rule(
-        zero_stage=config.zero_stage,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        best_step_seconds=best_step_seconds,
-    )
     gas = config.gradient_accumulation_steps
-    warmup_micro_steps = min(gas, plan.warmup_micro_steps)
+    warmup_steps, warmup_micro_steps = plan.warmup(config.zero_stage, config.compile), min(gas, plan.warmup_micro_steps)
     progress.announce(
         "warm-up", seconds=warmup_deadline(predicted * warmup_micro_steps / gas, warmup_steps, config.compile)
     )
     warmup = timer.run(warmup_steps, micro_steps=warmup_micro_steps)
-    agreed = [seconds * gas / warmup_micro_steps for seconds in slowest([step.seconds for step in warmup], device)]
-    deepspeed_timer = DeepSpeedTimer(engine)
-    timed: list[Step] = []
-    timed_seconds: list[float] = []  # the same on every rank, so that all decide alike; as are the next
-    micro_step_seconds: list[float] = []
-    given_up = False
-    while not given_up and (count := plan.next_steps(timed_seconds, best_step_seconds, micro_step_seconds)):
-        progress.announce("timed steps", seconds=timed_deadline(agreed[-1], count))
-        steps = timer.run(count, mid_step_rule=None if timed else mid_step_rule)
-        agreed = slowest([step.seconds for step in steps], device)
-        timed += steps
-        timed_seconds += agreed
-        micro_step_seconds += slowest([seconds for step in steps for seconds in step.micro_step_seconds], device)
-        given_up = steps[-1].from_micro_steps > 0
-    cut = warmup_length(timed_seconds)
-    early, timed = timed[:cut], timed[cut:]
-    own_micro_steps = [seconds for step in timed for seconds in step.micro_step_seconds]
-    seconds, optimizer_seconds = (
-        statistics.fmean(getattr(step, field) for step in timed) for field in ("seconds", "optimizer_seconds")
+    best_step_seconds = (
+        config.global_batch_size(machine.ranks) / best_samples_per_second if best_samples_per_second else None
     )
+    timing = Timing(timer, gas, plan, best_step_seconds, device, progress)
+    own = timing.short_steps(warmup[-1]) or timing.whole_steps(warmup[-1])
+    seconds, optimizer_seconds = statistics.fmean(own.step_seconds), own.mean("optimizer_seconds")
     # What the warm-up would have taken at the pace of the steps that count.
-    usual_seconds = cut * seconds
+    usual_seconds = len(own.early) * seconds
     usual_seconds += warmup_steps * (optimizer_seconds + warmup_micro_steps / gas * (seconds - optimizer_seconds))
     return {
-        "step_seconds": [step.seconds for step in timed],
-        "step_ci95_seconds": step_ci95([step.seconds for step in timed], own_micro_steps),
-        "forward_seconds": statistics.fmean(step.forward_seconds for step in timed),
-        "backward_seconds": statistics.fmean(step.backward_seconds for step in timed),
+        "step_seconds": own.step_seconds,
+        "step_ci95_seconds": own.ci95,
+        "from_parts": dataclasses.asdict(own.parts) if own.parts else None,
+        "forward_seconds": own.mean("forward_seconds"),
+        "backward_seconds": own.mean("backward_seconds"),
         "optimizer_seconds": optimizer_seconds,
-        "warmup_step_seconds": [step.seconds for step in [*warmup, *early]],
-        "first_steps_seconds": math.fsum(step.seconds for step in [*warmup, *early]) - usual_seconds,
-        "stopped_early": given_up or (best_step_seconds is not None and is_hopeless(timed_seconds, best_step_seconds)),
-        "from_micro_steps": timed[0].from_micro_steps,
-        "drifting": is_drifting(timed_seconds[cut:]),
+        "warmup_step_seconds": [step.seconds for step in [*warmup, *own.early]],
+        "first_steps_seconds": math.fsum(step.seconds for step in [*warmup, *own.early]) - usual_seconds,
+        "stopped_early": own.stopped_early,
+        "drifting": own.drifting,
         "skipped_steps": timer.skipped_steps,
-        "deepspeed_samples_per_second": deepspeed_timer.samples_per_second(),
+        "deepspeed_samples_per_second": own.deepspeed_samples_per_second,
         "peak_memory_bytes": meter.peak_memory_bytes(),
         "reserved_memory_bytes": meter.reserved_memory_bytes(),
         "alloc_retries": meter.alloc_retries(),
@@ -177,20 +155,133 @@ def build_engine(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one whole optimizer step took on this rank: all of it, and the sums over its micro-steps."""
+    """What one optimizer step took on this rank."""
 
     seconds: float
+    """Of what was run: fewer micro-steps than a whole step has where it was closed early."""
     forward_seconds: float
+    """Sum over the micro-steps of a whole step, of which some may not have been run; likewise below."""
     backward_seconds: float
     optimizer_seconds: float
     micro_step_seconds: tuple[float, ...] = ()
     """Of each micro-step, data loading included, but the one that closes the step."""
-    from_micro_steps: int = 0
-    """Above zero: no step that ran whole, but an estimate from so many micro-steps."""
+
+    @property
+    def all_micro_step_seconds(self) -> list[float]:
+        """Of each micro-step, the one that closes the step the last."""
+        return [*self.micro_step_seconds, self.seconds - math.fsum(self.micro_step_seconds)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """What the timed steps of a trial came to on this rank."""
+
+    steps: Sequence[Step]
+    step_seconds: Sequence[float]
+    """Of whole steps, or the one estimate that `parts` make."""
+    ci95: tuple[float, float]
+    """Of the mean whole step, in seconds."""
+    parts: StepParts | None = None
+    early: Sequence[Step] = ()
+    """Whole steps that were timed but not yet steady; `steps` doesn't have them."""
+    stopped_early: bool
+    drifting: bool
+    deepspeed_samples_per_second: float | None = None
+
+    def mean(self, field: str) -> float:
+        return statistics.fmean(getattr(step, field) for step in self.steps)
+
+
+class Timing:
+    """Runs as many steps as the plan wants. All ranks decide on the same figures, and so alike."""
+
+    def __init__(
+        self,
+        timer: "StepTimer",
+        gradient_accumulation_steps: int,
+        plan: StepPlan,
+        best_step_seconds: float | None,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._timer = timer
+        self._gradient_accumulation_steps = gradient_accumulation_steps
+        self._plan = plan
+        self._best_step_seconds = best_step_seconds
+        self._device = device
+        self._progress = progress
+
+    def short_steps(self, last: Step) -> Timed | None:
+        """Times steps that are closed early, and puts a whole one together.
+
+        Args:
+            last: the last step of the warm-up.
+
+        Returns:
+            None where whole steps are to be timed.
+        """
+        gas, plan, best = self._gradient_accumulation_steps, self._plan, self._best_step_seconds
+        before = slowest(last.all_micro_step_seconds, self._device)
+        steps: list[Step] = []
+        agreed: list[list[float]] = []
+        parts: StepParts | None = None
+        while count := plan.short_step(
+            gradient_accumulation_steps=gas, micro_step_seconds=min(before), parts=parts, best_step_seconds=best
+        ):
+            self._announce(math.fsum(before) * max(count / len(before), 1.0), 1)
+            steps += self._timer.run(1, micro_steps=count)
+            before = slowest(steps[-1].all_micro_step_seconds, self._device)
+            agreed.append(before)
+            parts = StepParts.of(agreed, gas)
+        if parts is None or parts.step_seconds <= plan.long_step_seconds:
+            return None
+        own = StepParts.of([step.all_micro_step_seconds for step in steps], gas)
+        own = dataclasses.replace(own, settling_micro_steps=parts.settling_micro_steps)
+        return Timed(
+            steps=steps,
+            step_seconds=[own.step_seconds],
+            ci95=own.ci95(),
+            parts=own,
+            stopped_early=plan.is_hopeless(parts, best),
+            drifting=parts.is_drifting,
+        )
+
+    def whole_steps(self, last: Step) -> Timed:
+        """Times whole steps.
+
+        Args:
+            last: the last step of the warm-up.
+        """
+        plan, best = self._plan, self._best_step_seconds
+        [seconds] = slowest([last.seconds], self._device)
+        seconds *= self._gradient_accumulation_steps / len(last.all_micro_step_seconds)
+        deepspeed_timer = self._timer.deepspeed_timer()
+        steps: list[Step] = []
+        agreed: list[float] = []
+        while count := plan.next_steps(agreed, best):
+            self._announce(seconds, count)
+            run = self._timer.run(count)
+            steps += run
+            agreed += slowest([step.seconds for step in run], self._device)
+            seconds = agreed[-1]
+        cut = warmup_length(agreed)
+        step_seconds = [step.seconds for step in steps[cut:]]
+        return Timed(
+            steps=steps[cut:],
+            step_seconds=step_seconds,
+            ci95=step_ci95(step_seconds),
+            early=steps[:cut],
+            stopped_early=best is not None and is_hopeless(agreed, best),
+            drifting=is_drifting(agreed[cut:]),
+            deepspeed_samples_per_second=deepspeed_timer.samples_per_second(),
+        )
+
+    def _announce(self, step_seconds: float, steps: int) -> None:
+        self._progress.announce("timed steps", seconds=timed_deadline(step_seconds, steps))
 
 
 class StepTimer:
-    """Runs whole optimizer steps back to back, as training does, and reads their times afterwards."""
+    """Runs optimizer steps back to back, as training does, and reads their times afterwards."""
 
     def __init__(
         self,
@@ -209,17 +300,17 @@ class StepTimer:
         self._progress = progress
         self.skipped_steps = 0
 
-    def run(
-        self, steps: int, *, micro_steps: int | None = None, mid_step_rule: MidStepRule | None = None
-    ) -> list[Step]:
+    def deepspeed_timer(self) -> "DeepSpeedTimer":
+        """DeepSpeed's own timer of the steps from now on."""
+        return DeepSpeedTimer(self._engine)
+
+    def run(self, steps: int, *, micro_steps: int | None = None) -> list[Step]:
         """Runs until `steps` optimizer steps were not skipped, and returns their times.
 
         A step that fp16 overflow skipped has no optimizer in it; it is run, counted in `skipped_steps` and left out.
 
         Args:
             micro_steps: of each step; None for all that a step of this configuration has.
-            mid_step_rule: asked now and then between micro-steps, at the cost of a synchronization. When it finds the
-                configuration hopeless, this ends there, on all ranks, and the last step returned is an estimate.
 
         Raises:
             OverflowedError: the loss scale never settled.
@@ -229,7 +320,6 @@ class StepTimer:
         torch.distributed.barrier()
         boundaries = [meter.mark()]
         marks: list[list[Marks]] = []
-        not_closing: list[Marks] = []
         whole: list[bool] = []
         while whole.count(True) < steps:
             skipped_before = self._engine.skipped_steps
@@ -237,25 +327,21 @@ class StepTimer:
             for left in reversed(range(micro_steps or self._gradient_accumulation_steps)):
                 self._engine.set_gradient_accumulation_boundary(left == 0)
                 marks[-1].append(self._micro_step())
-                if mid_step_rule is not None and left:
-                    not_closing.append(marks[-1][-1])
-                    if estimate := self._estimate_if_hopeless(not_closing, mid_step_rule):
-                        return [*self._whole_steps(boundaries, marks, whole), estimate]
             boundaries.append(meter.mark())
             whole.append(self._engine.skipped_steps == skipped_before)
             self.skipped_steps += not whole[-1]
             if self.skipped_steps > MAX_SKIPPED_STEPS:
                 raise OverflowedError(f"{MAX_SKIPPED_STEPS} steps overflowed in fp16; try bf16 or a lower loss scale")
         meter.synchronize()
-        return self._whole_steps(boundaries, marks, whole)
+        return self._steps(boundaries, marks, whole)
 
-    def _whole_steps(self, boundaries: list[Any], marks: list[list[Marks]], whole: list[bool]) -> list[Step]:
+    def _steps(self, boundaries: list[Any], marks: list[list[Marks]], whole: list[bool]) -> list[Step]:
         return [
             Step(
                 seconds=self._meter.seconds(boundaries[step], boundaries[step + 1]),
-                forward_seconds=math.fsum(self._part_seconds(marks[step], 0)),
-                backward_seconds=math.fsum(self._part_seconds(marks[step], 1)),
-                optimizer_seconds=math.fsum(self._part_seconds(marks[step], 2)),
+                forward_seconds=self._part_seconds(marks[step], 0),
+                backward_seconds=self._part_seconds(marks[step], 1),
+                optimizer_seconds=self._part_seconds(marks[step], 2),
                 micro_step_seconds=self._micro_step_seconds(boundaries[step], marks[step]),
             )
             for step, is_whole in enumerate(whole)
@@ -267,26 +353,12 @@ class StepTimer:
         ends = [start, *(marks[-1] for marks in micro_steps[:-1])]
         return tuple(self._meter.seconds(one, other) for one, other in itertools.pairwise(ends))
 
-    def _estimate_if_hopeless(self, micro_steps: list[Marks], rule: MidStepRule) -> Step | None:
-        """What a whole step would take on this rank, if the ranks agree that it is hopelessly long."""
-        if not rule.is_due(len(micro_steps)):
-            return None
-        self._meter.synchronize()
-        seconds = [self._meter.seconds(marks[0], marks[-1]) for marks in micro_steps]
-        if not rule.is_hopeless(slowest(seconds, self._device)):
-            return None
-        used = later_half(micro_steps)
-        return Step(
-            seconds=rule.step_seconds(seconds),
-            forward_seconds=self._gradient_accumulation_steps * statistics.fmean(self._part_seconds(used, 0)),
-            backward_seconds=self._gradient_accumulation_steps * statistics.fmean(self._part_seconds(used, 1)),
-            optimizer_seconds=0.0,  # not reached
-            from_micro_steps=len(used),
-        )
-
-    def _part_seconds(self, micro_steps: Sequence[Marks], part: int) -> list[float]:
-        """Of each micro-step's forward (0), backward (1) or engine step (2)."""
-        return [self._meter.seconds(marks[part], marks[part + 1]) for marks in micro_steps]
+    def _part_seconds(self, micro_steps: Sequence[Marks], part: int) -> float:
+        """Of a whole step's forward passes (0), backward passes (1) or engine steps (2)."""
+        seconds = [self._meter.seconds(marks[part], marks[part + 1]) for marks in micro_steps]
+        if len(seconds) == self._gradient_accumulation_steps or len(seconds) < FEWEST_MICRO_STEPS:
+            return math.fsum(seconds)
+        return whole_step(seconds[0] + seconds[-1], seconds[1:-1], self._gradient_accumulation_steps)
 
     def _micro_step(self) -> Marks:
         """One forward, backward and engine step; the marks around them."""

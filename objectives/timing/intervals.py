@@ -17,13 +17,6 @@ WARMUP_EXCESS = 0.02
 FEWEST_FOR_CORRELATION = 8
 """The autocorrelation of fewer values is itself little more than noise."""
 
-FEWEST_FOR_SPREAD = 4
-"""Of fewer micro-steps nobody can tell how far they lie apart."""
-
-CLOSING_SPREAD = 0.1
-"""Relative standard deviation of what the micro-step that closes a step takes beyond the others, where too few steps
-show it. Assumed, not measured: rather too much than too little."""
-
 UNSEEN_FASTER = 0.01
 """Fraction by which the mean of all steps may be below the fastest that was timed. Of four steps all are above their
 mean in one case of sixteen, but by so much only where they differ by more."""
@@ -110,36 +103,18 @@ def mean_ci95(values: Sequence[float], *, independent: bool = False) -> tuple[fl
     return (mean - half, mean + half)
 
 
-def step_ci95(step_seconds: Sequence[float], micro_step_seconds: Sequence[float]) -> tuple[float, float]:
-    """The 95% confidence interval of the mean step; of fewer than three steps by what their micro-steps show.
-
-    It is bounded by what was seen: see `above_fastest`.
-
-    A step is a sum: of its micro-steps, whose spread is seen, and of what the one that closes it takes beyond the
-    others, of which `CLOSING_SPREAD` is assumed.
-
-    Args:
-        micro_step_seconds: of these steps, all micro-steps that don't close one.
-    """
-    count = len(step_seconds)
-    if count >= 3 or len(micro_step_seconds) < FEWEST_FOR_SPREAD:
-        return above_fastest(mean_ci95(step_seconds), step_seconds)
-    size, spread = effective_size(micro_step_seconds), statistics.stdev(micro_step_seconds)
-    mean, micro_steps = statistics.fmean(step_seconds), len(micro_step_seconds) / count
-    closing = max(mean - (micro_steps + 1) * statistics.fmean(micro_step_seconds), 0.0)
-    # Steps that resemble each other's neighbours count for fewer in the sum as well.
-    of_sum = micro_steps**2 * spread**2 / (size / count)
-    half = student_quantile(T95, size) * math.sqrt((of_sum + (CLOSING_SPREAD * closing) ** 2) / count)
-    return above_fastest((mean - half, mean + half), [(micro_steps + 1) * min(micro_step_seconds)])
+def step_ci95(step_seconds: Sequence[float]) -> tuple[float, float]:
+    """The 95% confidence interval of the mean step, bounded by what was seen: see `above_fastest`."""
+    return above_fastest(mean_ci95(step_seconds), min(step_seconds))
 
 
-def above_fastest(ci95: tuple[float, float], seconds: Sequence[float]) -> tuple[float, float]:
-    """The interval of a mean with its lower end raised to the fastest of the values seen, less `UNSEEN_FASTER`.
+def above_fastest(ci95: tuple[float, float], fastest_seconds: float) -> tuple[float, float]:
+    """The interval of a mean with its lower end raised to the fastest value seen, less `UNSEEN_FASTER`.
 
     Student's interval of a few values that differ widely reaches below zero, and its reciprocal to any throughput.
     """
     low, high = ci95
-    return (max(low, (1 - UNSEEN_FASTER) * min(seconds)), high) if math.isfinite(low) else ci95
+    return (max(low, (1 - UNSEEN_FASTER) * fastest_seconds), high) if math.isfinite(low) else ci95
 
 
 def student_quantile(table: Sequence[float], size: float) -> float:
@@ -165,7 +140,7 @@ def throughput(
     if not step_seconds:
         raise ValueError("no optimizer step was timed")
     rate = samples_per_step / statistics.fmean(step_seconds)
-    low, high = above_fastest(mean_ci95(step_seconds), step_seconds) if ci95 is None else ci95
+    low, high = step_ci95(step_seconds) if ci95 is None else ci95
     if not math.isfinite(high):
         return rate, (rate / UNKNOWN_FACTOR, rate * UNKNOWN_FACTOR)
     return rate, (samples_per_step / high, samples_per_step / low)

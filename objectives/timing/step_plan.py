@@ -5,17 +5,16 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TypeVar
 
 from objectives.timing.intervals import (
     T98,
     effective_size,
     is_drifting,
     mean_ci95,
-    step_ci95,
     student_quantile,
     warmup_length,
 )
+from objectives.timing.step_parts import FEWEST_MICRO_STEPS, StepParts, whole_step
 
 HOPELESS_MARGIN = 0.05
 """Two runs of one configuration differ by 1 to 2%, by more where launching kernels decides; and what is within this of
@@ -26,18 +25,6 @@ FALLING = 0.9
 
 MOST_FALLING_STEPS = 6
 """So many long steps are enough also where they get faster one by one."""
-
-SETTLING_MICRO_STEPS = 2
-"""The first micro-steps of a trial say nothing of the rest. Recorded on an H200: in stages 0 to 2 the first takes up to
-1.8 times as long as those behind it, in stage 3 the second up to 7.7 times, when the prefetching is set up."""
-
-FEWEST_ACCUMULATED = 4
-"""With fewer micro-steps a step, those that close one are too large a part of it to be left out."""
-
-FEWEST_MICRO_STEPS = 6
-"""Behind those, fewer cannot show whether they still get faster."""
-FAR_BEYOND = 3.0
-"""Where the fastest so far is beyond the limit by this, it does not matter whether they still get faster."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,27 +49,22 @@ class StepPlan:
     steps_at_once: int = 8
     """Ranks agree on how to go on after at most so many steps; agreeing costs a synchronization."""
     long_step_seconds: float = 1.0
-    """Longer steps are spared where fewer will do: see the next two."""
-    long_step_precision: float = 0.02
-    """One long step is enough where its micro-steps show that its 95% interval is within this fraction of it; 0 asks
-    for more steps in any case."""
-    long_loser_factor: float = 1.2
-    """One long step is enough, too, where all of that interval is above so many times the best's: a loser need not be
-    known closely. Far enough above, for a step may still be slower than those that would follow."""
+    """Longer steps are spared where less will do: see what follows."""
+    long_trial_seconds: float = 8.0
+    """No further long step is begun that would end later, of those that are timed."""
+    short_step_seconds: float = 3.0
+    """Long steps are put together from parts: after so many seconds of micro-steps a step is closed; 0 to time whole
+    steps only. See `short_step`."""
+    parts_precision: float = 0.02
+    """Enough of short steps is when the 95% interval of a whole step is within this fraction of it, to either side."""
+    loser_factor: float = 1.5
+    """How many times slower than the best a configuration must be to be given up before three short steps show it. Far
+    enough above, for a trial's first steps may be slower than those that would follow."""
     min_long_steps: int = 2
-    """What is enough of long steps in place of `min_timed_steps`, where they agree; one more is where they have used up
-    `timed_seconds`, for two that differ say next to nothing about their mean."""
+    """Steps that are enough in place of `min_timed_steps`, where steps are long and agree; one more is where they have
+    used up `timed_seconds`, for two that differ say next to nothing about their mean."""
     long_steps_agree: float = 0.005
     """Long steps agree when the longest exceeds the shortest by at most this fraction of their mean."""
-    hopeless_step_seconds: float = 2.0
-    """Steps that are shorter run whole; see `mid_step_rule`."""
-    mid_step_factor: float = 1.5
-    """How many times slower than the best a configuration must be to be given up in its first timed step, which is
-    slower than those that follow."""
-    zero3_mid_step_factor: float = 2.5
-    """The same for stage 3, whose warm-up takes longer."""
-    mid_step_seconds: float = 1.0
-    """So long micro-steps are watched before a configuration is given up: what is slow at first is so for a time."""
 
     def warmup(self, zero_stage: int, compile: str = "off") -> int:
         """Steps of one configuration, by its stage and how it is compiled, that are left out in any case."""
@@ -96,14 +78,12 @@ class StepPlan:
         self,
         step_seconds: Sequence[float],
         best_step_seconds: float | None,
-        micro_step_seconds: Sequence[float] = (),
     ) -> int:
-        """How many more steps to run; 0 for enough.
+        """How many more whole steps to run; 0 for enough.
 
         Args:
             step_seconds: all steps after the warm-up, as the slowest rank had them.
             best_step_seconds: what a step of this batch takes at the study's best throughput, if there is one.
-            micro_step_seconds: of these steps, all micro-steps that don't close one.
         """
         count = len(step_seconds)
         if count == 0:
@@ -112,12 +92,10 @@ class StepPlan:
             return 0
         if best_step_seconds is not None and is_hopeless(step_seconds, best_step_seconds):
             return 0
-        cut = warmup_length(step_seconds)
-        steady = step_seconds[cut:]
+        steady = step_seconds[warmup_length(step_seconds) :]
         spent, mean = math.fsum(step_seconds), statistics.fmean(steady)
         if mean > self.long_step_seconds:
-            theirs = micro_step_seconds[cut * len(micro_step_seconds) // count :]
-            return 0 if self._is_enough_of_long(steady, theirs, spent, best_step_seconds) else 1
+            return 0 if self._is_enough_of_long(steady, spent) else 1
         missing = self.min_timed_steps - len(steady)
         if missing <= 0 and (spent >= self.timed_seconds or self._is_precise(steady)):
             return 0
@@ -126,40 +104,65 @@ class StepPlan:
         affordable = math.floor((self.timed_seconds - spent) / mean)
         return min(max(missing, 1, min(affordable, count)), self.steps_at_once, self.max_timed_steps - count)
 
-    def mid_step_rule(
-        self, *, zero_stage: int, gradient_accumulation_steps: int, best_step_seconds: float | None
-    ) -> "MidStepRule | None":
-        """What gives a configuration up within its first timed step.
+    def short_step(
+        self,
+        *,
+        gradient_accumulation_steps: int,
+        micro_step_seconds: float,
+        parts: StepParts | None,
+        best_step_seconds: float | None,
+    ) -> int:
+        """How many micro-steps to close the next step after, where steps are put together from parts.
 
         Args:
+            micro_step_seconds: of a plain micro-step, as the warm-up had it.
+            parts: of the short steps so far, if there are any.
             best_step_seconds: see `next_steps`.
 
         Returns:
-            None where there is no best to be slower than, or where too few micro-steps make a step.
+            0 for enough, and where whole steps are to be timed: they are short, or have too few micro-steps.
         """
-        if best_step_seconds is None or gradient_accumulation_steps < FEWEST_ACCUMULATED:
-            return None
-        factor = self.zero3_mid_step_factor if zero_stage == 3 else self.mid_step_factor
-        return MidStepRule(
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            limit_seconds=max(factor * best_step_seconds, self.hopeless_step_seconds),
-            watched_seconds=self.mid_step_seconds,
-        )
+        if gradient_accumulation_steps < FEWEST_MICRO_STEPS or self.short_step_seconds == 0:
+            return 0
+        step_seconds = gradient_accumulation_steps * micro_step_seconds
+        if parts is not None:
+            micro_step_seconds, step_seconds = statistics.fmean(parts.steady_seconds), parts.step_seconds
+        if step_seconds <= self.long_step_seconds:
+            return 0
+        wanted = max(math.ceil(self.short_step_seconds / micro_step_seconds), FEWEST_MICRO_STEPS)
+        if parts is not None:
+            if self._is_enough_of_parts(parts) or self.is_hopeless(parts, best_step_seconds):
+                return 0
+            left = self.long_trial_seconds - parts.timed_seconds - max(parts.excess_seconds, 0.0)
+            wanted = min(wanted, math.floor(left / micro_step_seconds))
+        return min(wanted, gradient_accumulation_steps) if wanted >= FEWEST_MICRO_STEPS else 0
 
-    def _is_enough_of_long(
-        self,
-        steady: Sequence[float],
-        micro_step_seconds: Sequence[float],
-        spent: float,
-        best_step_seconds: float | None,
-    ) -> bool:
-        mean = statistics.fmean(steady)
+    def is_hopeless(self, parts: StepParts, best_step_seconds: float | None) -> bool:
+        """Whether whole steps are slower than the best's beyond reasonable doubt; see the function of that name."""
+        if best_step_seconds is None:
+            return False
+        proved = len(parts.closing_seconds) >= 3
+        limit = best_step_seconds * (1 + HOPELESS_MARGIN if proved else self.loser_factor)
+        steady = parts.steady_seconds
+        fastest = whole_step(
+            min(parts.first_seconds) + min(parts.closing_seconds), [min(steady)], parts.gradient_accumulation_steps
+        )
+        if fastest <= limit or is_falling(steady) or (parts.is_drifting and steady[-1] < steady[0]):
+            return False
+        return parts.step_seconds - limit > parts.error_seconds(T98)
+
+    def _is_enough_of_parts(self, parts: StepParts) -> bool:
+        if parts.is_drifting or is_falling(parts.steady_seconds):
+            return False
+        if parts.error_seconds() <= self.parts_precision * parts.step_seconds:
+            return True
+        return len(parts.closing_seconds) > self.min_long_steps and parts.timed_seconds >= self.timed_seconds
+
+    def _is_enough_of_long(self, steady: Sequence[float], spent: float) -> bool:
         if len(steady) < self.min_long_steps:
-            low, high = step_ci95(steady, micro_step_seconds)
-            has_lost = best_step_seconds is not None and low > self.long_loser_factor * best_step_seconds
-            precision = math.inf if has_lost and self.long_step_precision else self.long_step_precision
-            return (high - low) / 2 <= precision * mean and not is_drifting(micro_step_seconds)
-        if max(steady) - min(steady) <= self.long_steps_agree * mean:
+            return False
+        mean = statistics.fmean(steady)
+        if max(steady) - min(steady) <= self.long_steps_agree * mean or spent + mean > self.long_trial_seconds:
             return True
         # Steps that get faster one by one may still be a warm-up; so many are seldom a coincidence, and a long one.
         falling = all(later < (1 - self.long_steps_agree) * one for one, later in itertools.pairwise(steady))
@@ -172,59 +175,14 @@ class StepPlan:
 
 
 PRECISE = StepPlan(
-    timed_seconds=6.0, long_step_seconds=2.0, long_step_precision=0.0, min_long_steps=3, long_steps_agree=0.02
+    timed_seconds=6.0,
+    long_step_seconds=2.0,
+    long_trial_seconds=120.0,
+    short_step_seconds=0.0,
+    min_long_steps=3,
+    long_steps_agree=0.02,
 )
-"""For what is to be compared closely: runs of the verification, and benchmarks."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MidStepRule:
-    """When a configuration is given up before one of its steps is whole: a hopeless step can take a minute.
-
-    It looks at micro-steps alone, without the one that closes the step: it reduces gradients and runs the optimizer. So
-    a step's seconds are estimated too low rather than too high. All arguments named `micro_step_seconds` are those of
-    the step from its begin, in order.
-    """
-
-    gradient_accumulation_steps: int
-    limit_seconds: float
-    """Of a whole step; only what takes longer beyond reasonable doubt is given up."""
-    watched_seconds: float
-    """See `StepPlan.mid_step_seconds`."""
-
-    def is_due(self, count: int) -> bool:
-        """Whether the ranks are to agree behind so many micro-steps: seldom, since it costs a synchronization."""
-        rounds, rest = divmod(count - SETTLING_MICRO_STEPS, FEWEST_MICRO_STEPS)
-        return rest == 0 and rounds > 0 and rounds & (rounds - 1) == 0  # 1, 2, 4, 8, …
-
-    def is_hopeless(self, micro_step_seconds: Sequence[float]) -> bool:
-        """Whether whole steps would be too long, by the test of `is_hopeless`, from the later half of the micro-steps.
-
-        Args:
-            micro_step_seconds: as the slowest rank had them.
-        """
-        watched = micro_step_seconds[SETTLING_MICRO_STEPS:]
-        if math.fsum(watched) < self.watched_seconds:
-            return False
-        if self.gradient_accumulation_steps * min(watched) > FAR_BEYOND * self.limit_seconds:
-            return True
-        if is_drifting(watched) and watched[-1] < watched[0]:
-            return False
-        steps = [self.gradient_accumulation_steps * seconds for seconds in later_half(micro_step_seconds)]
-        return _is_above(steps, self.limit_seconds)
-
-    def step_seconds(self, micro_step_seconds: Sequence[float]) -> float:
-        """What a whole step would take."""
-        return self.gradient_accumulation_steps * statistics.fmean(later_half(micro_step_seconds))
-
-
-Values = TypeVar("Values")
-
-
-def later_half(micro_steps: Sequence[Values]) -> Sequence[Values]:
-    """Of a trial's micro-steps, less the first that say nothing: those that an estimate is made from."""
-    settled = micro_steps[SETTLING_MICRO_STEPS:]
-    return settled[len(settled) // 2 :]
+"""What is to be compared closely, runs of the verification and benchmarks: whole steps, and more of them."""
 
 
 def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool:
@@ -234,17 +192,16 @@ def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool
     one configuration differ by. A warm-up that goes on must not look like a slow configuration: even the fastest
     step must be slower, and steps that still get faster prove nothing.
     """
-    return _is_above(step_seconds, best_step_seconds * (1 + HOPELESS_MARGIN))
-
-
-def _is_above(step_seconds: Sequence[float], limit: float) -> bool:
-    """See `is_hopeless`."""
+    limit = best_step_seconds * (1 + HOPELESS_MARGIN)
     steady = step_seconds[warmup_length(step_seconds) :]
-    if len(steady) < 3 or min(step_seconds) <= limit:
-        return False
-    last = step_seconds[-max(len(step_seconds) // 4, 1) :]  # of many, a single one is mostly noise
-    if statistics.fmean(last) < FALLING * statistics.fmean(step_seconds):
+    if len(steady) < 3 or min(step_seconds) <= limit or is_falling(step_seconds):
         return False
     size = effective_size(steady)
     error = statistics.stdev(steady) / math.sqrt(size)
     return statistics.fmean(steady) - limit > student_quantile(T98, size) * error
+
+
+def is_falling(values: Sequence[float]) -> bool:
+    """Whether the last values are so much below the mean that a warm-up may still be going on."""
+    last = values[-max(len(values) // 4, 1) :]  # of many, a single one is mostly noise
+    return statistics.fmean(last) < FALLING * statistics.fmean(values)

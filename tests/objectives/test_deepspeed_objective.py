@@ -135,7 +135,7 @@ RANK = {
     "step_ci95_seconds": [0.9, 1.1],
     "first_steps_seconds": 0.5,
     "stopped_early": False,
-    "from_micro_steps": 0,
+    "from_parts": None,
     "drifting": False,
     "forward_seconds": 0.25,
     "backward_seconds": 0.5,

@@ -1,6 +1,7 @@
 """How whole optimizer steps are timed; real trials are in test_deepspeed_objective.py."""
 
 import itertools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from objectives.rank.device import CpuMeter
-from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer
-from objectives.timing.step_plan import MidStepRule
+from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer, Timing
+from objectives.timing.step_plan import StepPlan
 
 
 class OverflowingEngine:
@@ -132,30 +133,51 @@ def test_a_loss_scale_that_never_settles_is_an_error_that_says_what_to_try() -> 
     assert engine.micro_steps == MAX_SKIPPED_STEPS + 1
 
 
-# CountingMeter's micro-step takes three seconds between its first mark and its last.
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize(("steps", "whole"), [(20, 0), (4, 2)], ids=["in the first step", "in the third"])
-def test_a_hopeless_step_is_given_up_and_estimated_from_its_micro_steps(steps: int, whole: int) -> None:
-    hopeless = MidStepRule(gradient_accumulation_steps=steps, limit_seconds=2.9 * steps, watched_seconds=1.0)
-    engine = OverflowingEngine(set())
-    *before, estimate = timer(engine, steps, []).run(3, mid_step_rule=hopeless)
-    assert len(before) == whole
-    assert all(step.from_micro_steps == 0 for step in before)
-    assert engine.micro_steps == 8 + whole  # those that closed a step were not counted
-    assert estimate == Step(
-        seconds=3.0 * steps,
-        forward_seconds=1.0 * steps,
-        backward_seconds=1.0 * steps,
-        optimizer_seconds=0.0,
-        from_micro_steps=3,
-    )
+def test_a_step_closed_early_says_what_a_whole_one_spends_in_each_call() -> None:
+    [step] = timer(OverflowingEngine(set()), 20, []).run(1, micro_steps=5)
+    assert (step.forward_seconds, step.backward_seconds, step.optimizer_seconds) == (20.0, 20.0, 20.0)
+    assert step.seconds == math.fsum(step.all_micro_step_seconds) == 21.0, "four marks a micro-step and one more"
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize(("steps", "limit_seconds"), [(20, 60.1), (3, 1.0)], ids=["not hopeless", "few micro-steps"])
-def test_other_steps_run_whole(steps: int, limit_seconds: float) -> None:
-    patient = MidStepRule(gradient_accumulation_steps=steps, limit_seconds=limit_seconds, watched_seconds=1.0)
+def test_a_short_step_that_overflow_skipped_gives_no_closing_time() -> None:
+    engine = OverflowingEngine({1})
+    [step] = timer(engine, 20, []).run(1, micro_steps=5)
+    assert (engine.steps, engine.micro_steps) == (2, 10)
+    assert len(step.all_micro_step_seconds) == 5
+
+
+def timing(engine: OverflowingEngine, gas: int, best: float | None = None) -> Timing:
+    progress = SimpleNamespace(enter=lambda phase: None, announce=lambda phase, seconds: None)
+    return Timing(timer(engine, gas, []), gas, StepPlan(), best, torch.device("cpu"), progress)  # type: ignore[arg-type]
+
+
+# CountingMeter's micro-step takes four seconds.
+@pytest.mark.usefixtures("one_rank")
+def test_a_long_step_of_many_micro_steps_is_put_together_from_the_fewest() -> None:
     engine = OverflowingEngine(set())
-    run = timer(engine, steps, []).run(3, mid_step_rule=patient)
-    assert engine.micro_steps == 3 * steps
-    assert [step.from_micro_steps for step in run] == [0, 0, 0]
+    steps = timing(engine, 100)
+    [warmup] = steps._timer.run(1, micro_steps=3)
+    timed = steps.short_steps(warmup)
+    assert timed is not None and timed.parts is not None
+    assert (engine.steps, engine.micro_steps) == (2, 3 + 4)
+    assert timed.step_seconds == [pytest.approx(401.0)]
+    assert timed.parts.closing_seconds == (5.0,)
+    assert not timed.stopped_early and timed.deepspeed_samples_per_second is None
+    assert timed.mean("optimizer_seconds") == 100.0
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_long_step_that_is_slower_than_the_best_is_stopped_early() -> None:
+    steps = timing(OverflowingEngine(set()), 100, best=40.0)
+    [warmup] = steps._timer.run(1, micro_steps=3)
+    timed = steps.short_steps(warmup)
+    assert timed is not None and timed.stopped_early
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_steps_of_three_micro_steps_are_not_put_together() -> None:
+    steps = timing(OverflowingEngine(set()), 3)
+    [warmup] = steps._timer.run(1)
+    assert steps.short_steps(warmup) is None

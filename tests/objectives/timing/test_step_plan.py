@@ -11,7 +11,8 @@ from objectives.timing.intervals import (
     mean_ci95,
     warmup_length,
 )
-from objectives.timing.step_plan import PRECISE, MidStepRule, StepPlan, is_hopeless, later_half
+from objectives.timing.step_parts import StepParts
+from objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 
 
 def timed(trace: Sequence[float], best_step_seconds: float | None = None, plan: StepPlan | None = None) -> list[float]:
@@ -49,35 +50,20 @@ def test_two_long_steps_are_enough_where_they_agree_and_three_where_the_budget_i
     assert len(timed([1.2, 1.205, 1.2, 1.2])) == 2
     assert len(timed([1.2, 1.3, 1.2, 1.2])) == 3, "they differ by 8%, and three are beyond three seconds"
     assert len(timed([2.0, 2.2, 2.0, 2.2])) == 3, "two are beyond three seconds, but differ by 10%"
-    assert len(timed([4.0, 3.8, 3.6, 3.5, 3.5, 3.5])) == 5, "they get faster one by one, and may still warm up"
+    assert len(timed([1.6, 1.5, 1.4, 1.3, 1.3, 1.3])) == 5, "they get faster one by one, and may still warm up"
     assert len(timed([0.9, 0.9, 0.9, 0.9, 0.9])) == 4, "they are not long"
 
 
-def test_one_long_step_is_enough_where_its_micro_steps_show_that_it_is_precise() -> None:
-    plan = StepPlan()
-    assert plan.next_steps([4.0], None, noisy(0.4, 0.005, 9)) == 0
-    assert plan.next_steps([4.0], None, noisy(0.4, 0.1, 9)) == 1, "they differ too much"
-    assert plan.next_steps([4.0], None, [0.36 + 0.01 * number for number in range(9)]) == 1, "they get slower"
-    assert plan.next_steps([4.0], None, [1.3, 1.3, 1.3]) == 1, "three show no spread"
-    assert plan.next_steps([0.8], None, noisy(0.08, 0.001, 9)) > 0, "it is not long"
-
-
-def test_one_long_step_is_enough_of_a_configuration_that_has_clearly_lost() -> None:
-    plan = StepPlan()
-    rough = noisy(0.5, 0.08, 7)  # 4 s and some percent, as ZeRO-3's steps are
-    assert plan.next_steps([4.0], None, rough) > 0, "a rate that is wanted"
-    assert plan.next_steps([4.0], 3.0, rough) == 0
-    assert plan.next_steps([4.0], 3.6, rough) > 0, "it may be as fast"
-    assert plan.next_steps([4.0], 3.0, sorted(rough, reverse=True)) > 0, "it gets faster"
-    assert plan.next_steps([4.0], 3.0, rough[:3]) > 0, "too few to know its spread"
-    assert PRECISE.next_steps([4.0], 3.0, rough) > 0, "comparing closely, a loser's rate is wanted too"
+def test_no_third_long_step_is_begun_that_would_end_after_8_seconds() -> None:
+    assert len(timed([4.0, 3.6, 3.2, 3.2])) == 2
+    assert len(timed([9.0, 8.0, 8.0])) == 2, "of one alone nobody knows how far it is off"
 
 
 def test_what_is_compared_closely_is_timed_longer() -> None:
     assert len(timed([2.5, 2.52, 2.48, 2.5], plan=PRECISE)) == 3
     assert len(timed([2.5, 2.6, 2.5, 2.6], plan=PRECISE)) == 4, "they differ by 4%"
     assert len(timed([1.5, 1.51, 1.49, 1.5], plan=PRECISE)) == 4, "they are not long"
-    assert PRECISE.next_steps([4.0], None, noisy(0.4, 0.005, 9)) == 1, "one is never enough"
+    assert PRECISE.next_steps([4.0], None) == 1, "one is never enough"
 
 
 def test_a_long_step_that_was_warm_up_is_no_part_of_what_agrees() -> None:
@@ -115,71 +101,108 @@ def test_a_warm_up_that_goes_on_is_not_taken_for_a_slow_configuration() -> None:
     assert not is_hopeless([2.0, 2.0, 2.0, 1.0], 1.0)
 
 
-def rule(*, gas: int = 32, best_step_seconds: float = 10.0, zero_stage: int = 1) -> MidStepRule:
-    made = StepPlan().mid_step_rule(
-        zero_stage=zero_stage, gradient_accumulation_steps=gas, best_step_seconds=best_step_seconds
-    )
-    assert made is not None
-    return made
+class ShortSteps:
+    """Steps of a configuration with 64 micro-steps of 0.7 s, as the plan has them closed."""
+
+    def __init__(self, trace: Sequence[float], *, gas: int = 64, closing: float = 0.5, plan: StepPlan | None = None):
+        self.plan = plan or StepPlan()
+        self.gas = gas
+        self._closing = closing
+        self._rest = iter(trace)
+        self.counts: list[int] = []
+        self.parts: StepParts | None = None
+
+    def run(self, best_step_seconds: float | None = None, warmup: float = 0.7) -> StepParts | None:
+        steps: list[list[float]] = []
+        while count := self.plan.short_step(
+            gradient_accumulation_steps=self.gas,
+            micro_step_seconds=warmup,
+            parts=self.parts,
+            best_step_seconds=best_step_seconds,
+        ):
+            self.counts.append(count)
+            steps.append([next(self._rest) for _ in range(count)])
+            steps[-1][-1] += self._closing
+            self.parts = StepParts.of(steps, self.gas)
+        return self.parts
 
 
-def given_up_after(micro_steps: Sequence[float], rule: MidStepRule) -> int | None:
-    """How many of the micro-steps are run until a trial is given up."""
-    counts = range(1, len(micro_steps) + 1)
-    return next((n for n in counts if rule.is_due(n) and rule.is_hopeless(micro_steps[:n])), None)
+def test_a_step_of_45_seconds_is_known_after_one_short_step_where_micro_steps_hardly_differ() -> None:
+    short = ShortSteps(noisy(0.7, 0.002))
+    parts = short.run()
+    assert parts is not None
+    assert short.counts == [5], "3 s of micro-steps"
+    assert parts.step_seconds == pytest.approx(64 * 0.7 + 0.5, rel=0.01)
 
 
-def test_without_a_best_nothing_is_given_up_within_a_step() -> None:
-    assert StepPlan().mid_step_rule(zero_stage=1, gradient_accumulation_steps=8, best_step_seconds=None) is None
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("micro_step", [0.02, 0.1, 0.7, 1.2])
+def test_short_steps_end_within_about_8_seconds_however_much_they_differ(
+    micro_step: float, noise: float, seed: int
+) -> None:
+    trace = [max(seconds, micro_step / 10) for seconds in noisy(micro_step, noise, 1000, seed)]
+    short = ShortSteps(trace, gas=1000)
+    parts = short.run(warmup=micro_step)
+    assert parts is not None
+    assert parts.timed_seconds < 8.0 * 1.25
+    assert all(count >= 4 for count in short.counts)
 
 
-def test_with_few_micro_steps_a_step_neither() -> None:
-    assert StepPlan().mid_step_rule(zero_stage=1, gradient_accumulation_steps=3, best_step_seconds=1.0) is None
+def test_micro_steps_that_differ_are_timed_in_more_short_steps_than_those_that_do_not() -> None:
+    assert ShortSteps(noisy(0.05, 0.001, 999), gas=200).run(warmup=0.05) is not None
+    steady, rough = (ShortSteps(noisy(0.05, noise, 999), gas=200) for noise in (0.001, 0.2))
+    steady.run(warmup=0.05)
+    rough.run(warmup=0.05)
+    assert len(steady.counts) == 1 < len(rough.counts)
 
 
-def test_ranks_agree_behind_ever_more_micro_steps() -> None:
-    assert [count for count in range(100) if rule().is_due(count)] == [8, 14, 26, 50, 98]
+def test_a_short_step_has_no_more_micro_steps_than_a_whole_one() -> None:
+    short = ShortSteps(noisy(0.2, 0.001), gas=8)
+    short.run(warmup=0.2)
+    assert short.counts == [8]
 
 
-def test_a_hopeless_step_is_found_out_within_eight_micro_steps() -> None:
-    assert given_up_after(noisy(40.0 / 32, 0.05), rule()) == 8
+@pytest.mark.parametrize(("gas", "micro_step"), [(3, 4.0), (9, 0.1)], ids=["few micro-steps", "short steps"])
+def test_whole_steps_are_timed_where_a_step_has_few_micro_steps_or_is_short(gas: int, micro_step: float) -> None:
+    assert ShortSteps(noisy(micro_step, 0.01), gas=gas).run(warmup=micro_step) is None
 
 
-@pytest.mark.parametrize(("zero_stage", "given_up_from"), [(0, 1.5), (2, 1.5), (3, 2.5)])
-def test_only_what_is_far_slower_than_the_best_is_given_up_within_a_step(zero_stage: int, given_up_from: float) -> None:
-    slower = noisy(given_up_from * 10.0 * 1.1 / 32, 0.02)
-    not_so_slow = noisy(given_up_from * 10.0 * 0.95 / 32, 0.02)
-    assert given_up_after(slower, rule(zero_stage=zero_stage)) is not None
-    assert given_up_after(not_so_slow, rule(zero_stage=zero_stage)) is None
+def test_whole_steps_are_timed_where_the_warm_up_alone_made_steps_look_long() -> None:
+    parts = ShortSteps(noisy(0.01, 0.01), closing=0.0).run(warmup=0.7)
+    assert parts is not None
+    assert parts.step_seconds <= StepPlan().long_step_seconds
 
 
-def test_the_first_two_micro_steps_say_nothing_and_a_later_one_alone_neither() -> None:
-    as_fast_as_the_best = noisy(10.0 / 32, 0.02)
-    for number in range(8):
-        slow_once = list(as_fast_as_the_best)
-        slow_once[number] = 30.0
-        assert given_up_after(slow_once, rule()) is None
-    assert given_up_after([30.0, 30.0, *as_fast_as_the_best], rule()) is None
+def test_what_is_compared_closely_is_timed_by_whole_steps() -> None:
+    assert ShortSteps(noisy(0.7, 0.01), plan=PRECISE).run() is None
 
 
-def test_micro_steps_that_get_faster_are_waited_for() -> None:
-    coming_down = [0.3 * (1 + 4 * 0.85**number) for number in range(60)]
-    assert given_up_after(coming_down, rule()) is None
+def test_a_configuration_twice_as_slow_as_the_best_is_given_up_after_one_short_step() -> None:
+    short = ShortSteps(noisy(0.7, 0.04))
+    parts = short.run(best_step_seconds=64 * 0.7 / 2)
+    assert parts is not None
+    assert len(short.counts) == 1
+    assert short.plan.is_hopeless(parts, 64 * 0.7 / 2)
+    assert not short.plan.is_hopeless(parts, 64 * 0.7 / 1.4), "a trial's first steps may be slower"
+    assert not short.plan.is_hopeless(parts, None)
 
 
-def test_what_is_far_beyond_hope_is_not_waited_for() -> None:
-    """A busy machine made micro-steps look as if they got faster for a whole step of 16 s."""
-    coming_down = [0.3 * (1 + 4 * 0.85**number) for number in range(60)]
-    assert given_up_after(coming_down, rule(best_step_seconds=10.0 / 8)) == 8
+def test_one_that_is_as_fast_as_the_best_is_never_given_up_in_short_steps() -> None:
+    for seed in range(100):
+        short = ShortSteps(noisy(0.7, 0.05, seed=seed), closing=0.0)
+        parts = short.run(best_step_seconds=64 * 0.7)
+        assert parts is not None and not short.plan.is_hopeless(parts, 64 * 0.7)
 
 
-def test_short_steps_and_short_glimpses_are_not_given_up() -> None:
-    assert given_up_after(noisy(1.9 / 32, 0.01), rule(best_step_seconds=0.1)) is None, "a step of 1.9 s is no loss"
-    quick = given_up_after(noisy(3.0 / 200, 0.01, 200), rule(best_step_seconds=0.1, gas=200))
-    assert quick is not None and 3.0 / 200 * quick > 0.9, "a second is to be seen of it"
+def test_three_short_steps_prove_a_configuration_slower_that_is_within_the_factor() -> None:
+    steps = [noisy(0.1, 0.01, 20, seed) for seed in range(3)]
+    plan = StepPlan()
+    assert not plan.is_hopeless(StepParts.of(steps[:2], 64), 6.4 / 1.3)
+    assert plan.is_hopeless(StepParts.of(steps, 64), 6.4 / 1.3)
+    assert not plan.is_hopeless(StepParts.of(steps, 64), 6.4 / 1.03)
 
 
-def test_a_step_is_estimated_from_the_later_half_of_its_micro_steps() -> None:
-    micro_steps = [9.0, 8.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]
-    assert later_half(micro_steps) == [1.0, 1.0, 1.0]
-    assert rule(gas=32).step_seconds(micro_steps) == 32.0
+def test_micro_steps_that_get_faster_are_not_taken_for_a_slow_configuration() -> None:
+    coming_down = [0.3 * (1 + 4 * 0.85**number) for number in range(20)]
+    assert not StepPlan().is_hopeless(StepParts.of([coming_down], 64), 5.0)
