@@ -1,6 +1,6 @@
 """Where a study keeps what ds-tune knows of it: Optuna's system attributes, which no page or table of Optuna's prints.
 
-Studies of ds-tune 0.1 kept the same in user attributes; they are read as before.
+Earlier studies kept the same in user attributes; they are read as before.
 """
 
 import json
@@ -13,7 +13,7 @@ from storage.records import TrialRecord
 PREFIX = "ds_tune:"
 RECORD = "ds_tune:record"
 USER_RECORD = "record"
-"""The user attribute that held the record in ds-tune 0.1."""
+"""The user attribute that held the record in earlier studies."""
 
 
 def record_of(trial: optuna.trial.FrozenTrial) -> TrialRecord | None:

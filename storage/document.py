@@ -22,6 +22,7 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "hardware": {**summary.machine.to_json(), "description": summary.machine.description},
         "versions": dict(summary.versions),
         "seconds": summary.tuning_seconds,
+        "total_seconds": summary.total_seconds,
         "trials_total": summary.trials_total,
         "trials": [_trial(record, summary) for record in summary.records],
         "best": _trial(best, summary) if best else None,

@@ -70,10 +70,14 @@ class Console:
         # Where nobody reads it at once, nothing is abbreviated.
         self._columns = output.width if output.is_terminal or "COLUMNS" in os.environ else None
 
-    def say(self, text: str) -> None:
-        """One line for the person."""
-        if not self._quiet:
+    def say(self, text: str, *, whole: bool = False) -> None:
+        """One line for the person, wrapped between words on a terminal unless it is to be copied whole."""
+        if self._quiet:
+            return
+        if whole or self._columns is None:
             self._output.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            self._output.print(text, highlight=False, markup=False, overflow="ignore", crop=False)
 
     def __enter__(self) -> "Console":
         if self._output.is_terminal and not self._quiet:
@@ -189,8 +193,8 @@ class Console:
         if written:
             self.say("Written:")
             for path in written:
-                self.say(f"  {path}")
-        self.say(f"Browse the trials:  {dashboard}")
+                self.say(f"  {path}", whole=True)
+        self.say(f"Browse the trials:  {dashboard}", whole=True)
 
     def _say_batch_difference(self, summary: StudySummary) -> None:
         """Says so where the best is faster with a larger batch, which is not the same training."""

@@ -1,4 +1,4 @@
-"""Studies keep their records where Optuna prints nothing, and those of ds-tune 0.1, in user attributes, are read."""
+"""Studies keep their records where Optuna prints nothing, and earlier ones, in user attributes, are read."""
 
 import json
 import sqlite3
@@ -58,7 +58,7 @@ def study(tmp_path: Path, identity: Identity, make_record: MakeRecord) -> Path:
 
 
 def move_to_user_attributes(database: Path) -> None:
-    """Lays a study out as ds-tune 0.1 did."""
+    """Lays a study out as earlier versions did."""
     with sqlite3.connect(database) as connection:
         for kind, renamed in (("trial", {RECORD: USER_RECORD}), ("study", {})):
             found = connection.execute(
@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text().replace(str(folder), "") for path in files}
 
 
-def test_a_study_of_ds_tune_0_1_opens_resumes_and_exports_as_it_is_now(
+def test_a_study_with_records_in_user_attributes_opens_resumes_and_exports_alike(
     study: Path, identity: Identity, make_record: MakeRecord
 ) -> None:
     url = f"sqlite:///{study}/study.db"
