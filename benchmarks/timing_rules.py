@@ -253,8 +253,8 @@ def main() -> None:
             for name, trace in kinds.items()
             for seconds in (12.0, 45.0)
         ]
-        headers = [f"micro-steps, {title}", "step s", "bias", "95% of errors", "covered", "seconds", "hopeless if equal",
-                   "10% slower", "30%", "2×", "4×"]  # fmt: skip
+        headers = [f"micro-steps, {title}", "step s", "bias", "95% of errors", "covered", "seconds",
+                   "hopeless if equal", "10% slower", "30%", "2×", "4×"]  # fmt: skip
         print(f"\n{tabulate.tabulate(rows, headers=headers, tablefmt='pipe', disable_numparse=True)}")
 
 
