@@ -193,16 +193,11 @@ def test_what_is_proposed_first_is_fast_and_fits() -> None:
 
 
 @pytest.mark.parametrize(("short_step_seconds", "first"), [(0.0, 16), (3.0, 256)], ids=["whole", "short"])
-def test_many_micro_steps_make_a_trial_dear_only_where_it_times_whole_steps(
-    short_step_seconds: float, first: int
-) -> None:
-    """Of two configurations that are all but level: sixteen times the micro-steps are a little faster."""
-    proposer = Proposer(
-        CostModel(XL, parse_hardware("1xH200")),
-        [TrialConfig(zero_stage=0, micro_batch_size=16, gradient_accumulation_steps=steps) for steps in (256, 16)],
-        plan=StepPlan(short_step_seconds=short_step_seconds),
-    )
-    proposal = proposer.propose([], [], np.random.default_rng(0))
+def test_many_micro_steps_make_a_trial_dear_only_where_steps_run_whole(short_step_seconds: float, first: int) -> None:
+    """Sixteen times the micro-steps are a little faster."""
+    configs = [TrialConfig(zero_stage=0, micro_batch_size=16, gradient_accumulation_steps=steps) for steps in (256, 16)]
+    model, plan = CostModel(XL, parse_hardware("1xH200")), StepPlan(short_step_seconds=short_step_seconds)
+    proposal = Proposer(model, configs, plan=plan).propose([], [], np.random.default_rng(0))
     assert proposal is not None
     assert proposal.config.gradient_accumulation_steps == first
 
