@@ -27,7 +27,7 @@ from objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, 
 from objectives.workload import Workload
 from tuner.spec import DEFAULTS, parse_memory
 
-PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005)
+PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005, short_step_seconds=0.0)
 """Many configurations in little time: steps of one configuration differ by 1 to 3%."""
 
 BEYOND_OOM = 1.5

@@ -52,9 +52,10 @@ class DeepSpeedObjective:
         self._setup: dict[str, Any] = {
             "workload": workload.to_json(),
             "machine": machine.to_json(),
-            "plan": dataclasses.asdict(plan or StepPlan()),
             "optimizers": [],
         }
+        self.plan = plan or StepPlan()
+        """How long a trial is timed; another one may be set between trials."""
         self._fresh_ranks = fresh_ranks
         self._notice = notice
         self._group: RankGroup | None = None
@@ -120,6 +121,7 @@ class DeepSpeedObjective:
                     "config": config.to_json(),
                     "seconds_per_sample": self._seconds_per_sample,
                     "best_samples_per_second": best_samples_per_second,
+                    "plan": dataclasses.asdict(self.plan),
                     "losses": losses,
                 },
                 folder,

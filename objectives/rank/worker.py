@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ class Worker:
         self._progress = progress
         self._workload = Workload.from_json(setup["workload"])
         self._machine = Machine.from_json(setup["machine"])
-        self._plan = StepPlan(**setup["plan"])
         self._device = claim_device(self._machine, local_rank())
         self._meter = meter_for(self._device)
         self._model_config = load_config(self._workload)
@@ -76,11 +76,13 @@ class Worker:
         *,
         seconds_per_sample: float | None,
         best_samples_per_second: float | None,
+        plan: Mapping[str, Any],
         losses: int,
     ) -> None:
         """Runs one trial and leaves its result, or why there is none, in this rank's result file.
 
         Args:
+            plan: the fields of a `StepPlan`.
             losses: above zero, not the time of steps is wanted but the loss of so many.
         """
         _log_to(folder)
@@ -104,7 +106,7 @@ class Worker:
                 document = run_trial(
                     config,
                     best_samples_per_second=best_samples_per_second,
-                    plan=self._plan,
+                    plan=StepPlan(**plan),
                     meter=self._meter,
                     **shared,
                 )
@@ -166,6 +168,7 @@ def main() -> None:
             Path(command["folder"]),
             seconds_per_sample=command["seconds_per_sample"],
             best_samples_per_second=command["best_samples_per_second"],
+            plan=command["plan"],
             losses=command["losses"],
         )
 

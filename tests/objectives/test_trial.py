@@ -1,9 +1,11 @@
 """What a trial is asked and what it answers, and their JSON."""
 
+import dataclasses
 import json
 
 import pytest
 
+from objectives.timing.step_parts import StepParts
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 
 MEASUREMENT = Measurement(
@@ -61,11 +63,20 @@ def test_a_configuration_survives_json() -> None:
     assert TrialConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-@pytest.mark.parametrize("outcome", [MEASUREMENT, FAILURE], ids=["measurement", "failure"])
+FROM_PARTS = dataclasses.replace(MEASUREMENT, from_parts=StepParts.of([[0.2, 0.1, 0.1, 0.3]], 64))
+
+
+@pytest.mark.parametrize("outcome", [MEASUREMENT, FROM_PARTS, FAILURE], ids=["measurement", "from parts", "failure"])
 def test_an_outcome_survives_json_and_says_its_type_there(outcome: Outcome) -> None:
     document = json.loads(json.dumps(outcome.to_json()))
     assert document["type"] == type(outcome).__name__.lower()
     assert outcome_from_json(document) == outcome
+
+
+def test_a_measurement_from_before_steps_were_put_together_is_one_of_whole_steps() -> None:
+    document = MEASUREMENT.to_json()
+    del document["from_parts"]
+    assert outcome_from_json(document) == MEASUREMENT
 
 
 def test_an_outcome_of_no_known_type_is_refused() -> None:

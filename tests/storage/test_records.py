@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from objectives.timing.step_parts import StepParts
 from objectives.trial import FailureKind, Measurement
 from storage.records import RECORD_VERSION, Source, StudyState, StudySummary, TrialRecord, TrialState
 
@@ -56,6 +57,15 @@ def test_the_reason_says_from_what_a_slow_trial_was_judged(make_record: MakeReco
         record = dataclasses.replace(slow, outcome=stopped)
         assert record.reason == f"clearly slower than the best ({seen})"
         assert TrialRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_the_reason_counts_the_micro_steps_that_a_step_was_put_together_from(make_record: MakeRecord) -> None:
+    slow = make_record("z3_gas64_tmbspg1", 3.0)
+    assert isinstance(slow.outcome, Measurement)
+    parts = StepParts.of([[1.0, 0.9, 0.9, 1.5]] * 2, 64)
+    record = dataclasses.replace(slow, outcome=dataclasses.replace(slow.outcome, stopped_early=True, from_parts=parts))
+    assert record.reason == "clearly slower than the best (8 micro-steps)"
+    assert TrialRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
 def test_a_record_from_before_micro_steps_were_judged_is_read(make_record: MakeRecord) -> None:

@@ -13,6 +13,7 @@ from objectives.cost_model.hardware import hardware_of, parse_hardware
 from objectives.cost_model.model import CostModel, Grid
 from objectives.machine import GIB
 from objectives.surface import Surface, read_surface
+from objectives.timing.step_plan import StepPlan
 from objectives.trial import Failure, FailureKind, Measurement, TrialConfig
 from objectives.workload import Workload
 from tuner.proposer import ENOUGH_GAIN, Proposer
@@ -191,15 +192,14 @@ def test_what_is_proposed_first_is_fast_and_fits() -> None:
     assert proposal.forecast.samples_per_second > 0.85 * best
 
 
-def test_of_two_that_are_level_the_quicker_trial_comes_first() -> None:
-    """Sixteen times the micro-steps take sixteen times as long, and say hardly more."""
-    proposer = Proposer(
-        CostModel(XL, parse_hardware("1xH200")),
-        [TrialConfig(zero_stage=0, micro_batch_size=16, gradient_accumulation_steps=steps) for steps in (256, 16)],
-    )
-    proposal = proposer.propose([], [], np.random.default_rng(0))
+@pytest.mark.parametrize(("short_step_seconds", "first"), [(0.0, 16), (3.0, 256)], ids=["whole", "short"])
+def test_many_micro_steps_make_a_trial_dear_only_where_steps_run_whole(short_step_seconds: float, first: int) -> None:
+    """Sixteen times the micro-steps are a little faster."""
+    configs = [TrialConfig(zero_stage=0, micro_batch_size=16, gradient_accumulation_steps=steps) for steps in (256, 16)]
+    model, plan = CostModel(XL, parse_hardware("1xH200")), StepPlan(short_step_seconds=short_step_seconds)
+    proposal = Proposer(model, configs, plan=plan).propose([], [], np.random.default_rng(0))
     assert proposal is not None
-    assert proposal.config.gradient_accumulation_steps == 16
+    assert proposal.config.gradient_accumulation_steps == first
 
 
 def test_of_two_that_are_level_the_one_that_compiles_for_minutes_comes_last() -> None:
