@@ -18,6 +18,7 @@ import sqlalchemy.engine
 from objectives.cost_model.forecast import Excluded
 from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
+from objectives.metric import DEFAULT_METRIC, METRICS, all_metrics, metric_context
 from objectives.numerics import NumericsCheck
 from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
@@ -27,8 +28,6 @@ from storage.database import open_storage
 from storage.notes import OWN_NOTE, study_note, trial_note
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
-
-METRIC = "samples_per_second"
 
 # What is stored with the study (`storage.attributes`), and a trial's source, a user attribute.
 IDENTITY = "ds_tune:identity"
@@ -44,6 +43,9 @@ EXCLUDED = "ds_tune:excluded"
 NUMERICS = "ds_tune:numerics:"
 CONTRIBUTIONS = "ds_tune:contributions"
 SOURCE = "source"
+
+# A study from before there were other figures than measured ones, or other metrics, does not name them.
+IDENTITY_DEFAULTS = {"figures": Figures.MEASURED.value, "metric": DEFAULT_METRIC}
 
 # How far an out-of-memory trial is counted as over the limit: nobody knows what it would have needed.
 OUT_OF_MEMORY_VIOLATION = 0.1
@@ -66,6 +68,8 @@ class Identity:
     figures: Figures = Figures.MEASURED
     recording: str | None = None
     """Which recording is replayed, where one is."""
+    metric: str = DEFAULT_METRIC
+    """Name of the metric that Optuna is told, one of `METRICS`."""
 
     def to_json(self) -> dict[str, Any]:
         """As it will come back from the storage, lists for tuples, so that the two can be compared."""
@@ -78,6 +82,7 @@ class Identity:
                     "space": dict(self.space),
                     "figures": self.figures.value,
                     "recording": self.recording,
+                    "metric": self.metric,
                 }
             )
         )
@@ -128,8 +133,7 @@ class StudyStore:
                 raise UsageError(
                     f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
                 )
-            # A study from before there were others than measured figures does not name them.
-            known = stored and {"figures": Figures.MEASURED.value, **stored}
+            known = stored and {**IDENTITY_DEFAULTS, **stored}
             found = differences(known, identity.to_json())
             if found and any(record.counts for record in store.records()):
                 raise UsageError(
@@ -141,10 +145,11 @@ class StudyStore:
                 return store
             # Nothing was learned under the old identity: the study begins anew under the corrected one.
             optuna.delete_study(study_name=name, storage=storage)
-        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction="maximize")
+        direction = METRICS[identity.metric].direction
+        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction=direction)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([identity.figures.mark(METRIC)])
+            study.set_metric_names([identity.figures.mark(identity.metric)])
         store = cls(study, storage)
         study.set_user_attr("model", identity.workload.description)
         study.set_user_attr("hardware", identity.figures.mark(identity.machine.description))
@@ -182,13 +187,18 @@ class StudyStore:
         """What ds-tune stored with the study, by its keys; read from the storage each time."""
         return study_attributes(self.storage, self.study)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the study measures; see `Identity.to_json`."""
+        return {**IDENTITY_DEFAULTS, **self.attributes[IDENTITY]}
+
     def _set(self, key: str, value: Any) -> None:
         set_study_attribute(self.storage, self.study, key, value)
 
     @property
     def figures(self) -> Figures:
         """Of which kind all of the study's figures are."""
-        return Figures(self.attributes[IDENTITY].get("figures", Figures.MEASURED.value))
+        return Figures(self.identity["figures"])
 
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in their order. An interrupted one has no record."""
@@ -197,12 +207,13 @@ class StudyStore:
 
     def summary(self) -> StudySummary:
         attributes = self.attributes
-        identity = attributes[IDENTITY]
+        identity = {**IDENTITY_DEFAULTS, **attributes[IDENTITY]}
         return StudySummary(
             study=self.study.study_name,
             workload=Workload.from_json(identity["workload"]),
             machine=Machine.from_json(identity["hardware"]),
-            figures=Figures(identity.get("figures", Figures.MEASURED.value)),
+            figures=Figures(identity["figures"]),
+            metric=identity["metric"],
             versions=attributes[VERSIONS],
             trials_total=attributes.get(TARGET, 0),
             tuning_seconds=attributes.get(SECONDS, 0.0),
@@ -312,15 +323,24 @@ class StudyStore:
         May be called again after a crash in its middle.
         """
         told = self.storage.get_trial(trial._trial_id)
+        identity, told_value = self.identity, None
+        figures = Figures(identity["figures"])
         match record.outcome:
             case Measurement() as measured:
+                workload = Workload.from_json(identity["workload"])
+                context = metric_context(workload, record.machine, measured.flops_per_sample)
+                metrics = all_metrics(measured.samples_per_second, context)
+                rate = metrics[identity["metric"]]
+                assert rate is not None, "a metric without a value is refused before the study begins"
+                told_value = rate if record.state is TrialState.COMPLETE else None
+                factor = rate / measured.samples_per_second
                 samples = record.config.global_batch_size(record.machine.ranks)
                 for step, seconds in enumerate(measured.step_seconds, start=1):
                     if step not in told.intermediate_values:
-                        trial.report(samples / seconds, step)
+                        trial.report(factor * samples / seconds, step)
                 low, high = measured.samples_per_second_ci95
                 attributes: dict[str, Any] = {
-                    "samples_per_second": measured.samples_per_second,
+                    **{name: each for name, each in metrics.items() if each is not None},
                     "samples_per_second_ci95_low": low,
                     "samples_per_second_ci95_high": high,
                     "peak_memory_gib": round(measured.peak_memory_bytes / GIB, 3),
@@ -335,16 +355,15 @@ class StudyStore:
                 violation = OUT_OF_MEMORY_VIOLATION
         if record.reason is not None:
             attributes["reason"] = record.reason
-        if self.figures is not Figures.MEASURED:
-            attributes["figures"] = self.figures.value
+        if figures is not Figures.MEASURED:
+            attributes["figures"] = figures.value
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
-        optuna_dashboard.save_note(trial, trial_note(record, figures=self.figures))
+        optuna_dashboard.save_note(trial, trial_note(record, figures=figures))
         if record.state is not TrialState.FAILED and "constraints" not in told.system_attrs:
             fits = isinstance(record.outcome, Measurement)
             self._constrain(trial, min(violation, 0.0) if fits else violation)
-        value = record.samples_per_second if record.state is TrialState.COMPLETE else None
-        self.study.tell(trial.number, value, state=_OPTUNA_STATES[record.state], skip_if_finished=True)
+        self.study.tell(trial.number, told_value, state=_OPTUNA_STATES[record.state], skip_if_finished=True)
 
     def _constrain(self, trial: optuna.Trial, violation: float) -> None:
         # Last before tell: a retried trial would copy it. The list is what optuna-dashboard reads, and is written

@@ -83,6 +83,7 @@ class Study:
                 space=self._space.to_json(),
                 figures=self._objective.figures,
                 recording=spec.recording,
+                metric=spec.metric,
             )
             store = StudyStore.create_or_resume(spec.storage_url, spec.study, identity, self._versions, self._sampler)
             # Not before: a storage that turned out to be of no use owns nothing.
