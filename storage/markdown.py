@@ -28,7 +28,7 @@ def summary_markdown(summary: StudySummary) -> str:
         _environment(summary),
         "## Throughput\n",
         throughput_table(summary),
-        metric_table(summary),
+        *([metric_table(summary)] if summary.best is not None else []),
         "\n## Detailed result summary\n",
         _bullets(summary),
         stage_table(summary, marked=True),

@@ -4,7 +4,6 @@ Records live in the trials' system attributes and are saved before Optuna is tol
 loses nothing: `recover` tells what was saved. User attributes are for people: short values with units in their names.
 """
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +17,14 @@ import sqlalchemy.engine
 from objectives.cost_model.forecast import Excluded
 from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
-from objectives.metric import DEFAULT_METRIC, METRICS, all_metrics, metric_context
+from objectives.metric import METRICS, all_metrics, metric_context
 from objectives.numerics import NumericsCheck
 from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.ablations import Contributions
 from storage.attributes import record_of, save_record, set_study_attribute, study_attributes
 from storage.database import open_storage
+from storage.identity import IDENTITY_DEFAULTS, Identity, differences
 from storage.notes import OWN_NOTE, study_note, trial_note
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
@@ -44,9 +44,6 @@ NUMERICS = "ds_tune:numerics:"
 CONTRIBUTIONS = "ds_tune:contributions"
 SOURCE = "source"
 
-# A study from before there were other figures than measured ones, or other metrics, does not name them.
-IDENTITY_DEFAULTS = {"figures": Figures.MEASURED.value, "metric": DEFAULT_METRIC}
-
 # How far an out-of-memory trial is counted as over the limit: nobody knows what it would have needed.
 OUT_OF_MEMORY_VIOLATION = 0.1
 
@@ -55,52 +52,6 @@ _OPTUNA_STATES = {
     TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
     TrialState.FAILED: optuna.trial.TrialState.FAIL,
 }
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """What makes measurements comparable: a study holds trials of one of these only."""
-
-    objective: str
-    workload: Workload
-    machine: Machine
-    space: Mapping[str, Any]
-    figures: Figures = Figures.MEASURED
-    recording: str | None = None
-    """Which recording is replayed, where one is."""
-    metric: str = DEFAULT_METRIC
-    """Name of the metric that Optuna is told, one of `METRICS`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As it will come back from the storage, lists for tuples, so that the two can be compared."""
-        document: dict[str, Any] = json.loads(
-            json.dumps(
-                {
-                    "objective": self.objective,
-                    "workload": self.workload.to_json(),
-                    "hardware": self.machine.to_json(),
-                    "space": dict(self.space),
-                    "figures": self.figures.value,
-                    "recording": self.recording,
-                    "metric": self.metric,
-                }
-            )
-        )
-        return document
-
-
-def differences(stored: Any, present: Any, path: str = "") -> list[str]:
-    """Where two JSON documents differ, each as `key: was … now …`, outermost first."""
-    if isinstance(stored, Mapping) and isinstance(present, Mapping):
-        found = []
-        for key in [*stored, *(key for key in present if key not in stored)]:
-            found += differences(stored.get(key), present.get(key), f"{path} {key}".strip())
-        return found
-    return [] if stored == present else [f"{path} {_shown(stored)} there, {_shown(present)} here"]
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
 class StudyStore:
