@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+from objectives.metric import METRICS
 from objectives.numerics import NumericsCheck
 from objectives.trial import Measurement
 from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
+from storage.metrics import metric_values, peak_flops_source
 from storage.records import StudySummary, TrialRecord
 
 
@@ -18,6 +20,8 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "state": summary.state.value,
         "ended": summary.ended,
         "figures": summary.figures.value,
+        "metric": summary.metric,
+        "peak_flops_source": peak_flops_source(summary),
         "model": {**summary.workload.to_json()},
         "hardware": {**summary.machine.to_json(), "description": summary.machine.description},
         "versions": dict(summary.versions),
@@ -65,6 +69,7 @@ def _trial(record: TrialRecord, summary: StudySummary) -> dict[str, Any]:
         "global_batch_size": record.config.global_batch_size(record.machine.ranks),
         "samples_per_second": measured.samples_per_second if measured else None,
         "samples_per_second_ci95": list(measured.samples_per_second_ci95) if measured else None,
+        "metrics": metric_values(measured, summary) if measured else dict.fromkeys(METRICS),
         "verified_samples_per_second": verified.samples_per_second if verified else None,
         "verified_samples_per_second_ci95": list(verified.samples_per_second_ci95) if verified else None,
         "verification_runs": verified.runs if verified else 0,

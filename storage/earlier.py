@@ -7,8 +7,9 @@ from typing import Any
 import optuna
 
 from objectives.trial import Figures
+from storage.identity import Identity
 from storage.records import TrialRecord
-from storage.study_store import IDENTITY, Identity, StudyStore
+from storage.study_store import IDENTITY, StudyStore
 
 
 def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:

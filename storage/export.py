@@ -18,11 +18,13 @@ from objectives.ds_config import deepspeed_config
 from objectives.files import write_atomically
 from objectives.launcher import threads_per_rank
 from objectives.machine import Machine
+from objectives.metric import DEFAULT_METRIC, METRICS
 from objectives.trial import CORE_FIELDS, KNOBS, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.document import study_document
 from storage.layout import ResultsFolder
 from storage.markdown import closing_line, stage_table, summary_markdown
+from storage.metrics import metric_values
 from storage.records import StudySummary, TrialRecord
 
 TRAINING_MODULE = "objectives.train"
@@ -31,6 +33,7 @@ MICROSECONDS = 1e6
 CSV_COLUMNS = (
     "number", "name", "state", "source", *CORE_FIELDS, "global_batch_size",
     "samples_per_second", "samples_per_second_ci95_low", "samples_per_second_ci95_high",
+    *(name for name in METRICS if name != DEFAULT_METRIC),
     "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds", "figures", "reason",
 )  # fmt: skip
 
@@ -144,7 +147,7 @@ def trials_csv(summary: StudySummary) -> str:
         if isinstance(record.outcome, Measurement):
             measured = record.outcome
             row |= {
-                "samples_per_second": measured.samples_per_second,
+                **{name: "" if value is None else value for name, value in metric_values(measured, summary).items()},
                 "samples_per_second_ci95_low": measured.samples_per_second_ci95[0],
                 "samples_per_second_ci95_high": measured.samples_per_second_ci95[1],
                 "step_seconds": sum(measured.step_seconds) / len(measured.step_seconds),

@@ -10,6 +10,7 @@ from objectives.timing.intervals import is_answer
 from objectives.trial import KNOBS, Figures, Measurement
 from storage.explanation import explanation_lines
 from storage.forecasts import forecast_errors
+from storage.metrics import metric_line, metric_rows
 from storage.records import StudySummary, TrialRecord, TrialState
 from storage.verification import LEVEL
 
@@ -29,6 +30,7 @@ def summary_markdown(summary: StudySummary) -> str:
         _environment(summary),
         "## Throughput\n",
         throughput_table(summary),
+        *([metric_table(summary)] if summary.best is not None else []),
         "\n## Detailed result summary\n",
         _bullets(summary),
         stage_table(summary, marked=True),
@@ -202,6 +204,13 @@ def throughput_table(summary: StudySummary) -> str:
     rates = ["samples/s in the search", "verified"] if measured else [summary.figures.mark("samples/s")]
     headers = ["", "configuration", *rates, "global batch", summary.figures.mark("peak GiB a rank")]
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def metric_table(summary: StudySummary) -> str:
+    """The baseline's and the best's throughput in other units, and the peak that MFU is a share of."""
+    rows = metric_rows([summary.baseline, summary.best], summary)
+    table = tabulate.tabulate(rows, headers=["", "baseline", "ds-tune"], tablefmt="pipe", disable_numparse=True)
+    return f"\n{table}\n\n{metric_line(summary)}"
 
 
 def stage_table(summary: StudySummary, *, marked: bool = False) -> str:

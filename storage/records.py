@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from objectives.cost_model.forecast import Excluded, Forecast
 from objectives.machine import GIB, Machine
+from objectives.metric import DEFAULT_METRIC
 from objectives.numerics import NumericsCheck
 from objectives.timing.intervals import speedup_ci95
 from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
@@ -170,6 +171,8 @@ class StudySummary:
     verification: Mapping[str, Sequence[Measurement]] = dataclasses.field(default_factory=dict)
     """Repeated runs in fresh processes, by the configuration's name."""
     figures: Figures = Figures.MEASURED
+    metric: str = DEFAULT_METRIC
+    """Name of the metric that the study maximises, one of `METRICS`."""
     winner: str | None = None
     """The configuration that the verification found to be the best."""
     tied: Sequence[str] = ()

@@ -4,7 +4,6 @@ Records live in the trials' system attributes and are saved before Optuna is tol
 loses nothing: `recover` tells what was saved. User attributes are for people: short values with units in their names.
 """
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,17 +17,17 @@ import sqlalchemy.engine
 from objectives.cost_model.forecast import Excluded
 from objectives.errors import UsageError
 from objectives.machine import GIB, Machine
+from objectives.metric import METRICS, all_metrics, metric_context
 from objectives.numerics import NumericsCheck
 from objectives.trial import Failure, Figures, Measurement, TrialConfig
 from objectives.workload import Workload
 from storage.ablations import Contributions
 from storage.attributes import record_of, save_record, set_study_attribute, study_attributes
 from storage.database import open_storage
+from storage.identity import IDENTITY_DEFAULTS, Identity, differences
 from storage.notes import save_notes, trial_note
 from storage.records import Source, StudySummary, TrialRecord, TrialState
 from storage.urls import check_storage_url, masked
-
-METRIC = "samples_per_second"
 
 # What is stored with the study (`storage.attributes`), and a trial's source, a user attribute.
 IDENTITY = "ds_tune:identity"
@@ -53,49 +52,6 @@ _OPTUNA_STATES = {
     TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
     TrialState.FAILED: optuna.trial.TrialState.FAIL,
 }
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """What makes measurements comparable: a study holds trials of one of these only."""
-
-    objective: str
-    workload: Workload
-    machine: Machine
-    space: Mapping[str, Any]
-    figures: Figures = Figures.MEASURED
-    recording: str | None = None
-    """Which recording is replayed, where one is."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As it will come back from the storage, lists for tuples, so that the two can be compared."""
-        document: dict[str, Any] = json.loads(
-            json.dumps(
-                {
-                    "objective": self.objective,
-                    "workload": self.workload.to_json(),
-                    "hardware": self.machine.to_json(),
-                    "space": dict(self.space),
-                    "figures": self.figures.value,
-                    "recording": self.recording,
-                }
-            )
-        )
-        return document
-
-
-def differences(stored: Any, present: Any, path: str = "") -> list[str]:
-    """Where two JSON documents differ, each as `key: was … now …`, outermost first."""
-    if isinstance(stored, Mapping) and isinstance(present, Mapping):
-        found = []
-        for key in [*stored, *(key for key in present if key not in stored)]:
-            found += differences(stored.get(key), present.get(key), f"{path} {key}".strip())
-        return found
-    return [] if stored == present else [f"{path} {_shown(stored)} there, {_shown(present)} here"]
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
 class StudyStore:
@@ -128,8 +84,7 @@ class StudyStore:
                 raise UsageError(
                     f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
                 )
-            # A study from before there were others than measured figures does not name them.
-            known = stored and {"figures": Figures.MEASURED.value, **stored}
+            known = stored and {**IDENTITY_DEFAULTS, **stored}
             found = differences(known, identity.to_json())
             if found and any(record.counts for record in store.records()):
                 raise UsageError(
@@ -141,10 +96,11 @@ class StudyStore:
                 return store
             # Nothing was learned under the old identity: the study begins anew under the corrected one.
             optuna.delete_study(study_name=name, storage=storage)
-        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction="maximize")
+        direction = METRICS[identity.metric].direction
+        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction=direction)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([identity.figures.mark(METRIC)])
+            study.set_metric_names([identity.figures.mark(identity.metric)])
         store = cls(study, storage)
         study.set_user_attr("model", identity.workload.description)
         study.set_user_attr("hardware", identity.figures.mark(identity.machine.description))
@@ -182,13 +138,18 @@ class StudyStore:
         """What ds-tune stored with the study, by its keys; read from the storage each time."""
         return study_attributes(self.storage, self.study)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the study measures; see `Identity.to_json`."""
+        return {**IDENTITY_DEFAULTS, **self.attributes[IDENTITY]}
+
     def _set(self, key: str, value: Any) -> None:
         set_study_attribute(self.storage, self.study, key, value)
 
     @property
     def figures(self) -> Figures:
         """Of which kind all of the study's figures are."""
-        return Figures(self.attributes[IDENTITY].get("figures", Figures.MEASURED.value))
+        return Figures(self.identity["figures"])
 
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in their order. An interrupted one has no record."""
@@ -197,12 +158,13 @@ class StudyStore:
 
     def summary(self) -> StudySummary:
         attributes = self.attributes
-        identity = attributes[IDENTITY]
+        identity = {**IDENTITY_DEFAULTS, **attributes[IDENTITY]}
         return StudySummary(
             study=self.study.study_name,
             workload=Workload.from_json(identity["workload"]),
             machine=Machine.from_json(identity["hardware"]),
-            figures=Figures(identity.get("figures", Figures.MEASURED.value)),
+            figures=Figures(identity["figures"]),
+            metric=identity["metric"],
             versions=attributes[VERSIONS],
             trials_total=attributes.get(TARGET, 0),
             tuning_seconds=attributes.get(SECONDS, 0.0),
@@ -312,15 +274,24 @@ class StudyStore:
         May be called again after a crash in its middle.
         """
         told = self.storage.get_trial(trial._trial_id)
+        identity, told_value = self.identity, None
+        figures = Figures(identity["figures"])
         match record.outcome:
             case Measurement() as measured:
+                workload = Workload.from_json(identity["workload"])
+                context = metric_context(workload, record.machine, measured.flops_per_sample)
+                metrics = all_metrics(measured.samples_per_second, context)
+                rate = metrics[identity["metric"]]
+                assert rate is not None, "a metric without a value is refused before the study begins"
+                told_value = rate if record.state is TrialState.COMPLETE else None
+                factor = rate / measured.samples_per_second
                 samples = record.config.global_batch_size(record.machine.ranks)
                 for step, seconds in enumerate(measured.step_seconds, start=1):
                     if step not in told.intermediate_values:
-                        trial.report(samples / seconds, step)
+                        trial.report(factor * samples / seconds, step)
                 low, high = measured.samples_per_second_ci95
                 attributes: dict[str, Any] = {
-                    "samples_per_second": measured.samples_per_second,
+                    **{name: each for name, each in metrics.items() if each is not None},
                     "samples_per_second_ci95_low": low,
                     "samples_per_second_ci95_high": high,
                     "peak_memory_gib": round(measured.peak_memory_bytes / GIB, 3),
@@ -335,16 +306,15 @@ class StudyStore:
                 violation = OUT_OF_MEMORY_VIOLATION
         if record.reason is not None:
             attributes["reason"] = record.reason
-        if self.figures is not Figures.MEASURED:
-            attributes["figures"] = self.figures.value
+        if figures is not Figures.MEASURED:
+            attributes["figures"] = figures.value
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
-        optuna_dashboard.save_note(trial, trial_note(record, figures=self.figures))
+        optuna_dashboard.save_note(trial, trial_note(record, figures=figures))
         if record.state is not TrialState.FAILED and "constraints" not in told.system_attrs:
             fits = isinstance(record.outcome, Measurement)
             self._constrain(trial, min(violation, 0.0) if fits else violation)
-        value = record.samples_per_second if record.state is TrialState.COMPLETE else None
-        self.study.tell(trial.number, value, state=_OPTUNA_STATES[record.state], skip_if_finished=True)
+        self.study.tell(trial.number, told_value, state=_OPTUNA_STATES[record.state], skip_if_finished=True)
 
     def _constrain(self, trial: optuna.Trial, violation: float) -> None:
         # Last before tell: a retried trial would copy it. The list is what optuna-dashboard reads, and is written

@@ -8,6 +8,7 @@ from typing import Any
 from objectives.cost_model.hardware import CATALOGUE
 from objectives.errors import UsageError
 from objectives.machine import DEFAULT_CPU_RANKS
+from objectives.metric import DEFAULT_METRIC, METRICS
 from objectives.trial import KNOBS
 from objectives.workload import DTYPES, SHIPPED_MODELS
 from storage.layout import DEFAULT_RESULTS
@@ -97,6 +98,12 @@ def tune_parser() -> argparse.ArgumentParser:
         help="who proposes: ds-tune's cost model, or one of Optuna's ways (default %(default)s)",
     )
     study.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of the search (default %(default)s)")
+    study.add_argument(
+        "--metric",
+        choices=tuple(METRICS),
+        default=DEFAULT_METRIC,
+        help="what is maximised; all order configurations alike (default %(default)s)",
+    )
     work = parser.add_argument_group("what is trained")
     _add_model_options(work)
     work.add_argument(

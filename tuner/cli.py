@@ -17,6 +17,7 @@ from objectives.cost_model.hardware import hardware_of, machine_of
 from objectives.cost_model.model import CostModel
 from objectives.errors import DsTuneError, UsageError
 from objectives.machine import Machine
+from objectives.metric import check_metric
 from objectives.site import site_of
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
@@ -120,6 +121,7 @@ def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
     )
     if arguments.space is not None and answers.only is not None:
         raise UsageError("--space does not go with --replay, whose space is what was recorded; leave out one")
+    check_metric(arguments.metric, answers.workload, answers.machine)
     preset, allowed = _preset(arguments)
     only = answers.only or _listed_space(arguments, limits, answers.workload, answers.machine, allowed)
     study_space(
@@ -142,6 +144,7 @@ def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
         preset=preset,
         allowed=allowed,
         sampler=arguments.sampler,
+        metric=arguments.metric,
         verify=not arguments.no_verify,
         only=only,
         recording=answers.recording,

@@ -31,6 +31,7 @@ from storage.markdown import (
     verdict_lines,
     verified_words,
 )
+from storage.metrics import metric_line, metric_rows
 from storage.records import StudySummary, TrialRecord, TrialState
 from tuner.space import DIMENSIONS
 from tuner.time_left import EXPLANATION_RUNS, VERIFICATION_RUNS, RunsLeft
@@ -177,6 +178,7 @@ class Console:
         best = summary.best
         if best is not None:
             self._output.print(best_table(summary, self._columns))
+            self.say(metric_line(summary))
             for line in verdict_lines(summary):
                 self.say(line)
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
@@ -364,6 +366,8 @@ def best_table(summary: StudySummary, width: int | None) -> rich.table.Table:
         table.add_row("samples/s verified", *(verified_words(record, summary) for _, record in shown))
     else:
         table.add_row(mark("samples/s"), *(figure_words(record, summary) for _, record in shown))
+    for row in metric_rows([record for _, record in shown], summary):
+        table.add_row(*row)
     for dimension in DIMENSIONS:
         values = [getattr(record.config, dimension.field) for _, record in shown]
         if any(value != dimension.off for value in values):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from objectives.errors import UsageError
 from objectives.machine import Machine
+from objectives.metric import DEFAULT_METRIC
 from objectives.trial import TrialConfig
 from objectives.workload import Workload
 from storage.layout import ResultsFolder
@@ -61,6 +62,8 @@ class StudySpec:
     """Knobs that change the numbers and may be searched all the same."""
     sampler: str = DEFAULT_SAMPLER
     """One of `tuner.sampler`'s, by name."""
+    metric: str = DEFAULT_METRIC
+    """Name of the metric that Optuna is told, one of `METRICS`."""
     verify: bool = True
     """Run the finalists again in fresh processes."""
     only: Sequence[TrialConfig] | None = None

@@ -13,10 +13,11 @@ from objectives.objective import Objective
 from objectives.trial import Failure, FailureKind, TrialConfig
 from storage.earlier import earlier_records
 from storage.export import write_trial_inputs
+from storage.identity import Identity
 from storage.lock import StudyLock
 from storage.ownership import check_owner, claim
 from storage.records import Source, StudySummary, TrialRecord, TrialState
-from storage.study_store import SOURCE, Identity, StudyStore
+from storage.study_store import SOURCE, StudyStore
 from tuner.finals import Finals, Verification
 from tuner.observer import Observer
 from tuner.proposer import ENOUGH_GAIN
@@ -83,6 +84,7 @@ class Study:
                 space=self._space.to_json(),
                 figures=self._objective.figures,
                 recording=spec.recording,
+                metric=spec.metric,
             )
             store = StudyStore.create_or_resume(spec.storage_url, spec.study, identity, self._versions, self._sampler)
             # Not before: a storage that turned out to be of no use owns nothing.

@@ -207,8 +207,9 @@ def test_trials_csv_has_a_line_a_trial_in_bytes_and_seconds(exported: ResultsFol
     assert list(rows[0]) == [
         "number", "name", "state", "source", "zero_stage", "micro_batch_size", "gradient_accumulation_steps",
         "global_batch_size", "samples_per_second", "samples_per_second_ci95_low",
-        "samples_per_second_ci95_high", "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds",
-        "wall_seconds", "figures", "reason",
+        "samples_per_second_ci95_high", "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu",
+        "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds",
+        "figures", "reason",
     ]  # fmt: skip
     assert [row["name"] for row in rows] == [record.config.name for record in finished.records]
     assert [row["state"] for row in rows] == ["complete", "complete", "complete", "pruned", "failed"]

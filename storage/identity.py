@@ -1,0 +1,60 @@
+"""What a study measures, and how two of them differ."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from objectives.machine import Machine
+from objectives.metric import DEFAULT_METRIC
+from objectives.trial import Figures
+from objectives.workload import Workload
+
+# A study from before there were other figures than measured ones, or other metrics, does not name them.
+IDENTITY_DEFAULTS = {"figures": Figures.MEASURED.value, "metric": DEFAULT_METRIC}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What makes measurements comparable: a study holds trials of one of these only."""
+
+    objective: str
+    workload: Workload
+    machine: Machine
+    space: Mapping[str, Any]
+    figures: Figures = Figures.MEASURED
+    recording: str | None = None
+    """Which recording is replayed, where one is."""
+    metric: str = DEFAULT_METRIC
+    """Name of the metric that Optuna is told, one of `METRICS`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it will come back from the storage, lists for tuples, so that the two can be compared."""
+        document: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "objective": self.objective,
+                    "workload": self.workload.to_json(),
+                    "hardware": self.machine.to_json(),
+                    "space": dict(self.space),
+                    "figures": self.figures.value,
+                    "recording": self.recording,
+                    "metric": self.metric,
+                }
+            )
+        )
+        return document
+
+
+def differences(stored: Any, present: Any, path: str = "") -> list[str]:
+    """Where two JSON documents differ, each as `key: was … now …`, outermost first."""
+    if isinstance(stored, Mapping) and isinstance(present, Mapping):
+        found = []
+        for key in [*stored, *(key for key in present if key not in stored)]:
+            found += differences(stored.get(key), present.get(key), f"{path} {key}".strip())
+        return found
+    return [] if stored == present else [f"{path} {_shown(stored)} there, {_shown(present)} here"]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
