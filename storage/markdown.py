@@ -149,7 +149,7 @@ def verdict_lines(summary: StudySummary) -> list[str]:
     if summary.unsettled:
         others = ", ".join(summary.unsettled)
         if disturbance is None:
-            lines.append(f"Not told from {others} in the time of the verification; it is the best supported.")
+            lines.append(f"Not told from {others} in the time of the verification; {_reason_words(summary)}.")
         else:
             lines.append(
                 f"The machine is too noisy to tell it from {others}{_noise_words(summary)}. "
@@ -161,6 +161,14 @@ def verdict_lines(summary: StudySummary) -> list[str]:
             "The configurations were compared by their fastest steps."
         )
     return lines
+
+
+def _reason_words(summary: StudySummary) -> str:
+    """Why the winner is named before those that could not be told from it."""
+    peaks = {record.config.name: record.outcome.peak_memory_bytes or 0 for record in summary.records}
+    if summary.winner is not None and all(peaks[summary.winner] < peaks[name] for name in summary.unsettled):
+        return "it needs less memory"
+    return "it is the best supported"
 
 
 def _noise_words(summary: StudySummary) -> str:

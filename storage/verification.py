@@ -73,7 +73,7 @@ class Comparison:
     is_faster: bool
     """The first is faster: one-sided p ≤ 0.01."""
     is_level: bool
-    """The two are within `LEVEL` of each other: two one-sided tests at p ≤ 0.025."""
+    """The two are within `LEVEL` of each other: two one-sided tests at p ≤ 0.05."""
 
 
 def compare(one: Finalist, other: Finalist, *, busy: bool) -> Comparison:
@@ -98,12 +98,13 @@ def _compare_rounds(one: Finalist, other: Finalist) -> Comparison:
     assumed, seen = 2 * RUN_NOISE**2 + within, statistics.variance(spread)
     deviation = math.sqrt(max(assumed, seen) / len(ratios))
     ratio = statistics.fmean(ratios)
-    # Student's quantiles where the deviation is estimated, and normal ones where it is assumed.
-    size = float(max(len(ratios), 2)) if seen > CHANCE * assumed else math.inf
+    settled, level = _Z99, _Z95_ONE_SIDED
+    if seen > CHANCE * assumed:  # the deviation is estimated and not assumed
+        settled, level = (student_quantile(table, max(len(ratios), 2)) for table in (T98, T95))
     return Comparison(
         log_ratio=ratio,
-        is_faster=ratio > student_quantile(T98, size) * deviation,
-        is_level=abs(ratio) + student_quantile(T95, size) * deviation < math.log1p(LEVEL),
+        is_faster=ratio > settled * deviation,
+        is_level=abs(ratio) + level * deviation < math.log1p(LEVEL),
     )
 
 
@@ -121,8 +122,8 @@ def _compare_undisturbed(one: Finalist, other: Finalist) -> Comparison:
     agree = max(best - second, other_best - other_second) < LEVEL
     return Comparison(
         log_ratio=ratio,
-        is_faster=second - other_best > student_quantile(T98, math.inf) * error,
-        is_level=agree and abs(ratio) + student_quantile(T95, math.inf) * error < math.log1p(LEVEL),
+        is_faster=second - other_best > _Z99 * error,
+        is_level=agree and abs(ratio) + _Z95_ONE_SIDED * error < math.log1p(LEVEL),
     )
 
 
@@ -179,7 +180,7 @@ def undisturbed_log_rate(run: Measurement) -> float:
     return log_rate(run) + math.log(statistics.fmean(run.step_seconds) / statistics.fmean(fastest))
 
 
-_Z95 = statistics.NormalDist().inv_cdf(0.975)
+_Z95, _Z95_ONE_SIDED, _Z99 = map(statistics.NormalDist().inv_cdf, (0.975, 0.95, 0.99))
 
 
 def _run_variance(finalists: Sequence[Finalist], rate: Callable[[Measurement], float]) -> float:

@@ -269,12 +269,18 @@ class Timing:
         return Timed(
             steps=steps[cut:],
             step_seconds=step_seconds,
-            ci95=step_ci95(step_seconds),
+            ci95=self._whole_steps_ci95(steps[cut:]),
             early=steps[:cut],
             stopped_early=best is not None and is_hopeless(agreed, best),
             drifting=is_drifting(agreed[cut:]),
             deepspeed_samples_per_second=deepspeed_timer.samples_per_second(),
         )
+
+    def _whole_steps_ci95(self, steps: Sequence[Step]) -> tuple[float, float]:
+        """The interval of the mean step; of a single one by its micro-steps, where it has enough of them."""
+        if len(steps) == 1 and self._gradient_accumulation_steps >= FEWEST_MICRO_STEPS:
+            return StepParts.of([steps[0].all_micro_step_seconds], self._gradient_accumulation_steps).ci95()
+        return step_ci95([step.seconds for step in steps])
 
     def _announce(self, step_seconds: float, steps: int) -> None:
         self._progress.announce("timed steps", seconds=timed_deadline(step_seconds, steps))

@@ -63,6 +63,8 @@ class StepPlan:
     min_long_steps: int = 2
     """Steps that are enough in place of `min_timed_steps`, where steps are long and agree; one more is where they have
     used up `timed_seconds`, for two that differ say next to nothing about their mean."""
+    single_step_seconds: float = math.inf
+    """A whole step that takes longer is timed once: its micro-steps show how far steps lie apart."""
     long_steps_agree: float = 0.005
     """Long steps agree when the longest exceeds the shortest by at most this fraction of their mean."""
 
@@ -159,9 +161,9 @@ class StepPlan:
         return len(parts.closing_seconds) > self.min_long_steps and parts.timed_seconds >= self.timed_seconds
 
     def _is_enough_of_long(self, steady: Sequence[float], spent: float) -> bool:
-        if len(steady) < self.min_long_steps:
-            return False
         mean = statistics.fmean(steady)
+        if len(steady) < self.min_long_steps:
+            return mean > self.single_step_seconds
         if max(steady) - min(steady) <= self.long_steps_agree * mean or spent + mean > self.long_trial_seconds:
             return True
         # Steps that get faster one by one may still be a warm-up; so many are seldom a coincidence, and a long one.
@@ -180,6 +182,7 @@ PRECISE = StepPlan(
     long_trial_seconds=120.0,
     short_step_seconds=0.0,
     min_long_steps=3,
+    single_step_seconds=20.0,
     long_steps_agree=0.02,
 )
 """What is to be compared closely, runs of the verification and benchmarks: whole steps, and more of them."""

@@ -206,3 +206,8 @@ def test_three_short_steps_prove_a_configuration_slower_that_is_within_the_facto
 def test_micro_steps_that_get_faster_are_not_taken_for_a_slow_configuration() -> None:
     coming_down = [0.3 * (1 + 4 * 0.85**number) for number in range(20)]
     assert not StepPlan().is_hopeless(StepParts.of([coming_down], 64), 5.0)
+
+
+def test_verification_times_a_very_long_step_once() -> None:
+    assert len(timed([33.0] * 9, plan=PRECISE)) == 1
+    assert len(timed([15.0] * 9, plan=PRECISE)) == 3
