@@ -218,7 +218,10 @@ class StudySummary:
         """Rate of a trial's configuration by its verification runs; None without any."""
         finalists = self.finalists
         finalist = finalists.pop(record.config.name, None)
-        return None if finalist is None else verified_rate(finalist, finalists.values())
+        if finalist is None:
+            return None
+        # On a quiet machine what runs of one configuration differ by is its own.
+        return verified_rate(finalist, finalists.values() if self.disturbance is not None else ())
 
     @property
     def contenders(self) -> dict[str, Finalist]:

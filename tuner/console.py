@@ -178,9 +178,9 @@ class Console:
         best = summary.best
         if best is not None:
             self._output.print(best_table(summary, self._columns))
-            self.say(metric_line(summary))
             for line in verdict_lines(summary):
                 self.say(line)
+            self.say(metric_line(summary))
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
             self._say_batch_difference(summary)
         for name, found in summary.numerics.items():

@@ -57,6 +57,8 @@ class Finals:
         """
         self._space = space
         self._legal = frozenset(space.legal)
+        self.ran = False
+        """Whether anything was left to run."""
         self._store = store
         self._results = results
         self._verification = verification
@@ -94,6 +96,7 @@ class Finals:
             for record in turn:
                 if self._stop.requested:
                     return
+                self.ran = True
                 self._observer.verification_started(record, summary)
                 folder = self._results.verification(record.config)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +140,7 @@ class Finals:
         return why
 
     def _losses(self, record: TrialRecord, config: TrialConfig, summary: StudySummary) -> LossCurve | Failure:
+        self.ran = True
         self._observer.numerics_started(record, config, summary)
         folder = self._results.numerics(record.config, config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,6 +217,7 @@ class Finals:
         best_samples_per_second: float | None = None,
     ) -> Outcome:
         """One warm run; what is much slower than the best is given up early, as in the search."""
+        self.ran = True
         self._observer.ablation_started(winner, config, summary)
         folder = self._results.ablation(winner.config, config)
         folder.mkdir(parents=True, exist_ok=True)

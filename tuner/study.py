@@ -110,7 +110,8 @@ class Study:
                 try:
                     finals.run()
                 finally:
-                    store.add_finals_seconds(time.monotonic() - began)
+                    if finals.ran:
+                        store.add_finals_seconds(time.monotonic() - began)
             summary = store.summary()
             store.publish(summary)
             return summary

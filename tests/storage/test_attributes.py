@@ -50,7 +50,7 @@ def study(tmp_path: Path, identity: Identity, make_record: MakeRecord) -> Path:
         store.save(trial, record)
         store.tell(trial, record)
         store.add_verification(name, record.outcome)  # type: ignore[arg-type]
-    store.set_winner("z1_gas2_tmbspg4", [])
+    store.set_winner("z1_gas2_tmbspg4", [], [])
     store.add_seconds(60.0)
     saved = make_record("z1_gas1_tmbspg64", number=2)
     store.save(ask(store, saved), saved)

@@ -39,11 +39,13 @@ def test_the_winners_note_says_so_with_its_interval_ties_and_optunas_best(
     study = verified(finished, make_record, tied=True)
     fastest, winner = study.records[1:3]
     note = trial_note(winner, study)
-    assert note.startswith("**z1_gas1_tmbspg4**: ★ winner\n\nLevel with z1_gas2_tmbspg8;")
+    assert note.startswith("**z1_gas1_tmbspg4**: ★ winner\n\nLevel with z1_gas2_tmbspg8: within 2%")
     assert "Optuna's best trial, 1 (z1_gas2_tmbspg8), is the one with the highest figure in the search;" in note
     assert "(1 run) samples/s verified; 40.00 ± 0.79 in the search, 16.00 GiB peak a rank" in note
     assert trial_note(fastest, study).startswith("**z1_gas2_tmbspg8**: level with the winner\n\ncomplete\n\n")
-    assert study_note(study).startswith("Trial 2, **z1_gas1_tmbspg4**, is the winner. Level with z1_gas2_tmbspg8;")
+    assert study_note(study).startswith(
+        "Trial 2, **z1_gas1_tmbspg4**, is the winner. Level with z1_gas2_tmbspg8: within 2%"
+    )
     assert "# gpt2-xl\n" in study_note(study)
 
 

@@ -147,7 +147,7 @@ def test_user_attributes_are_short_and_plain(store: StudyStore, make_record: Mak
     """They are columns of optuna-dashboard's tables and of `optuna trials` and `optuna studies`."""
     trials = [run(store, make_record("z1_gas2_tmbspg4", 40.0)), run(store, make_record("z1_gas1_tmbspg64"))]
     store.add_verification("z1_gas2_tmbspg4", measurement_of(make_record("z1_gas2_tmbspg4", 41.0)))
-    store.set_winner("z1_gas2_tmbspg4", [])
+    store.set_winner("z1_gas2_tmbspg4", [], [])
     store.publish(store.summary())
     for attributes in (store.study.user_attrs, *(trial.user_attrs for trial in trials)):
         assert attributes

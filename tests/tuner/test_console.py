@@ -122,7 +122,7 @@ def test_the_winner_is_marked_with_its_ties_and_has_one_figure() -> None:
     assert "40.00" not in text and "50.00" not in text, "the search's figure is printed beside the verified one"
     # Beside the table, and not after other sentences.
     after = text[text.index("peak GiB a rank") :].splitlines()
-    assert after[2].startswith(f"Level with {names[1]};")
+    assert after[2].startswith(f"Level with {names[1]}: within 2%")
 
 
 def test_the_total_time_is_said() -> None:
