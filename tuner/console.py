@@ -157,7 +157,8 @@ class Console:
         self._explained += 1
         self._running = _Running(config, title, left, summary)
 
-    def finalist_added(self, record: TrialRecord) -> None:
+    def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:
+        self.trial_finished(record, summary)
         self.say(f"     {record.config.name} is faster with one setting changed back: it is verified, too")
 
     def _live_line(self) -> rich.text.Text:

@@ -206,7 +206,7 @@ class Finals:
         self._store.save(trial, record)
         self._store.tell(trial, record)
         self._store.forget_winner()
-        self._observer.finalist_added(record)
+        self._observer.finalist_added(record, self._store.summary())
 
     def _run_ablation(
         self,

@@ -33,5 +33,5 @@ class Observer(Protocol):
     def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> None:
         """The winner runs without one of its settings, to see what that brings."""
 
-    def finalist_added(self, record: TrialRecord) -> None:
+    def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:
         """Without one of its settings the winner was faster, so that this is a finalist, too."""

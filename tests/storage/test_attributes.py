@@ -101,7 +101,7 @@ def test_a_study_with_records_in_user_attributes_opens_resumes_and_exports_alike
     store.tell(trial, record)
     # What is stored now counts, and not what the user attributes still say.
     store.add_seconds(5.0)
-    store.set_winner("z2_gas1_tmbspg4", ["z1_gas2_tmbspg4"])
+    store.set_winner("z2_gas1_tmbspg4", ["z1_gas2_tmbspg4"], [])
     summary = opened(study, identity).summary()
     assert (summary.winner, summary.tied, summary.tuning_seconds) == ("z2_gas1_tmbspg4", ["z1_gas2_tmbspg4"], 65.0)
     assert summary.records[:2] == before.records and summary.records[3] == record
