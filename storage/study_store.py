@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 import optuna_dashboard
 import sqlalchemy.engine
+from optuna.distributions import BaseDistribution
 
 from objectives.cost_model.forecast import Excluded
 from objectives.errors import UsageError
@@ -261,6 +262,18 @@ class StudyStore:
                 return
         self.study.enqueue_trial(dict(params), user_attrs={SOURCE: source.value})
 
+    def begin(
+        self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], source: Source
+    ) -> optuna.Trial:
+        """A running trial of these parameters, whatever waits in the queue."""
+        frozen = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            params=dict(params),
+            distributions=dict(distributions),
+            user_attrs={SOURCE: source.value},
+        )
+        return optuna.Trial(self.study, self.storage.create_new_trial(self.study._study_id, template_trial=frozen))
+
     def has_waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING]))
 
@@ -342,7 +355,8 @@ class StudyStore:
                 self.tell(trial, saved)
                 continue
             config = config_of(frozen)
-            if config is not None:
+            # An ablation is found again by the winner's own.
+            if config is not None and frozen.user_attrs.get(SOURCE) != Source.ABLATION.value:
                 source = Source(frozen.user_attrs.get(SOURCE, Source.RETRY.value))
                 # One that was queued may have been stopped before it had taken over all of its parameters.
                 params = frozen.system_attrs.get("fixed_params", frozen.params)

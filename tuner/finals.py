@@ -192,11 +192,12 @@ class Finals:
 
     def _add_finalist(self, config: TrialConfig, outcome: Outcome, summary: StudySummary) -> None:
         """Makes a trial of what an ablation found to be faster than the winner, and has it verified."""
-        self._store.enqueue(self._space.params(config), Source.ABLATION)
-        trial = self._store.study.ask(self._space.distributions)
+        # First of all: killed after it, the study finds its winner and this again; killed before, it would miss this.
+        self._store.forget_winner()
+        trial = self._store.begin(self._space.params(config), self._space.distributions, Source.ABLATION)
         record = TrialRecord(
             number=trial.number,
-            config=TrialConfig(**trial.params),
+            config=config,
             outcome=outcome,
             source=Source.ABLATION,
             started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -205,7 +206,6 @@ class Finals:
         )
         self._store.save(trial, record)
         self._store.tell(trial, record)
-        self._store.forget_winner()
         self._observer.finalist_added(record, self._store.summary())
 
     def _run_ablation(

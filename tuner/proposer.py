@@ -58,9 +58,8 @@ TWIN_FITS = 0.5
 """ZeRO-3 is not needed for what is so likely to fit in a lower stage."""
 
 HOPELESS_STAGE_3 = 1.25
-"""How many times as fast as ZeRO-3 is predicted the best so far must be, for stage 3 not to be tried where nobody needs
-it.
-On two H200s it was predicted 52 samples/s of 66 and took 19 to 30 s of a search's 59 to 79."""
+"""Ratio of the best rate so far to a ZeRO-3 configuration's predicted one from which it is not worth a trial. On two H200s
+that was 66 to 52 samples/s, and stage 3 took 19 to 30 s of a search's 59 to 79."""
 
 SETUP_SECONDS = (0.6, 0.6, 0.6, 3.5)
 """What a warm trial takes besides its steps, by ZeRO stage (measured on an H200 with GPT2-xl)."""

@@ -163,6 +163,8 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "verified run stored": (StudyStore, "add_verification", "after"),
     "losses compared": (StudyStore, "set_numerics", "after"),
     "winner found": (StudyStore, "set_winner", "before"),
+    "winner forgotten": (StudyStore, "forget_winner", "after"),
+    "finalist begun": (StudyStore, "begin", "after"),
     "finished, not exported": (tuner.cli, "export", "before"),
 }
 

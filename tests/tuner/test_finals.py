@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from objectives.machine import GIB, Machine
 from objectives.numerics import LossCurve, NumericsCheck
 from objectives.trial import Measurement, TrialConfig
 from objectives.workload import Workload
+from storage.layout import ResultsFolder
 from storage.records import Source, StudySummary, TrialRecord
+from storage.study_store import StudyStore
 from storage.verification import Finalist
 from tuner.finals import ablated, beside, compared, is_faster
 
@@ -240,6 +243,29 @@ def test_ablation_that_beats_the_winner_is_verified_and_wins(tune: Tune) -> None
     assert len(document["trials"]) == 5, "the study has its four trials and the finalist"
     again = tune("--trials", "4", "--json")
     assert json.loads(again.stdout)["best"] == document["best"]
+
+
+@pytest.mark.parametrize("point", ["winner forgotten:1", "finalist begun:1", "saved, not told:5", "told:5"])
+def test_killed_while_an_ablation_becomes_a_finalist_it_is_found_and_verified_again(tune: Tune, point: str) -> None:
+    expected = json.loads(tune("--trials", "4", "--json", fresh="uninterrupted").stdout)
+    assert tune("--trials", "4", kill=point).returncode == -signal.SIGKILL
+    finished = tune("--trials", "4", "--json")
+    document = json.loads(finished.stdout)
+    assert document["best"]["name"] == expected["best"]["name"]
+    assert document["best"]["verification_runs"] == expected["best"]["verification_runs"]
+    assert [trial["name"] for trial in document["trials"]] == [trial["name"] for trial in expected["trials"]]
+    assert "runs again" not in finished.stderr
+
+
+def test_ablation_becomes_a_finalist_beside_a_configuration_that_somebody_queued(tune: Tune, tmp_path: Path) -> None:
+    assert tune("--trials", "4", kill="winner found:1").returncode == -signal.SIGKILL
+    store = StudyStore.load(ResultsFolder(tmp_path / "autotuning_results").storage_url, None)
+    queued = {"zero_stage": 3, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    store.enqueue(queued, Source.SEARCH)
+    document = json.loads(tune("--trials", "4", "--json").stdout)
+    [found] = [trial for trial in document["trials"] if trial["source"] == "ablation"]
+    assert found["name"] == document["best"]["name"] == "z0_gas1_tmbspg2"
+    assert store.has_waiting(), "it is still in the queue"
 
 
 def measured(rate: float, steps: Sequence[float] = (1.0, 1.0), *, stopped_early: bool = False) -> Measurement:
