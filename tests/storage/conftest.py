@@ -10,6 +10,7 @@ from objectives.machine import GIB, Machine
 from objectives.timing.intervals import throughput
 from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from objectives.workload import Workload
+from storage.identity import Identity
 from storage.records import Source, StudySummary, TrialRecord
 
 RIPPLE = (-0.02, 0.01, 0.0, 0.02, -0.01)
@@ -27,6 +28,11 @@ def machine() -> Machine:
         memory_cap_bytes=24 * GIB,
         compute_capability="9.0",
     )
+
+
+@pytest.fixture
+def identity(workload: Workload, machine: Machine) -> Identity:
+    return Identity(objective="samples_per_second", workload=workload, machine=machine, space={"global_batch": None})
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ from pathlib import Path
 import optuna
 import pytest
 
-from objectives.machine import Machine
-from objectives.workload import Workload
 from storage.attributes import PREFIX, RECORD, USER_RECORD, record_of
 from storage.export import export
 from storage.layout import ResultsFolder
@@ -22,11 +20,6 @@ SPACE: dict[str, optuna.distributions.BaseDistribution] = {
     "micro_batch_size": optuna.distributions.IntDistribution(1, 64),
     "gradient_accumulation_steps": optuna.distributions.IntDistribution(1, 64),
 }
-
-
-@pytest.fixture
-def identity(workload: Workload, machine: Machine) -> Identity:
-    return Identity(objective="samples_per_second", workload=workload, machine=machine, space={"global_batch": None})
 
 
 def opened(folder: Path, identity: Identity) -> StudyStore:

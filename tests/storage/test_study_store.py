@@ -11,9 +11,8 @@ import optuna_dashboard
 import pytest
 
 from objectives.errors import UsageError
-from objectives.machine import GIB, Machine
+from objectives.machine import GIB
 from objectives.trial import FailureKind, Figures, Measurement, TrialConfig
-from objectives.workload import Workload
 from storage.attributes import set_study_attribute
 from storage.records import Source, TrialRecord
 from storage.study_store import IDENTITY, Identity, StudyStore
@@ -24,11 +23,6 @@ SPACE: dict[str, optuna.distributions.BaseDistribution] = {
     "micro_batch_size": optuna.distributions.IntDistribution(1, 64),
     "gradient_accumulation_steps": optuna.distributions.IntDistribution(1, 64),
 }
-
-
-@pytest.fixture
-def identity(workload: Workload, machine: Machine) -> Identity:
-    return Identity(objective="samples_per_second", workload=workload, machine=machine, space={"global_batch": None})
 
 
 @pytest.fixture
