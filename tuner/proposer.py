@@ -58,7 +58,7 @@ TWIN_FITS = 0.5
 """ZeRO-3 is not needed for what is so likely to fit in a lower stage."""
 
 HOPELESS_STAGE_3 = 1.25
-"""Ratio of the best rate so far to the predicted one of a ZeRO-3 configuration beyond which that is not worth a trial. On
+"""Ratio of the best rate so far to a ZeRO-3 configuration's predicted one, beyond which that is not worth a trial. On
 two H200s it was 66 to 52 samples/s, and stage 3 took 19 to 30 s of a search's 59 to 79."""
 
 SETUP_SECONDS = (0.6, 0.6, 0.6, 3.5)
