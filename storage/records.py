@@ -215,13 +215,17 @@ class StudySummary:
         }
 
     def verified(self, record: TrialRecord) -> VerifiedRate | None:
-        """Rate of a trial's configuration by its verification runs; None without any."""
+        """Rate of a trial's configuration by its verification runs; None without any.
+
+        How far the others' runs lie apart counts, but not the baseline's: launching decides there, which is its own.
+        """
         finalists = self.finalists
         finalist = finalists.pop(record.config.name, None)
         if finalist is None:
             return None
-        # On a quiet machine what runs of one configuration differ by is its own.
-        return verified_rate(finalist, finalists.values() if self.disturbance is not None else ())
+        if self.baseline is not None:
+            finalists.pop(self.baseline.config.name, None)
+        return verified_rate(finalist, finalists.values())
 
     @property
     def contenders(self) -> dict[str, Finalist]:

@@ -9,13 +9,13 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "busy_machine.py"
 LEAST_RIGHT = {"quiet": 1.0, "drift": 0.65, "bimodal": 0.85, "neighbour": 0.75, "all at once": 0.45}
-"""Share of forty seeded studies; the rules before named 100, 69, 44, 70 and 43% right (docs/experiments.md)."""
+"""Share of 120 seeded studies; the rules before named 100, 69, 44, 70 and 43% right (docs/experiments.md)."""
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     path = tmp_path_factory.mktemp("busy") / "busy.json"
-    command = [sys.executable, str(SCRIPT), "--studies", "40", "--json", str(path)]
+    command = [sys.executable, str(SCRIPT), "--studies", "120", "--json", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     return {row["noise"]: row for row in json.loads(path.read_text())}
 
