@@ -26,13 +26,13 @@ from typing import TypeAlias
 import numpy as np
 import tabulate
 
-from objectives.machine import GIB, Machine
-from objectives.timing.intervals import is_answer, step_ci95, throughput, warmup_length
-from objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
-from objectives.trial import Measurement, TrialConfig
-from objectives.workload import Workload
-from storage.records import Source, StudySummary, TrialRecord
-from tuner.verification import judge, next_runs
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.timing.intervals import is_answer, step_ci95, throughput, warmup_length
+from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
+from ds_tune.objectives.trial import Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
+from ds_tune.tuner.verification import judge, next_runs
 
 MACHINE = Machine(device="cpu", name="a busy machine", ranks=2, memory_bytes=9 * GIB)
 START_SECONDS = {"search": 1.0, "verification": 12.0}

@@ -12,12 +12,12 @@ from typing import Any
 
 import tabulate
 
-from objectives.errors import UsageError
-from objectives.files import write_atomically
-from objectives.machine import GIB
-from objectives.timing.intervals import mean_ci95, speedup_ci95
-from objectives.trial import Measurement, TrialConfig, outcome_from_json
-from storage.verification import RUN_NOISE
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.files import write_atomically
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.timing.intervals import mean_ci95, speedup_ci95
+from ds_tune.objectives.trial import Measurement, TrialConfig, outcome_from_json
+from ds_tune.storage.verification import RUN_NOISE
 
 AUTOTUNER = "deepspeed"
 TRIAL_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "autotuning")

@@ -13,12 +13,12 @@ from autotuner_results import cut_experiment, experiments, lost_seconds, winner
 from comparison import AUTOTUNER, Sessions, last_written, trial_of
 from deepspeed_autotuner import Bench, run_alone, tail
 
-from objectives.errors import EnvironmentFault, UsageError
-from objectives.trial import Failure, FailureKind, TrialConfig
-from storage.document import study_document
-from storage.layout import ResultsFolder
-from storage.records import StudySummary
-from storage.study_store import StudyStore
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
+from ds_tune.storage.document import study_document
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import StudySummary
+from ds_tune.storage.study_store import StudyStore
 
 GRACE_SECONDS = 15.0
 NO_LIMIT_SECONDS = 1e6
@@ -123,7 +123,7 @@ class DsTune:
         log = self.folder.with_suffix(".log")
         environment = self._bench.environment()
         self.folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-P", "-m", "tuner", *self._words, *self._options()]
+        command = [sys.executable, "-P", "-m", "ds_tune.tuner", *self._words, *self._options()]
         with session(self, command) as ending:
             status = run_alone(command, self.folder, environment, log, NO_LIMIT_SECONDS, grace_seconds=GRACE_SECONDS)
             ending.how = f"ended with status {status}"

@@ -41,14 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from autotuner_results import experiments, winner
 
-from objectives import guard
-from objectives.ds_config import deepspeed_config
-from objectives.errors import DsTuneError, EnvironmentFault, UsageError
-from objectives.launcher import threads_per_rank
-from objectives.machine import Machine, detect_machine, software_versions
-from objectives.trial import TrialConfig
-from objectives.workload import Workload, check_workload
-from tuner.spec import DEFAULTS
+from ds_tune.objectives import guard
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
+from ds_tune.objectives.launcher import threads_per_rank
+from ds_tune.objectives.machine import Machine, detect_machine, software_versions
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload, check_workload
+from ds_tune.tuner.spec import DEFAULTS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TUNED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization")
@@ -57,7 +57,7 @@ VERIFY_SECONDS = 240.0
 GROUP_ENDS_SECONDS = 10.0
 
 TRAIN = """\
-from objectives.train import main
+from ds_tune.objectives.train import main
 
 main()
 """
@@ -65,9 +65,9 @@ main()
 # What DeepSpeedObjective's ranks do; the libraries come first, as they do there.
 TRAIN_CAPPED = """\
 import json, os
-from objectives.train import main
-from objectives.machine import Machine
-from objectives.rank.device import cap_memory
+from ds_tune.objectives.train import main
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.rank.device import cap_memory
 machine = Machine.from_json(json.loads({machine!r}))
 if machine.device == "cuda":
     import torch
@@ -96,7 +96,7 @@ exit 0
 LOAD_OP = """\
 import json, sys
 from deepspeed.accelerator import get_accelerator
-from objectives.rank.ops import optimizer_op
+from ds_tune.objectives.rank.ops import optimizer_op
 name = optimizer_op(json.load(open(sys.argv[1])))
 if name is not None:
     get_accelerator().create_op_builder(name).load()

@@ -21,14 +21,14 @@ from typing import Any
 from record_surface import PLAN, header, line
 from tabulate import tabulate
 
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.launcher import LocalLauncher
-from objectives.machine import GIB, Machine, detect_machine
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
-from tuner.spec import DEFAULTS
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.launcher import LocalLauncher
+from ds_tune.objectives.machine import GIB, Machine, detect_machine
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.spec import DEFAULTS
 
 FACTORS = (1.0, 1.18)
 """Of the predicted peak: it is taken not to run under the first, and to run under the second."""

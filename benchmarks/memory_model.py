@@ -22,16 +22,16 @@ import tabulate
 from policies import Ours, Run
 from search import capped, search, space_of
 
-from objectives.cost_model.calibration import Observation
-from objectives.cost_model.hardware import parse_hardware
-from objectives.cost_model.model import CostModel
-from objectives.errors import UsageError
-from objectives.knobs import Site
-from objectives.surface import Surface, read_surface
-from objectives.trial import Measurement, TrialConfig
-from objectives.workload import Workload
-from tuner.proposer import Proposer
-from tuner.space import Limits, Space, dimensions_of
+from ds_tune.objectives.cost_model.calibration import Observation
+from ds_tune.objectives.cost_model.hardware import parse_hardware
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.trial import Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.proposer import Proposer
+from ds_tune.tuner.space import Limits, Space, dimensions_of
 
 TRIALS = 20
 

@@ -8,14 +8,14 @@ from typing import Protocol
 import numpy as np
 import optuna
 
-from objectives.cost_model.calibration import Observation, observation_of
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.surface import Surface
-from objectives.trial import Measurement, Outcome, TrialConfig
-from tuner.proposer import ENOUGH_GAIN, Proposer
-from tuner.sampler import GridSampler, SpaceSampler, make_sampler
-from tuner.space import Space
+from ds_tune.objectives.cost_model.calibration import Observation, observation_of
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.surface import Surface
+from ds_tune.objectives.trial import Measurement, Outcome, TrialConfig
+from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
+from ds_tune.tuner.sampler import GridSampler, SpaceSampler, make_sampler
+from ds_tune.tuner.space import Space
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,14 +21,14 @@ import numpy.typing as npt
 import tabulate
 from scipy.optimize import least_squares
 
-from objectives.cost_model.architecture import Architecture, architecture_from_config
-from objectives.cost_model.hardware import parse_hardware
-from objectives.cost_model.memory import MemoryConstants
-from objectives.cost_model.model import CostModel
-from objectives.cost_model.step_time import StepConstants
-from objectives.machine import GIB
-from objectives.trial import TrialConfig
-from objectives.workload import SHIPPED_MODELS, Workload
+from ds_tune.objectives.cost_model.architecture import Architecture, architecture_from_config
+from ds_tune.objectives.cost_model.hardware import parse_hardware
+from ds_tune.objectives.cost_model.memory import MemoryConstants
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import SHIPPED_MODELS, Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

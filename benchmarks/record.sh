@@ -24,7 +24,7 @@ part() {
     [ "$status" -ne 0 ] || touch "$folder/$name.done"
 }
 
-part tune 420 "$python" -P -m tuner --trials 9 --results "$folder/results" --gpus "$gpus" "$@"
+part tune 420 "$python" -P -m ds_tune.tuner --trials 9 --results "$folder/results" --gpus "$gpus" "$@"
 part reproduce 150 "$python" "$here/reproduce.py" "$folder/results"
 part warm_ranks 400 "$python" "$here/warm_ranks.py" --out "$folder/warm_ranks.jsonl" --gpus "$gpus" \
     --part memory fresh --timed-seconds 2

@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.knobs import Site
-from objectives.launcher import LocalLauncher
-from objectives.machine import GIB, Machine, detect_machine, software_versions
-from objectives.site import site_of
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
-from tuner.spec import DEFAULTS, parse_memory
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.launcher import LocalLauncher
+from ds_tune.objectives.machine import GIB, Machine, detect_machine, software_versions
+from ds_tune.objectives.site import site_of
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.spec import DEFAULTS, parse_memory
 
 PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005, short_step_seconds=0.0)
 """Many configurations in little time: steps of one configuration differ by 1 to 3%."""

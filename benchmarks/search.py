@@ -33,13 +33,13 @@ import tabulate
 from least_memory import lost_shares
 from policies import MAKERS, Ours, Policy, Run
 
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.errors import UsageError
-from objectives.machine import GIB
-from objectives.surface import Surface, read_surface
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from tuner.space import Limits, Space
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.tuner.space import Limits, Space
 
 RUN_NOISE = 0.01
 CHECKPOINTS = (5, 9, 20)

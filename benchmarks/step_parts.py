@@ -19,13 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.launcher import LocalLauncher
-from objectives.machine import GIB, detect_machine, software_versions
-from objectives.timing.step_plan import PRECISE, StepPlan
-from objectives.trial import Measurement, TrialConfig
-from objectives.workload import Workload
-from tuner.spec import DEFAULTS
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.launcher import LocalLauncher
+from ds_tune.objectives.machine import GIB, detect_machine, software_versions
+from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
+from ds_tune.objectives.trial import Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.spec import DEFAULTS
 
 
 class TrialFailed(Exception):

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import tabulate
 
-from objectives.timing.intervals import mean_ci95, warmup_length
-from objectives.timing.step_parts import StepParts
-from objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
+from ds_tune.objectives.timing.intervals import mean_ci95, warmup_length
+from ds_tune.objectives.timing.step_parts import StepParts
+from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 
 GAS = 64
 """Micro-steps of a step in the later tables."""

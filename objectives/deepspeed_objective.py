@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from objectives.errors import EnvironmentFault
-from objectives.files import result_file
-from objectives.launcher import Launcher
-from objectives.machine import Machine
-from objectives.numerics import STEPS, LossCurve
-from objectives.rank_group import OnPhase, RankGroup
-from objectives.timing.intervals import throughput
-from objectives.timing.step_parts import StepParts
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.errors import EnvironmentFault
+from ds_tune.objectives.files import result_file
+from ds_tune.objectives.launcher import Launcher
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.numerics import STEPS, LossCurve
+from ds_tune.objectives.rank_group import OnPhase, RankGroup
+from ds_tune.objectives.timing.intervals import throughput
+from ds_tune.objectives.timing.step_parts import StepParts
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 
 class DeepSpeedObjective:

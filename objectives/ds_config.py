@@ -4,8 +4,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from objectives.trial import KNOBS, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.trial import KNOBS, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 # DeepSpeed's default bucket of 5e8 elements is 2 GB of fp32 per rank: on CPU that is slower and crowds out the model.
 CPU_BUCKET_ELEMENTS = 5_000_000

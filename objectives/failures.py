@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from objectives.trial import Failure, FailureKind
+from ds_tune.objectives.trial import Failure, FailureKind
 
 # What the layers under torch say when memory is gone. Matched against exception texts, and against the last
 # lines of the log of a rank that died without a word, where a C++ library aborted the process.

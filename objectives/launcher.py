@@ -23,11 +23,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol
 
-from objectives import guard
-from objectives.machine import Machine
+from ds_tune.objectives import guard
+from ds_tune.objectives.machine import Machine
 
-WORKER_MODULE = "objectives.rank.worker"
-TEMPLATE_MODULE = "objectives.rank.template"
+WORKER_MODULE = "ds_tune.objectives.rank.worker"
+TEMPLATE_MODULE = "ds_tune.objectives.rank.template"
 EXIT_LINE = re.compile(rb"^exit (-?\d+)\n", re.MULTILINE)
 
 

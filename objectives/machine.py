@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
-from objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
 
 GIB = 2**30
 

@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from objectives.cost_model.architecture import architecture_of
-from objectives.cost_model.hardware import TERA, hardware_of
-from objectives.errors import UsageError
-from objectives.machine import Machine
-from objectives.workload import Workload
+from ds_tune.objectives.cost_model.architecture import architecture_of
+from ds_tune.objectives.cost_model.hardware import TERA, hardware_of
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from objectives.errors import UsageError
+from ds_tune.objectives.errors import UsageError
 
 SIZE_NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),

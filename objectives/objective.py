@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from objectives.numerics import LossCurve
-from objectives.rank_group import OnPhase
-from objectives.trial import Failure, Figures, Outcome, TrialConfig
+from ds_tune.objectives.numerics import LossCurve
+from ds_tune.objectives.rank_group import OnPhase
+from ds_tune.objectives.trial import Failure, Figures, Outcome, TrialConfig
 
 
 class Objective(Protocol):

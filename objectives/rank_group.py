@@ -18,12 +18,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from objectives.errors import EnvironmentFault, UsageError
-from objectives.failures import failure_of_deadline, failure_of_exit, host_oom_kills, root_cause
-from objectives.files import result_file
-from objectives.launcher import Launcher, RankProcess
-from objectives.machine import GIB
-from objectives.trial import Failure, FailureKind
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.failures import failure_of_deadline, failure_of_exit, host_oom_kills, root_cause
+from ds_tune.objectives.files import result_file
+from ds_tune.objectives.launcher import Launcher, RankProcess
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import Failure, FailureKind
 
 START_SECONDS = 180.0
 """A rank that has not said it is ready by then never will: imports take 4 to 16 s, rendezvous 2 s."""

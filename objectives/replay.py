@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from objectives.rank_group import OnPhase
-from objectives.surface import Surface
-from objectives.trial import Figures, Outcome, TrialConfig
+from ds_tune.objectives.rank_group import OnPhase
+from ds_tune.objectives.surface import Surface
+from ds_tune.objectives.trial import Figures, Outcome, TrialConfig
 
 
 class ReplayObjective:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from objectives.cost_model.model import CostModel
-from objectives.machine import GIB, Machine
-from objectives.rank_group import OnPhase
-from objectives.timing.intervals import step_ci95, throughput
-from objectives.timing.step_parts import StepParts
-from objectives.timing.step_plan import StepPlan, is_hopeless
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.rank_group import OnPhase
+from ds_tune.objectives.timing.intervals import step_ci95, throughput
+from ds_tune.objectives.timing.step_parts import StepParts
+from ds_tune.objectives.timing.step_plan import StepPlan, is_hopeless
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 
 # Standard deviations of the logarithm of what the machine does over what the formulas say.
 MACHINE_DEVIATION = 0.10

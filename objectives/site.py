@@ -3,11 +3,11 @@
 import dataclasses
 import importlib.util
 
-from objectives.cost_model.architecture import architecture_of
-from objectives.errors import UsageError
-from objectives.knobs import Site
-from objectives.machine import Machine
-from objectives.workload import Workload
+from ds_tune.objectives.cost_model.architecture import architecture_of
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.workload import Workload
 
 
 def site_of(workload: Workload, machine: Machine) -> Site:

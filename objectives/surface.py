@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from objectives.errors import UsageError
-from objectives.machine import GIB, Machine
-from objectives.timing.intervals import throughput
-from objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
-from objectives.workload import DTYPES, Workload
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.timing.intervals import throughput
+from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import DTYPES, Workload
 
 LARGEST = 2**20
 """Beyond it a whole number is a slip of the pen; no such batch, and no such number of ranks."""

@@ -1,6 +1,6 @@
 """A plain DeepSpeed training script: what `cmd_optimal.txt` runs, and a check of what ds-tune reports.
 
-    deepspeed --module objectives.train --model gpt2-xl --seq-len 1024 \\
+    deepspeed --module ds_tune.objectives.train --model gpt2-xl --seq-len 1024 \\
         --deepspeed --deepspeed_config autotuning_results/ds_config_optimal.json
 
 It trains as many scripts do, with a loop of its own and a wall clock around whole optimizer steps, and shares
@@ -20,16 +20,16 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from objectives.ds_config import dtype_of
-from objectives.rank.data import batches, load_blocks
-from objectives.rank.distributed import skip_unused_ops
-from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
-from objectives.rank.model import build_model, load_config
-from objectives.workload import Workload
+from ds_tune.objectives.ds_config import dtype_of
+from ds_tune.objectives.rank.data import batches, load_blocks
+from ds_tune.objectives.rank.distributed import skip_unused_ops
+from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
+from ds_tune.objectives.rank.model import build_model, load_config
+from ds_tune.objectives.workload import Workload
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="objectives.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ds_tune.objectives.train", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gpt2-xl", help="as for ds-tune")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens a sample")
     parser.add_argument("--dataset", help="local files or a hub id; synthetic tokens without it")

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any, Self, TypeAlias
 
-from objectives.knobs import (
+from ds_tune.objectives.knobs import (
     Knob,
     attention_runs,
     can_compile,
@@ -29,7 +29,7 @@ from objectives.knobs import (
     states_crowd_the_memory,
     zero,
 )
-from objectives.timing.step_parts import StepParts
+from ds_tune.objectives.timing.step_parts import StepParts
 
 OFFLOADED: dict[str, dict[str, Any]] = {
     "cpu": {"offload_optimizer": {"device": "cpu", "pin_memory": True}},

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from objectives.errors import UsageError
-from objectives.model_sizes import check_sizes
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.model_sizes import check_sizes
 
 DTYPES = ("fp16", "bf16", "fp32")
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from storage.records import TrialRecord
+from ds_tune.storage.records import TrialRecord
 
 PREFIX = "ds_tune:"
 RECORD = "ds_tune:record"

@@ -9,8 +9,8 @@ import optuna
 import sqlalchemy
 import sqlalchemy.exc
 
-from objectives.errors import DsTuneError, EnvironmentFault, UsageError
-from storage.urls import check_storage_url, masked
+from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
+from ds_tune.storage.urls import check_storage_url, masked
 
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
 """What comes out of Optuna when its database fails."""

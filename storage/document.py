@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any
 
-from objectives.metric import METRICS
-from objectives.numerics import NumericsCheck
-from objectives.trial import Measurement
-from storage.explanation import explanation_lines
-from storage.forecasts import forecast_errors
-from storage.metrics import metric_values, peak_flops_source
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.metric import METRICS
+from ds_tune.objectives.numerics import NumericsCheck
+from ds_tune.objectives.trial import Measurement
+from ds_tune.storage.explanation import explanation_lines
+from ds_tune.storage.forecasts import forecast_errors
+from ds_tune.storage.metrics import metric_values, peak_flops_source
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 
 def study_document(summary: StudySummary) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import optuna
 
-from objectives.trial import Figures
-from storage.identity import Identity
-from storage.records import TrialRecord
-from storage.study_store import IDENTITY, StudyStore
+from ds_tune.objectives.trial import Figures
+from ds_tune.storage.identity import Identity
+from ds_tune.storage.records import TrialRecord
+from ds_tune.storage.study_store import IDENTITY, StudyStore
 
 
 def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:

@@ -4,14 +4,14 @@ import dataclasses
 import math
 import statistics
 
-from objectives.cost_model.hardware import Hardware, hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.errors import UsageError
-from objectives.knobs import Site
-from objectives.machine import GIB
-from objectives.site import site_of
-from objectives.trial import KNOBS, Measurement, TrialConfig
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.site import site_of
+from ds_tune.objectives.trial import KNOBS, Measurement, TrialConfig
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 WORTH_SAYING = 0.01
 """A predicted gain below this is within the noise of a step."""

@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from objectives.ds_config import deepspeed_config
-from objectives.files import write_atomically
-from objectives.launcher import threads_per_rank
-from objectives.machine import Machine
-from objectives.metric import DEFAULT_METRIC, METRICS
-from objectives.trial import CORE_FIELDS, KNOBS, Figures, Measurement, TrialConfig
-from objectives.workload import Workload
-from storage.document import study_document
-from storage.layout import ResultsFolder
-from storage.markdown import closing_line, stage_table, summary_markdown
-from storage.metrics import metric_values
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.files import write_atomically
+from ds_tune.objectives.launcher import threads_per_rank
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
+from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Figures, Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.document import study_document
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.markdown import closing_line, stage_table, summary_markdown
+from ds_tune.storage.metrics import metric_values
+from ds_tune.storage.records import StudySummary, TrialRecord
 
-TRAINING_MODULE = "objectives.train"
+TRAINING_MODULE = "ds_tune.objectives.train"
 MICROSECONDS = 1e6
 
 CSV_COLUMNS = (

@@ -4,8 +4,8 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from objectives.trial import Measurement
-from storage.records import StudySummary
+from ds_tune.objectives.trial import Measurement
+from ds_tune.storage.records import StudySummary
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from objectives.trial import TrialConfig
+from ds_tune.objectives.trial import TrialConfig
 
 DEFAULT_RESULTS = "autotuning_results"
 """As DeepSpeed's own autotuner names it."""

@@ -10,8 +10,8 @@ from typing import Self
 
 import sqlalchemy.engine
 
-from objectives.errors import DsTuneError, EnvironmentFault, UsageError
-from storage.urls import masked
+from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
+from ds_tune.storage.urls import masked
 
 
 class StudyLock:

@@ -4,15 +4,15 @@ import datetime
 
 import tabulate
 
-from objectives.machine import GIB
-from objectives.numerics import NumericsCheck
-from objectives.timing.intervals import is_answer
-from objectives.trial import KNOBS, Figures, Measurement
-from storage.explanation import explanation_lines
-from storage.forecasts import forecast_errors
-from storage.metrics import metric_line, metric_rows
-from storage.records import StudySummary, TrialRecord, TrialState
-from storage.verification import LEVEL
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.numerics import NumericsCheck
+from ds_tune.objectives.timing.intervals import is_answer
+from ds_tune.objectives.trial import KNOBS, Figures, Measurement
+from ds_tune.storage.explanation import explanation_lines
+from ds_tune.storage.forecasts import forecast_errors
+from ds_tune.storage.metrics import metric_line, metric_rows
+from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.storage.verification import LEVEL
 
 ORIGINS = {
     Figures.SIMULATED: "All figures are **simulated**: a model of the hardware gave them, with noise; nothing was run.",

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from objectives.metric import DEFAULT_METRIC, METRICS, all_metrics, metric_context
-from objectives.trial import Measurement
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS, all_metrics, metric_context
+from ds_tune.objectives.trial import Measurement
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 
 def metric_values(

@@ -3,10 +3,10 @@
 import optuna
 import optuna_dashboard
 
-from objectives.machine import GIB
-from objectives.trial import Failure, Figures
-from storage.markdown import rate_words, standing_words, summary_markdown, verdict_lines, verified_words
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import Failure, Figures
+from ds_tune.storage.markdown import rate_words, standing_words, summary_markdown, verdict_lines, verified_words
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 OWN_NOTE = "**{name}**"
 """How a note that ds-tune wrote begins."""

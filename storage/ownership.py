@@ -6,10 +6,10 @@ from typing import Any
 
 import sqlalchemy.engine
 
-from objectives.errors import UsageError
-from objectives.files import write_atomically
-from storage.layout import ResultsFolder
-from storage.urls import masked
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.files import write_atomically
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.urls import masked
 
 _PLACE_PARAMETERS = ("host", "port", "service", "unix_socket", "options")
 """What of a URL's parameters says which database is meant, and not how it is reached."""

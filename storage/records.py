@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from objectives.cost_model.forecast import Excluded, Forecast
-from objectives.machine import GIB, Machine
-from objectives.metric import DEFAULT_METRIC
-from objectives.numerics import NumericsCheck
-from objectives.timing.intervals import speedup_ci95
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
-from objectives.workload import Workload
-from storage.ablations import Contributions
-from storage.verification import (
+from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.metric import DEFAULT_METRIC
+from ds_tune.objectives.numerics import NumericsCheck
+from ds_tune.objectives.timing.intervals import speedup_ci95
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.ablations import Contributions
+from ds_tune.storage.verification import (
     Finalist,
     VerifiedRate,
     is_busy,

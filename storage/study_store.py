@@ -15,20 +15,20 @@ import optuna_dashboard
 import sqlalchemy.engine
 from optuna.distributions import BaseDistribution
 
-from objectives.cost_model.forecast import Excluded
-from objectives.errors import UsageError
-from objectives.machine import GIB, Machine
-from objectives.metric import METRICS, all_metrics, metric_context
-from objectives.numerics import NumericsCheck
-from objectives.trial import Failure, Figures, Measurement, TrialConfig
-from objectives.workload import Workload
-from storage.ablations import Contributions
-from storage.attributes import record_of, save_record, set_study_attribute, study_attributes
-from storage.database import open_storage
-from storage.identity import IDENTITY_DEFAULTS, Identity, differences
-from storage.notes import save_notes, trial_note
-from storage.records import Source, StudySummary, TrialRecord, TrialState
-from storage.urls import check_storage_url, masked
+from ds_tune.objectives.cost_model.forecast import Excluded
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.metric import METRICS, all_metrics, metric_context
+from ds_tune.objectives.numerics import NumericsCheck
+from ds_tune.objectives.trial import Failure, Figures, Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.ablations import Contributions
+from ds_tune.storage.attributes import record_of, save_record, set_study_attribute, study_attributes
+from ds_tune.storage.database import open_storage
+from ds_tune.storage.identity import IDENTITY_DEFAULTS, Identity, differences
+from ds_tune.storage.notes import save_notes, trial_note
+from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialState
+from ds_tune.storage.urls import check_storage_url, masked
 
 # What is stored with the study (`storage.attributes`), and a trial's source, a user attribute.
 IDENTITY = "ds_tune:identity"

@@ -5,7 +5,7 @@ from pathlib import Path
 import sqlalchemy.engine
 import sqlalchemy.exc
 
-from objectives.errors import UsageError
+from ds_tune.objectives.errors import UsageError
 
 _SECRET_PARAMETERS = ("password", "passwd", "sslpassword", "token")
 BACKENDS = ("sqlite", "postgresql", "mysql")

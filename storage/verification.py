@@ -5,8 +5,8 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from objectives.timing.intervals import T95, T98, UNSEEN_FASTER, log_half_width, student_quantile
-from objectives.trial import Measurement
+from ds_tune.objectives.timing.intervals import T95, T98, UNSEEN_FASTER, log_half_width, student_quantile
+from ds_tune.objectives.trial import Measurement
 
 RUN_NOISE = 0.005
 """Relative standard deviation between two runs of one configuration that their own steps don't show: repeats on one

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from objectives.errors import UsageError
-from tuner.cli import COMMANDS
+from ds_tune.objectives.errors import UsageError
+from ds_tune.tuner.cli import COMMANDS
 
 CHECKOUT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(CHECKOUT) for path in [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")])

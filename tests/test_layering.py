@@ -18,13 +18,15 @@ TESTS = sorted(path.relative_to(CHECKOUT) for path in (CHECKOUT / "tests").rglob
 
 
 def imported(module: Path) -> Iterator[tuple[str, int]]:
-    """The top-level package and the line of every import in a module, also those inside functions."""
+    """The package and the line of every import in a module, also those inside functions; ours by its folder's name."""
     for node in ast.walk(ast.parse((CHECKOUT / module).read_text(), filename=str(module))):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             assert node.module
-            yield node.module.partition(".")[0], node.lineno
+            names = [node.module]
+        yield from ((name.removeprefix("ds_tune.").partition(".")[0], node.lineno) for name in names)
 
 
 def runs_in_a_rank(module: Path) -> bool:
@@ -42,7 +44,7 @@ def test_imports_go_one_way(module: Path) -> None:
 
 
 def test_the_command_line_does_not_load_what_ranks_load() -> None:
-    loaded = f"import sys, tuner.cli; print(*sorted({RANK_ONLY!r} & set(sys.modules)))"
+    loaded = f"import sys, ds_tune.tuner.cli; print(*sorted({RANK_ONLY!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", loaded], cwd=CHECKOUT, check=True, capture_output=True, text=True)
     assert result.stdout.split() == []
 

@@ -1,4 +1,4 @@
-"""`python -m tuner`, and the command `ds-tune`."""
+"""`python -m ds_tune.tuner`, and the command `ds-tune`."""
 
 import sys
 
@@ -8,7 +8,7 @@ INTERRUPTED = 130
 def run() -> int:
     """Returns the exit status."""
     try:
-        from tuner.cli import main  # takes half a second, in which Ctrl-C is to end this as quietly as later on
+        from ds_tune.tuner.cli import main  # takes half a second, in which Ctrl-C is to end this as quietly as later on
 
         return main()
     except KeyboardInterrupt:

@@ -10,22 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from objectives.cost_model.hardware import Hardware, machine_of, parse_hardware
-from objectives.cost_model.model import CostModel
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.errors import UsageError
-from objectives.launcher import LocalLauncher
-from objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
-from objectives.objective import Objective
-from objectives.replay import ReplayObjective
-from objectives.simulated import SimulatedObjective
-from objectives.surface import Surface, read_surface
-from objectives.timing.step_plan import PRECISE, StepPlan
-from objectives.trial import Failure, TrialConfig
-from objectives.workload import SHIPPED_MODELS, Workload, check_workload, load_base_ds_config
-from tuner.arguments import TRAINING_OPTIONS, given
-from tuner.finals import Verification
-from tuner.spec import DEFAULTS, StudySpec, parse_memory
+from ds_tune.objectives.cost_model.hardware import Hardware, machine_of, parse_hardware
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.launcher import LocalLauncher
+from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
+from ds_tune.objectives.objective import Objective
+from ds_tune.objectives.replay import ReplayObjective
+from ds_tune.objectives.simulated import SimulatedObjective
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
+from ds_tune.objectives.trial import Failure, TrialConfig
+from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, check_workload, load_base_ds_config
+from ds_tune.tuner.arguments import TRAINING_OPTIONS, given
+from ds_tune.tuner.finals import Verification
+from ds_tune.tuner.spec import DEFAULTS, StudySpec, parse_memory
 
 Objectives: TypeAlias = tuple[Objective, Verification | None]
 """Whom the search asks, and who verifies; None where there is nothing that could run again."""

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from objectives.cost_model.hardware import CATALOGUE
-from objectives.errors import UsageError
-from objectives.machine import DEFAULT_CPU_RANKS
-from objectives.metric import DEFAULT_METRIC, METRICS
-from objectives.trial import KNOBS
-from objectives.workload import DTYPES, SHIPPED_MODELS
-from storage.layout import DEFAULT_RESULTS
-from tuner.space import PRESETS
-from tuner.spec import DEFAULT_SAMPLER, DEFAULT_STUDY, DEFAULT_TRIAL_SECONDS, DEFAULT_TRIALS, SAMPLER_NAMES
+from ds_tune.objectives.cost_model.hardware import CATALOGUE
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import DEFAULT_CPU_RANKS
+from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
+from ds_tune.objectives.trial import KNOBS
+from ds_tune.objectives.workload import DTYPES, SHIPPED_MODELS
+from ds_tune.storage.layout import DEFAULT_RESULTS
+from ds_tune.tuner.space import PRESETS
+from ds_tune.tuner.spec import DEFAULT_SAMPLER, DEFAULT_STUDY, DEFAULT_TRIAL_SECONDS, DEFAULT_TRIALS, SAMPLER_NAMES
 
 NUMERICS = [f"numerics:{field}" for field, knob in KNOBS.items() if knob.numerics is not None]
 

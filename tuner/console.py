@@ -12,12 +12,12 @@ import rich.live
 import rich.table
 import rich.text
 
-from objectives.machine import GIB
-from objectives.numerics import NumericsCheck
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from storage.explanation import explanation_lines
-from storage.forecasts import forecast_errors
-from storage.markdown import (
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.numerics import NumericsCheck
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.storage.explanation import explanation_lines
+from ds_tune.storage.forecasts import forecast_errors
+from ds_tune.storage.markdown import (
     IS_LEVEL,
     UNSETTLED,
     WINNER,
@@ -31,10 +31,10 @@ from storage.markdown import (
     verdict_lines,
     verified_words,
 )
-from storage.metrics import metric_line, metric_rows
-from storage.records import StudySummary, TrialRecord, TrialState
-from tuner.space import DIMENSIONS
-from tuner.time_left import EXPLANATION_RUNS, VERIFICATION_RUNS, RunsLeft
+from ds_tune.storage.metrics import metric_line, metric_rows
+from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.tuner.space import DIMENSIONS
+from ds_tune.tuner.time_left import EXPLANATION_RUNS, VERIFICATION_RUNS, RunsLeft
 
 _STYLES = {TrialState.COMPLETE: "green", TrialState.PRUNED: "yellow", TrialState.FAILED: "red"}
 

@@ -5,8 +5,8 @@ import socket
 
 import optuna_dashboard
 
-from objectives.errors import UsageError
-from storage.database import open_storage
+from ds_tune.objectives.errors import UsageError
+from ds_tune.storage.database import open_storage
 
 HOST = "127.0.0.1"
 """The dashboard has no authentication and can delete studies: it is for this machine's user only."""

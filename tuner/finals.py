@@ -6,18 +6,18 @@ import math
 import time
 from collections.abc import Callable
 
-from objectives.numerics import LossCurve, NumericsCheck
-from objectives.objective import Objective, TrainingObjective
-from objectives.trial import CORE_FIELDS, KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
-from storage.ablations import Ablation, Contributions
-from storage.layout import ResultsFolder
-from storage.records import Source, StudyState, StudySummary, TrialRecord
-from storage.study_store import StudyStore
-from storage.verification import RUN_NOISE, Finalist, log_rate, undisturbed_log_rate
-from tuner.observer import Observer
-from tuner.space import Space
-from tuner.stopping import StopSignals
-from tuner.verification import judge, next_runs
+from ds_tune.objectives.numerics import LossCurve, NumericsCheck
+from ds_tune.objectives.objective import Objective, TrainingObjective
+from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.storage.ablations import Ablation, Contributions
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import Source, StudyState, StudySummary, TrialRecord
+from ds_tune.storage.study_store import StudyStore
+from ds_tune.storage.verification import RUN_NOISE, Finalist, log_rate, undisturbed_log_rate
+from ds_tune.tuner.observer import Observer
+from ds_tune.tuner.space import Space
+from ds_tune.tuner.stopping import StopSignals
+from ds_tune.tuner.verification import judge, next_runs
 
 COMPARED_ACCUMULATION = 2
 """More micro-steps a step show nothing that two do not; the comparison is spared them."""

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from objectives.numerics import NumericsCheck
-from objectives.trial import Outcome, TrialConfig
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.numerics import NumericsCheck
+from ds_tune.objectives.trial import Outcome, TrialConfig
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 
 class Observer(Protocol):

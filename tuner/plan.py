@@ -9,15 +9,15 @@ from typing import Any
 import rich.console
 import rich.table
 
-from objectives.cost_model.forecast import Forecast
-from objectives.cost_model.hardware import Hardware, hardware_of, parse_hardware
-from objectives.cost_model.memory_calibration import Fragments
-from objectives.cost_model.model import CostModel, Prediction
-from objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
-from tuner.proposer import Proposer
-from tuner.space import Space
+from ds_tune.objectives.cost_model.forecast import Forecast
+from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of, parse_hardware
+from ds_tune.objectives.cost_model.memory_calibration import Fragments
+from ds_tune.objectives.cost_model.model import CostModel, Prediction
+from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.proposer import Proposer
+from ds_tune.tuner.space import Space
 
 CERTAIN_ENOUGH = 0.5
 """A configuration is said to fit when that is likelier than not."""

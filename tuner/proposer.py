@@ -14,14 +14,14 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from objectives.cost_model.calibration import Observation, RatePosterior, calibrate_rates
-from objectives.cost_model.forecast import Excluded, Forecast
-from objectives.cost_model.gaussian_process import normal_cdf
-from objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
-from objectives.cost_model.model import CostModel, Floats, grid_of
-from objectives.timing.step_parts import FEWEST_MICRO_STEPS
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import TrialConfig
+from ds_tune.objectives.cost_model.calibration import Observation, RatePosterior, calibrate_rates
+from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
+from ds_tune.objectives.cost_model.gaussian_process import normal_cdf
+from ds_tune.objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
+from ds_tune.objectives.cost_model.model import CostModel, Floats, grid_of
+from ds_tune.objectives.timing.step_parts import FEWEST_MICRO_STEPS
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.003
 """What is not expected to make training so much faster is not worth a trial. Replayed on six recorded surfaces, the

@@ -13,14 +13,14 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from objectives.cost_model.calibration import Observation, observation_of
-from objectives.cost_model.forecast import Excluded, Forecast
-from objectives.cost_model.model import CostModel
-from objectives.trial import TrialConfig
-from storage.attributes import record_of
-from storage.records import TrialRecord
-from tuner.proposer import Proposal, Proposer
-from tuner.space import Space
+from ds_tune.objectives.cost_model.calibration import Observation, observation_of
+from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.storage.attributes import record_of
+from ds_tune.storage.records import TrialRecord
+from ds_tune.tuner.proposer import Proposal, Proposer
+from ds_tune.tuner.space import Space
 
 STARTUP_TRIALS = 4
 """Optuna's default of 10 random trials would make all of `--trials 9` a random search."""

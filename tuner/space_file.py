@@ -22,11 +22,11 @@ from typing import Any, Self
 
 import yaml
 
-from objectives.errors import UsageError
-from objectives.knobs import Scalar, Site
-from objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
-from tuner.conditions import Condition
-from tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import Scalar, Site
+from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
+from ds_tune.tuner.conditions import Condition
+from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values
 
 FIELDS = (*CORE_FIELDS, *KNOBS)
 PRESETS_TO_EXTEND = ("core", "speed")

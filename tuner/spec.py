@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from objectives.errors import UsageError
-from objectives.machine import Machine
-from objectives.metric import DEFAULT_METRIC
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
-from storage.layout import ResultsFolder
-from tuner.space import Limits
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.metric import DEFAULT_METRIC
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.tuner.space import Limits
 
 DEFAULT_STUDY = "ds-tune"
 DEFAULT_TRIALS = 9

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import optuna
 
-from objectives.cost_model.model import CostModel
-from objectives.errors import EnvironmentFault, UsageError
-from objectives.machine import software_versions
-from objectives.objective import Objective
-from objectives.trial import Failure, FailureKind, TrialConfig
-from storage.earlier import earlier_records
-from storage.export import write_trial_inputs
-from storage.identity import Identity
-from storage.lock import StudyLock
-from storage.ownership import check_owner, claim
-from storage.records import Source, StudySummary, TrialRecord, TrialState
-from storage.study_store import SOURCE, StudyStore
-from tuner.finals import Finals, Verification
-from tuner.observer import Observer
-from tuner.proposer import ENOUGH_GAIN
-from tuner.sampler import CostModelSampler, make_sampler, unvisited
-from tuner.space import study_space
-from tuner.spec import StudySpec
-from tuner.stopping import StopSignals
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.machine import software_versions
+from ds_tune.objectives.objective import Objective
+from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
+from ds_tune.storage.earlier import earlier_records
+from ds_tune.storage.export import write_trial_inputs
+from ds_tune.storage.identity import Identity
+from ds_tune.storage.lock import StudyLock
+from ds_tune.storage.ownership import check_owner, claim
+from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialState
+from ds_tune.storage.study_store import SOURCE, StudyStore
+from ds_tune.tuner.finals import Finals, Verification
+from ds_tune.tuner.observer import Observer
+from ds_tune.tuner.proposer import ENOUGH_GAIN
+from ds_tune.tuner.sampler import CostModelSampler, make_sampler, unvisited
+from ds_tune.tuner.space import study_space
+from ds_tune.tuner.spec import StudySpec
+from ds_tune.tuner.stopping import StopSignals
 
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""

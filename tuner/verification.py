@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from objectives.timing.intervals import is_answer
-from storage.records import Source, StudySummary, TrialRecord
-from storage.verification import compare
+from ds_tune.objectives.timing.intervals import is_answer
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
+from ds_tune.storage.verification import compare
 
 CANDIDATES = 3
 SURE_CANDIDATES = 2

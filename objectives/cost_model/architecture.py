@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from objectives.errors import UsageError
-from objectives.model_sizes import (
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.model_sizes import (
     BERT_LIKE,
     FAMILIES,
     LLAMA_LIKE,
@@ -19,7 +19,7 @@ from objectives.model_sizes import (
     stated_sizes,
     text_configuration,
 )
-from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
+from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, model_config_path
 
 FUSED_ATTENTION = ("gpt2", "gpt_bigcode", "gpt_neox", "bloom", "falcon")
 """Families that project to queries, keys and values by one matrix."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from objectives.cost_model.gaussian_process import (
+from ds_tune.objectives.cost_model.gaussian_process import (
     Kernel,
     Process,
     Rows,
@@ -20,8 +20,8 @@ from objectives.cost_model.gaussian_process import (
     same,
     smooth,
 )
-from objectives.cost_model.model import Floats, Grid
-from objectives.trial import Failure, FailureKind, Measurement, Outcome
+from ds_tune.objectives.cost_model.model import Floats, Grid
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome
 
 RUN_NOISE = 0.01
 """Relative standard deviation of one run's rate that its own steps don't show."""

@@ -6,8 +6,8 @@ Peaks are the makers' dense figures (data sheets); what training reaches of them
 import dataclasses
 import re
 
-from objectives.errors import UsageError
-from objectives.machine import GIB, Machine
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB, Machine
 
 TERA = 1e12
 GIGA = 1e9

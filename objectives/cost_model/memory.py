@@ -8,9 +8,9 @@ besides); the states follow ZeRO (Rajbhandari et al. 2020) and DeepSpeed 0.19's 
 
 import dataclasses
 
-from objectives.cost_model.architecture import Architecture
-from objectives.knobs import LOSS_CHUNKS
-from objectives.trial import TrialConfig
+from ds_tune.objectives.cost_model.architecture import Architecture
+from ds_tune.objectives.knobs import LOSS_CHUNKS
+from ds_tune.objectives.trial import TrialConfig
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's `reduce_bucket_size`."""

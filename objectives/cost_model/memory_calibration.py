@@ -15,8 +15,8 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from objectives.cost_model.calibration import Observation
-from objectives.cost_model.gaussian_process import (
+from ds_tune.objectives.cost_model.calibration import Observation
+from ds_tune.objectives.cost_model.gaussian_process import (
     Kernel,
     Process,
     Rows,
@@ -26,7 +26,7 @@ from objectives.cost_model.gaussian_process import (
     posterior_at,
     same,
 )
-from objectives.cost_model.model import Floats, Grid
+from ds_tune.objectives.cost_model.model import Floats, Grid
 
 MEMORY_NOISE = 0.008
 """Relative standard deviation of a measured peak about a smooth function."""

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from objectives.cost_model.architecture import Architecture, architecture_of
-from objectives.cost_model.hardware import Hardware
-from objectives.cost_model.memory import (
+from ds_tune.objectives.cost_model.architecture import Architecture, architecture_of
+from ds_tune.objectives.cost_model.hardware import Hardware
+from ds_tune.objectives.cost_model.memory import (
     DEFAULT_BUCKET_ELEMENTS,
     MemoryConstants,
     MemoryEstimate,
     predict_memory,
 )
-from objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
-from objectives.ds_config import CPU_BUCKET_ELEMENTS
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
+from ds_tune.objectives.ds_config import CPU_BUCKET_ELEMENTS
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
 
 Floats = npt.NDArray[np.float64]
 

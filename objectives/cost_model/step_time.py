@@ -8,10 +8,10 @@ compute is hidden. Only a prior: the study's own measurements correct it (`objec
 
 import dataclasses
 
-from objectives.cost_model.architecture import Architecture
-from objectives.cost_model.hardware import Hardware
-from objectives.cost_model.memory import tensors_of_a_block
-from objectives.trial import TrialConfig
+from ds_tune.objectives.cost_model.architecture import Architecture
+from ds_tune.objectives.cost_model.hardware import Hardware
+from ds_tune.objectives.cost_model.memory import tensors_of_a_block
+from ds_tune.objectives.trial import TrialConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

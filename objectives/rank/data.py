@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import transformers
 
-from objectives.errors import UsageError
-from objectives.workload import SHIPPED_MODELS, Workload, dataset_files, model_config_path
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, dataset_files, model_config_path
 
 TOKEN_BLOCKS = 512
 """Enough for every global batch to differ from the last; the stream starts over behind it."""

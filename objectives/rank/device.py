@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from objectives.errors import EnvironmentFault
-from objectives.machine import Machine
+from ds_tune.objectives.errors import EnvironmentFault
+from ds_tune.objectives.machine import Machine
 
 LAST_TORCH_WITH_VOLTA = "2.10"
 

@@ -8,10 +8,10 @@ import deepspeed
 import torch
 import transformers
 
-from objectives.errors import UsageError
-from objectives.rank.attention import implementation_of
-from objectives.rank.output_projection import pad_output_projection, take_loss_in_projection
-from objectives.trial import KNOBS
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.rank.attention import implementation_of
+from ds_tune.objectives.rank.output_projection import pad_output_projection, take_loss_in_projection
+from ds_tune.objectives.trial import KNOBS
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob",
             "hidden_dropout", "attention_dropout", "resid_dropout", "embed_dropout", "dropout")  # fmt: skip

@@ -9,10 +9,10 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from objectives.ds_config import dtype_of
-from objectives.errors import UsageError
-from objectives.model_sizes import check_sizes
-from objectives.workload import SHIPPED_MODELS, Workload, model_config_path
+from ds_tune.objectives.ds_config import dtype_of
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.model_sizes import check_sizes
+from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, model_config_path
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

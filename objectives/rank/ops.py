@@ -19,7 +19,7 @@ from deepspeed.ops.op_builder.quantizer import QuantizerBuilder
 from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
 from torch.utils.cpp_extension import get_default_build_root
 
-from objectives.errors import EnvironmentFault
+from ds_tune.objectives.errors import EnvironmentFault
 
 COMPILE_SECONDS = 900.0
 """Seen: an optimizer's in 33 s beside an H200 and in two and a half minutes on two busy cores, DeepCompile's in more

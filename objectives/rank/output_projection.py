@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from objectives.errors import UsageError
-from objectives.knobs import HEAD_THEN_LOSS, LOSS_CHUNKS
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import HEAD_THEN_LOSS, LOSS_CHUNKS
 
 NOT_A_TARGET = -100
 """The label of a token that has no loss, in transformers and torch."""

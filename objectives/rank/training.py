@@ -13,21 +13,21 @@ import deepspeed
 import torch
 import transformers
 
-from objectives.deadlines import BUILD_SECONDS, predicted_step_seconds, timed_deadline, warmup_deadline
-from objectives.ds_config import deepspeed_config
-from objectives.machine import Machine
-from objectives.rank.data import batches
-from objectives.rank.device import Meter
-from objectives.rank.distributed import slowest
-from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
-from objectives.rank.model import build_model, count_parameters, flops_per_sample
-from objectives.rank.ops import COMPILE_SECONDS, KNOB_OPS, load_knob_op
-from objectives.rank.progress import Progress
-from objectives.timing.intervals import is_drifting, step_ci95, warmup_length
-from objectives.timing.step_parts import FEWEST_MICRO_STEPS, StepParts, whole_step
-from objectives.timing.step_plan import StepPlan, is_hopeless
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.deadlines import BUILD_SECONDS, predicted_step_seconds, timed_deadline, warmup_deadline
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.rank.data import batches
+from ds_tune.objectives.rank.device import Meter
+from ds_tune.objectives.rank.distributed import slowest
+from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
+from ds_tune.objectives.rank.model import build_model, count_parameters, flops_per_sample
+from ds_tune.objectives.rank.ops import COMPILE_SECONDS, KNOB_OPS, load_knob_op
+from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.timing.intervals import is_drifting, step_ci95, warmup_length
+from ds_tune.objectives.timing.step_parts import FEWEST_MICRO_STEPS, StepParts, whole_step
+from ds_tune.objectives.timing.step_plan import StepPlan, is_hopeless
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
 
 MAX_SKIPPED_STEPS = 24
 """fp16's dynamic loss scale halves at each overflow; from 2^16 it cannot halve more often and still be one."""

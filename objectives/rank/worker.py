@@ -15,24 +15,24 @@ from typing import Any
 import deepspeed
 import torch
 
-from objectives.ds_config import deepspeed_config
-from objectives.errors import DsTuneError, UsageError
-from objectives.failures import first_sentence, kind_of_exception
-from objectives.files import result_file, write_atomically
-from objectives.machine import Machine
-from objectives.rank import zero3_release
-from objectives.rank.cleanup import collectives_issued, release_trial
-from objectives.rank.data import load_blocks
-from objectives.rank.device import cap_memory, claim_device, lift_cap, local_rank, meter_for, resident_bytes
-from objectives.rank.distributed import connect_ranks
-from objectives.rank.loss_curve import run_losses
-from objectives.rank.model import load_config
-from objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
-from objectives.rank.progress import Progress
-from objectives.rank.training import run_trial
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import Failure, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.errors import DsTuneError, UsageError
+from ds_tune.objectives.failures import first_sentence, kind_of_exception
+from ds_tune.objectives.files import result_file, write_atomically
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.rank import zero3_release
+from ds_tune.objectives.rank.cleanup import collectives_issued, release_trial
+from ds_tune.objectives.rank.data import load_blocks
+from ds_tune.objectives.rank.device import cap_memory, claim_device, lift_cap, local_rank, meter_for, resident_bytes
+from ds_tune.objectives.rank.distributed import connect_ranks
+from ds_tune.objectives.rank.loss_curve import run_losses
+from ds_tune.objectives.rank.model import load_config
+from ds_tune.objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
+from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.training import run_trial
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Failure, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 ANY_CONFIG = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
 

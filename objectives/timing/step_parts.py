@@ -6,7 +6,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from objectives.timing.intervals import T95, above_fastest, effective_size, is_drifting, student_quantile, warmup_length
+from ds_tune.objectives.timing.intervals import (
+    T95,
+    above_fastest,
+    effective_size,
+    is_drifting,
+    student_quantile,
+    warmup_length,
+)
 
 CLOSING_SPREAD = 0.1
 """Relative standard deviation of what the first and the closing micro-step take beyond two plain ones, where fewer

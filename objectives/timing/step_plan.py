@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from objectives.timing.intervals import (
+from ds_tune.objectives.timing.intervals import (
     T98,
     effective_size,
     is_drifting,
@@ -14,7 +14,7 @@ from objectives.timing.intervals import (
     student_quantile,
     warmup_length,
 )
-from objectives.timing.step_parts import FEWEST_MICRO_STEPS, StepParts, whole_step
+from ds_tune.objectives.timing.step_parts import FEWEST_MICRO_STEPS, StepParts, whole_step
 
 HOPELESS_MARGIN = 0.05
 """Two runs of one configuration differ by 1 to 2%, by more where launching kernels decides; and what is within this of

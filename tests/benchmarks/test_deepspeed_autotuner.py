@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from objectives.errors import UsageError
-from objectives.machine import GIB, Machine
-from objectives.workload import Workload
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.workload import Workload
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "deepspeed_autotuner.py"
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from objectives.ds_config import deepspeed_config
-from objectives.errors import UsageError
-from objectives.machine import GIB
-from objectives.trial import Failure, FailureKind, Measurement, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -168,7 +168,7 @@ def test_an_environment_with_ds_tune_is_used_as_it_is(machine: Machine) -> None:
     machine.add("python3", FAKE_PYTHON)
     machine.add("ds-tune", "#!/bin/sh\n")
     machine.run(machine.checkout / "bin/tune", INSTALLED="yes")
-    assert machine.noted("") == [f"{machine.checkout.parent}: -P -m tuner"]
+    assert machine.noted("") == [f"{machine.checkout.parent}: -P -m ds_tune.tuner"]
     assert not (machine.checkout / ".venv").exists()
 
 
@@ -177,7 +177,7 @@ def test_tune_keeps_the_current_directory_and_the_arguments_through_a_symlink(ma
     link = machine.path / "tune"
     link.symlink_to(machine.checkout / "bin/tune")
     assert machine.run(link, "--trials", "9", os.curdir).returncode == 0
-    assert machine.noted("-m tuner") == [f"{machine.checkout.parent}: -P -m tuner --trials 9 ."]
+    assert machine.noted("-m ds_tune.tuner") == [f"{machine.checkout.parent}: -P -m ds_tune.tuner --trials 9 ."]
 
 
 def test_tests_run_in_the_root_of_the_checkout(machine: Machine) -> None:

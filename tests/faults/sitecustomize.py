@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WRAPPED = "objectives.rank.progress"
+WRAPPED = "ds_tune.objectives.rank.progress"
 
 
 def memory() -> None:
@@ -89,7 +89,7 @@ def cut_projection() -> None:
     """A padded output projection that gives zeros for the later half of the vocabulary."""
     import torch
 
-    from objectives.rank.output_projection import PaddedLinear
+    from ds_tune.objectives.rank.output_projection import PaddedLinear
 
     def forward(self: Any, input: Any) -> Any:
         logits = torch.nn.functional.linear(input, self.weight)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from objectives.deepspeed_objective import DeepSpeedObjective, combine_ranks
-from objectives.launcher import LocalLauncher
-from objectives.machine import Machine, detect_machine, visible_gpus
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective, combine_ranks
+from ds_tune.objectives.launcher import LocalLauncher
+from ds_tune.objectives.machine import Machine, detect_machine, visible_gpus
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 Train = Callable[..., Outcome]
 Fault = Callable[[str], Path]

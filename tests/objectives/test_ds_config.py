@@ -3,9 +3,9 @@
 import copy
 from typing import Any
 
-from objectives.ds_config import deepspeed_config
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
 
 CONFIG = TrialConfig(zero_stage=2, micro_batch_size=4, gradient_accumulation_steps=3)
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from objectives.failures import (
+from ds_tune.objectives.failures import (
     failure_of_deadline,
     failure_of_exit,
     first_sentence,
@@ -12,7 +12,7 @@ from objectives.failures import (
     kind_of_exception,
     root_cause,
 )
-from objectives.trial import Failure, FailureKind
+from ds_tune.objectives.trial import Failure, FailureKind
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from objectives import guard
+from ds_tune.objectives import guard
 
 
 def start_guard() -> subprocess.Popen[bytes]:

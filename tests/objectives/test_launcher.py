@@ -15,15 +15,15 @@ from typing import Any
 import psutil
 import pytest
 
-from objectives import launcher as launcher_module
-from objectives.launcher import (
+from ds_tune.objectives import launcher as launcher_module
+from ds_tune.objectives.launcher import (
     LocalLauncher,
     LocalRankProcesses,
     group_environment,
     rank_environment,
     threads_per_rank,
 )
-from objectives.machine import GIB, Machine, detect_machine
+from ds_tune.objectives.machine import GIB, Machine, detect_machine
 
 Scripted = Callable[[str], LocalLauncher]
 Imported = Callable[..., LocalLauncher]
@@ -32,12 +32,12 @@ Running = Callable[[], list[psutil.Process]]
 # A tuner that runs one trial which never ends by itself.
 TUNER = """
 from pathlib import Path
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.launcher import LocalLauncher
-from objectives.machine import Machine
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.launcher import LocalLauncher
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
 
 folder = Path({folder!r})
 machine = Machine(device="cpu", name="test", ranks=2, memory_bytes=2**33)
@@ -213,7 +213,7 @@ def test_groups_are_forked_from_one_process_as_long_as_the_environment_is_the_sa
 
 def test_a_rank_whose_fork_came_too_late_starts_over_with_the_same_pipes(scripted: Scripted, tmp_path: Path) -> None:
     launcher = scripted("""
-        from objectives.rank.template import start_over
+        from ds_tune.objectives.rank.template import start_over
         if "AGAIN" not in os.environ:
             os.environ["AGAIN"] = "1"
             start_over("scripted_rank")
@@ -291,7 +291,7 @@ def test_what_ranks_import_touches_no_gpu_so_that_none_has_to_start_over(importe
     launcher = imported(
         """
 import os
-import objectives.rank.worker
+import ds_tune.objectives.rank.worker
 def main():
     os.write(int(os.environ["DS_TUNE_EVENT_FD"]), b'{"forked": true}')
 """,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.numerics import STEPS, LossCurve, NumericsCheck
-from objectives.trial import Failure, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.numerics import STEPS, LossCurve, NumericsCheck
+from ds_tune.objectives.trial import Failure, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 pytestmark = pytest.mark.slow
 

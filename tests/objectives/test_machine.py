@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from objectives.errors import EnvironmentFault, UsageError
-from objectives.machine import GIB, Machine, detect_machine, software_versions, visible_gpus
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.machine import GIB, Machine, detect_machine, software_versions, visible_gpus
 
 H200_UUID = "GPU-11111111-2222-3333-4444-555555555555"
 V100_UUID = "GPU-66666666-7777-8888-9999-000000000000"

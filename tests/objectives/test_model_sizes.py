@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from objectives.errors import UsageError
-from objectives.model_sizes import check_sizes
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.model_sizes import check_sizes
 
 WIDTH_8 = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 16}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from objectives.numerics import FIRST_LOSS_TOLERANCE, LEARNED_TOLERANCE, STEPS, LossCurve, NumericsCheck
+from ds_tune.objectives.numerics import FIRST_LOSS_TOLERANCE, LEARNED_TOLERANCE, STEPS, LossCurve, NumericsCheck
 
 
 def falling(*, by: float = 0.02, start: float = 10.8, steps: int = STEPS) -> LossCurve:

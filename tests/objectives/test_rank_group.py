@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from objectives.errors import EnvironmentFault, UsageError
-from objectives.launcher import LocalLauncher
-from objectives.rank_group import RankGroup
-from objectives.trial import Failure, FailureKind, TrialConfig
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.launcher import LocalLauncher
+from ds_tune.objectives.rank_group import RankGroup
+from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
 
 READY = 'receive(); send("ready"); folder = receive()["folder"];'
 CONFIG = TrialConfig(zero_stage=1, micro_batch_size=1, gradient_accumulation_steps=1)

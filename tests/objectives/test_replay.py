@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from objectives.machine import GIB, Machine
-from objectives.objective import Objective
-from objectives.replay import ReplayObjective
-from objectives.surface import Surface
-from objectives.trial import Failure, FailureKind, Figures, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.objective import Objective
+from ds_tune.objectives.replay import ReplayObjective
+from ds_tune.objectives.surface import Surface
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 CONFIG = TrialConfig(zero_stage=0, micro_batch_size=8, gradient_accumulation_steps=1)
 FAILURE = Failure(kind=FailureKind.OUT_OF_MEMORY, message="it was recorded so", phase="training", wall_seconds=40.0)

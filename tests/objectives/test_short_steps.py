@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.timing.intervals import throughput
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import Measurement, Outcome, TrialConfig
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.timing.intervals import throughput
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Measurement, Outcome, TrialConfig
 
 MIB = 2**20
 GAS = 1600

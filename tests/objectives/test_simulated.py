@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from objectives.cost_model.hardware import machine_of, parse_hardware
-from objectives.cost_model.model import CostModel, Prediction
-from objectives.machine import GIB
-from objectives.objective import Objective
-from objectives.simulated import SimulatedObjective
-from objectives.timing.step_plan import PRECISE, StepPlan
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.cost_model.hardware import machine_of, parse_hardware
+from ds_tune.objectives.cost_model.model import CostModel, Prediction
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.objective import Objective
+from ds_tune.objectives.simulated import SimulatedObjective
+from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 SEEDS = range(20)

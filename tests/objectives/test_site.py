@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from objectives.machine import GIB, Machine
-from objectives.site import site_of
-from objectives.workload import Workload
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.site import site_of
+from ds_tune.objectives.workload import Workload
 
 GPT2_XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from objectives.errors import UsageError
-from objectives.machine import GIB
-from objectives.surface import KEYS, Surface, read_surface
-from objectives.trial import KNOBS, Failure, FailureKind, Measurement, TrialConfig
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.surface import KEYS, Surface, read_surface
+from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, TrialConfig
 
 HEADER: dict[str, Any] = {
     "hardware": "2xH200",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from objectives.ds_config import deepspeed_config
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
 
 
 def test_deepspeed_s_launcher_runs_it_with_a_configuration_of_a_trial(
@@ -27,7 +27,7 @@ def test_deepspeed_s_launcher_runs_it_with_a_configuration_of_a_trial(
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
     script = [
         "--module",
-        "objectives.train",
+        "ds_tune.objectives.train",
         "--model",
         "gpt2-nano",
         "--seq-len",
@@ -55,7 +55,7 @@ def encoded(document: object) -> str:
 
 
 def test_a_configuration_is_a_file_or_base64_of_one(tmp_path: Path) -> None:
-    train = pytest.importorskip("objectives.train")
+    train = pytest.importorskip("ds_tune.objectives.train")
     document = {"train_micro_batch_size_per_gpu": 1, "note": "ÿþ>>??" * 100}
     (tmp_path / "ds.json").write_text(json.dumps(document))
     assert train.load_ds_config(str(tmp_path / "ds.json")) == document
@@ -76,7 +76,7 @@ def test_a_configuration_is_a_file_or_base64_of_one(tmp_path: Path) -> None:
 def test_what_is_no_configuration_is_told_to_the_user(
     argument: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = pytest.importorskip("objectives.train")
+    train = pytest.importorskip("ds_tune.objectives.train")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "folder").mkdir()

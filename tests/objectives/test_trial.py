@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from objectives.timing.step_parts import StepParts
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
+from ds_tune.objectives.timing.step_parts import StepParts
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
 
 MEASUREMENT = Measurement(
     step_seconds=(0.5, 0.25),

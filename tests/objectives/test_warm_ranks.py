@@ -9,11 +9,11 @@ from typing import Any
 import psutil
 import pytest
 
-from objectives.deepspeed_objective import DeepSpeedObjective
-from objectives.machine import GIB, Machine
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 MIB = 2**20
 ONE_STEP = StepPlan(warmup_steps=1, zero3_extra_warmup_steps=0, min_timed_steps=2, max_timed_steps=2)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from objectives.errors import UsageError
-from objectives.workload import Workload, check_workload, dataset_files, load_base_ds_config, model_config_path
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.workload import Workload, check_workload, dataset_files, load_base_ds_config, model_config_path
 
 NANO = Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
 

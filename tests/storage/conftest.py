@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from objectives.machine import GIB, Machine
-from objectives.timing.intervals import throughput
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
-from storage.identity import Identity
-from storage.records import Source, StudySummary, TrialRecord
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.timing.intervals import throughput
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.identity import Identity
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
 
 RIPPLE = (-0.02, 0.01, 0.0, 0.02, -0.01)
 VERSIONS = {"python": "3.11.7", "ds-tune": "0.1.0", "deepspeed": "0.19.8", "torch": "2.13.0"}

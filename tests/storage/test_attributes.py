@@ -8,11 +8,11 @@ from pathlib import Path
 import optuna
 import pytest
 
-from storage.attributes import PREFIX, RECORD, USER_RECORD, record_of
-from storage.export import export
-from storage.layout import ResultsFolder
-from storage.records import Source, TrialRecord
-from storage.study_store import Identity, StudyStore
+from ds_tune.storage.attributes import PREFIX, RECORD, USER_RECORD, record_of
+from ds_tune.storage.export import export
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import Source, TrialRecord
+from ds_tune.storage.study_store import Identity, StudyStore
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {

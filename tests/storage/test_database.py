@@ -11,10 +11,10 @@ import optuna
 import pytest
 import sqlalchemy.exc
 
-from objectives.errors import EnvironmentFault, UsageError
-from storage import database
-from storage.database import open_storage, storage_fault, storage_faults
-from storage.study_store import StudyStore
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.storage import database
+from ds_tune.storage.database import open_storage, storage_fault, storage_faults
+from ds_tune.storage.study_store import StudyStore
 
 SECRETS = ("hunter2", "swordfish")
 POSTGRESQL = "postgresql://me:hunter2@host/db"

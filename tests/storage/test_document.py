@@ -9,9 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from objectives.trial import FailureKind, Figures
-from storage.document import study_document
-from storage.records import Source, StudySummary, TrialRecord
+from ds_tune.objectives.trial import FailureKind, Figures
+from ds_tune.storage.document import study_document
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
 
 MakeRecord = Callable[..., TrialRecord]
 MakeSummary = Callable[..., StudySummary]
@@ -19,7 +19,7 @@ MakeSummary = Callable[..., StudySummary]
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(resources.files("storage").joinpath("study.schema.json").read_text())
+    loaded: dict[str, Any] = json.loads(resources.files("ds_tune.storage").joinpath("study.schema.json").read_text())
     return loaded
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.machine import GIB, Machine
-from objectives.trial import Figures, Measurement, TrialConfig
-from objectives.workload import Workload
-from storage.ablations import Ablation, Contributions
-from storage.explanation import bottleneck_words, explanation_lines, first_steps_words, gain_words
-from storage.records import Source, StudySummary, TrialRecord
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.trial import Figures, Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.ablations import Ablation, Contributions
+from ds_tune.storage.explanation import bottleneck_words, explanation_lines, first_steps_words, gain_words
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
 
 H200 = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB, compute_capability="9.0")
 WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from objectives.machine import GIB, Machine
-from objectives.trial import Figures, Measurement, TrialConfig
-from objectives.workload import Workload
-from storage.export import export, metrics_document, shell_line, summary_text, training_command
-from storage.layout import ResultsFolder
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.trial import Figures, Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.export import export, metrics_document, shell_line, summary_text, training_command
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 SAMPLE = Path(__file__).parent / "deepspeed_sample"
 SAMPLE_TRIAL = SAMPLE / "z0_gas1_tmbspg22"

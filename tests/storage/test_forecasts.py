@@ -8,13 +8,13 @@ from importlib import resources
 import jsonschema
 import pytest
 
-from objectives.cost_model.forecast import Excluded, Forecast
-from objectives.machine import GIB
-from objectives.trial import FailureKind, Measurement
-from storage.document import study_document
-from storage.forecasts import ForecastErrors, forecast_errors
-from storage.markdown import summary_markdown
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import FailureKind, Measurement
+from ds_tune.storage.document import study_document
+from ds_tune.storage.forecasts import ForecastErrors, forecast_errors
+from ds_tune.storage.markdown import summary_markdown
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 MakeRecord = Callable[..., TrialRecord]
 MakeSummary = Callable[..., StudySummary]
@@ -98,7 +98,7 @@ def test_the_report_says_how_wrong_it_was(forecasted: StudySummary) -> None:
 
 def test_the_document_has_the_errors_and_each_trials_forecast(forecasted: StudySummary) -> None:
     document = json.loads(json.dumps(study_document(dataclasses.replace(forecasted, excluded=EXCLUDED))))
-    schema = json.loads(resources.files("storage").joinpath("study.schema.json").read_text())
+    schema = json.loads(resources.files("ds_tune.storage").joinpath("study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(document)
     errors = forecast_errors(forecasted)
     assert errors is not None

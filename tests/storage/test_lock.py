@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from objectives.errors import EnvironmentFault, UsageError
-from storage.lock import StudyLock, lock_file
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.storage.lock import StudyLock, lock_file
 
 HOLDER = """
 import sys, time
-from storage.lock import StudyLock
+from ds_tune.storage.lock import StudyLock
 with StudyLock(sys.argv[1], "study"):
     print("held", flush=True)
     time.sleep(600)

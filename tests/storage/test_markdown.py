@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from objectives.trial import Figures
-from storage.markdown import duration_words, improvement_words, rate_words, summary_markdown
-from storage.records import Source, StudySummary, TrialRecord
+from ds_tune.objectives.trial import Figures
+from ds_tune.storage.markdown import duration_words, improvement_words, rate_words, summary_markdown
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
 
 MakeRecord = Callable[..., TrialRecord]
 MakeSummary = Callable[..., StudySummary]

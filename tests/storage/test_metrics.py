@@ -10,18 +10,18 @@ from pathlib import Path
 import optuna
 import pytest
 
-from objectives.errors import UsageError
-from objectives.machine import Machine
-from objectives.metric import METRICS
-from objectives.trial import Figures, Measurement
-from objectives.workload import Workload
-from storage.document import study_document
-from storage.export import trials_csv
-from storage.identity import Identity
-from storage.markdown import metric_table, summary_markdown
-from storage.metrics import metric_line, metric_rows, metric_values
-from storage.records import StudySummary, TrialRecord
-from storage.study_store import IDENTITY, StudyStore
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.metric import METRICS
+from ds_tune.objectives.trial import Figures, Measurement
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.document import study_document
+from ds_tune.storage.export import trials_csv
+from ds_tune.storage.identity import Identity
+from ds_tune.storage.markdown import metric_table, summary_markdown
+from ds_tune.storage.metrics import metric_line, metric_rows, metric_values
+from ds_tune.storage.records import StudySummary, TrialRecord
+from ds_tune.storage.study_store import IDENTITY, StudyStore
 
 RATE, FLOPS, PEAK = 58.25, 1.0e13, 989e12
 EXPECTED = {

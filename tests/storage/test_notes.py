@@ -6,9 +6,9 @@ from collections.abc import Callable
 import optuna
 import optuna_dashboard
 
-from objectives.trial import Figures, Measurement
-from storage.notes import save_notes, study_note, trial_note
-from storage.records import StudySummary, TrialRecord
+from ds_tune.objectives.trial import Figures, Measurement
+from ds_tune.storage.notes import save_notes, study_note, trial_note
+from ds_tune.storage.records import StudySummary, TrialRecord
 
 MakeRecord = Callable[..., TrialRecord]
 NAMES = ("z1_gas2_tmbspg8", "z1_gas1_tmbspg4")

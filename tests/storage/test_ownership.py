@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from objectives.errors import UsageError
-from storage.layout import ResultsFolder
-from storage.ownership import check_owner, claim, storage_place
+from ds_tune.objectives.errors import UsageError
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.ownership import check_owner, claim, storage_place
 
 
 @pytest.fixture

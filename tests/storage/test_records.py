@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from objectives.timing.step_parts import StepParts
-from objectives.trial import FailureKind, Measurement
-from storage.records import RECORD_VERSION, Source, StudyState, StudySummary, TrialRecord, TrialState
+from ds_tune.objectives.timing.step_parts import StepParts
+from ds_tune.objectives.trial import FailureKind, Measurement
+from ds_tune.storage.records import RECORD_VERSION, Source, StudyState, StudySummary, TrialRecord, TrialState
 
 MakeRecord = Callable[..., TrialRecord]
 MakeSummary = Callable[..., StudySummary]

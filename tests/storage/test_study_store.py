@@ -10,12 +10,12 @@ import optuna
 import optuna_dashboard
 import pytest
 
-from objectives.errors import UsageError
-from objectives.machine import GIB
-from objectives.trial import FailureKind, Figures, Measurement, TrialConfig
-from storage.attributes import set_study_attribute
-from storage.records import Source, TrialRecord
-from storage.study_store import IDENTITY, Identity, StudyStore
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import FailureKind, Figures, Measurement, TrialConfig
+from ds_tune.storage.attributes import set_study_attribute
+from ds_tune.storage.records import Source, TrialRecord
+from ds_tune.storage.study_store import IDENTITY, Identity, StudyStore
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {

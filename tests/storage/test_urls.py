@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from objectives.errors import UsageError
-from storage.urls import check_storage_url, masked
+from ds_tune.objectives.errors import UsageError
+from ds_tune.storage.urls import check_storage_url, masked
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from objectives.trial import Measurement
-from storage.verification import (
+from ds_tune.objectives.trial import Measurement
+from ds_tune.storage.verification import (
     RUN_NOISE,
     Finalist,
     compare,

@@ -23,17 +23,15 @@ import optuna
 import sqlalchemy.engine
 import sqlalchemy.event
 
-import tuner.answers
-import tuner.cli
-import tuner.study
-from objectives.files import result_file, write_atomically
-from objectives.machine import GIB, Machine
-from objectives.numerics import STEPS, LossCurve
-from objectives.rank_group import OnPhase
-from objectives.timing.intervals import throughput
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
-from storage.study_store import StudyStore
+from ds_tune.objectives.files import result_file, write_atomically
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.numerics import STEPS, LossCurve
+from ds_tune.objectives.rank_group import OnPhase
+from ds_tune.objectives.timing.intervals import throughput
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.study_store import StudyStore
+from ds_tune.tuner import answers, cli, study
 
 ANSWERS = (
     "formula", "stage 0 does not fit", "nothing fits", "crash", "first crashes", "invalid", "hang",
@@ -150,7 +148,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "before the first trial": (AnalyticObjective, "prepare", "before"),
     "configuration queued": (StudyStore, "enqueue", "after"),
     "half of the parameters chosen": (optuna.Trial, "_suggest", "after"),
-    "asked, not yet run": (tuner.study, "write_trial_inputs", "before"),
+    "asked, not yet run": (study, "write_trial_inputs", "before"),
     "running": (AnalyticObjective, "run", "before"),
     "ranks wrote their results, nothing saved": (StudyStore, "save", "before"),
     "saved, not told": (StudyStore, "save", "after"),
@@ -165,7 +163,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "winner found": (StudyStore, "set_winner", "before"),
     "winner forgotten": (StudyStore, "forget_winner", "after"),
     "finalist begun": (StudyStore, "begin", "after"),
-    "finished, not exported": (tuner.cli, "export", "before"),
+    "finished, not exported": (cli, "export", "before"),
 }
 
 
@@ -227,11 +225,11 @@ def main(words: Sequence[str]) -> int:
         return AnalyticObjective(machine, answer=arguments.answer, prepared=arguments.prepared)
 
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", leave_writing_to_the_kernel)
-    tuner.answers.DeepSpeedObjective = objective  # type: ignore[assignment, misc]
+    answers.DeepSpeedObjective = objective  # type: ignore[assignment, misc]
     if arguments.kill:
         point, _, count = arguments.kill.partition(":")
         kill_at(point, int(count))
-    return tuner.cli.main(rest)
+    return cli.main(rest)
 
 
 if __name__ == "__main__":

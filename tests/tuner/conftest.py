@@ -11,7 +11,7 @@ from typing import TypeAlias
 import pytest
 
 ANALYTIC_TUNE = [sys.executable, "-P", str(Path(__file__).parent / "analytic_tune.py")]
-TUNER = [sys.executable, "-P", "-m", "tuner"]
+TUNER = [sys.executable, "-P", "-m", "ds_tune.tuner"]
 
 # 4 stages × 8 pairs of batch sizes: small, so that a study can also be exhausted.
 SPACE = ["--gpus", "0", "--seq-len", "32", "--max-micro-batch", "4", "--max-global-batch", "8"]

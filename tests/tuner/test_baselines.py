@@ -2,11 +2,11 @@
 
 import pytest
 
-from objectives.cost_model.hardware import parse_hardware
-from objectives.cost_model.model import CostModel
-from objectives.workload import Workload
-from tuner.proposer import Proposer
-from tuner.space import Limits, Space
+from ds_tune.objectives.cost_model.hardware import parse_hardware
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.proposer import Proposer
+from ds_tune.tuner.space import Limits, Space
 
 XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 

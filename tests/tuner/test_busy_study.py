@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from objectives.timing.intervals import ANSWER_FACTOR
+from ds_tune.objectives.timing.intervals import ANSWER_FACTOR
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def neighbour() -> Iterator[subprocess.Popen[str]]:
 def test_study_beside_another_job_ends_with_files_and_only_with_answers(
     neighbour: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-P", "-m", "tuner", "--gpus", "0", "--seq-len", "32", "--trials", "4", "--json",
+    command = [sys.executable, "-P", "-m", "ds_tune.tuner", "--gpus", "0", "--seq-len", "32", "--trials", "4", "--json",
                "--max-micro-batch", "4", "--max-global-batch", "16"]  # fmt: skip
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=290)
     assert finished.returncode == 0, finished.stderr

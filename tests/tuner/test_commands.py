@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from objectives.errors import UsageError
-from tuner.arguments import tune_parser
-from tuner.cli import COMMANDS, main
+from ds_tune.objectives.errors import UsageError
+from ds_tune.tuner.arguments import tune_parser
+from ds_tune.tuner.cli import COMMANDS, main
 
 CPU = ["--gpus", "0"]
 
@@ -182,8 +182,8 @@ def test_a_command_may_be_named_or_not(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_answers_at_once_and_loads_nothing_heavy(name: str) -> None:
     script = (
-        "import resource, sys, tuner.cli\n"
-        "try: tuner.cli.main(sys.argv[1:])\n"
+        "import resource, sys, ds_tune.tuner.cli\n"
+        "try: ds_tune.tuner.cli.main(sys.argv[1:])\n"
         "finally:\n"
         "    print(*{'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules), file=sys.stderr)\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)"

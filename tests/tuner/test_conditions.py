@@ -2,7 +2,7 @@
 
 import pytest
 
-from tuner.conditions import Condition
+from ds_tune.tuner.conditions import Condition
 
 NAMES = ("zero_stage", "micro_batch_size", "compile", "ranks")
 VALUES: dict[str, int | str] = {"zero_stage": 2, "micro_batch_size": 8, "compile": "blocks", "ranks": 4}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import pytest
 import rich.console
 
-from objectives.machine import GIB, Machine
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
-from storage.records import Source, StudySummary, TrialRecord
-from tuner.console import Console, _Running, live_line, shortened, trial_heading, trial_line
-from tuner.time_left import RunsLeft
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
+from ds_tune.tuner.console import Console, _Running, live_line, shortened, trial_heading, trial_line
+from ds_tune.tuner.time_left import RunsLeft
 
 MACHINE = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB)
 WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")

@@ -15,17 +15,17 @@ import pytest
 import sqlalchemy.engine
 import sqlalchemy.event
 
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.machine import GIB
-from objectives.surface import Surface, read_surface
-from objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from storage.attributes import RECORD
-from storage.records import Source, TrialRecord
-from storage.study_store import Identity, StudyStore
-from tuner.proposer import ENOUGH_GAIN
-from tuner.sampler import OWN, CostModelSampler, make_sampler, unvisited
-from tuner.space import Limits, Space
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.storage.attributes import RECORD
+from ds_tune.storage.records import Source, TrialRecord
+from ds_tune.storage.study_store import Identity, StudyStore
+from ds_tune.tuner.proposer import ENOUGH_GAIN
+from ds_tune.tuner.sampler import OWN, CostModelSampler, make_sampler, unvisited
+from ds_tune.tuner.space import Limits, Space
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 SURFACE: Surface = read_surface(RECORDED)

@@ -30,7 +30,7 @@ def dashboard(tune: Tune, tmp_path: Path) -> Iterator[int]:
     assert tune("--trials", "4", answer="stage 0 does not fit").returncode == 0
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tuner", "dashboard", "--port", str(port)],
+        [sys.executable, "-P", "-m", "ds_tune.tuner", "dashboard", "--port", str(port)],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

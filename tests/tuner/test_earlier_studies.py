@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.machine import GIB
-from objectives.trial import Failure
-from storage.earlier import earlier_records
-from storage.study_store import IDENTITY, Identity, StudyStore
-from tuner.sampler import CostModelSampler
-from tuner.space import Limits, Space
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import Failure
+from ds_tune.storage.earlier import earlier_records
+from ds_tune.storage.study_store import IDENTITY, Identity, StudyStore
+from ds_tune.tuner.sampler import CostModelSampler
+from ds_tune.tuner.space import Limits, Space
 
 Tune = Callable[..., Any]
 OWN = ["--sampler", "cost-model"]

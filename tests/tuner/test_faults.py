@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.cli import main
+from ds_tune.tuner.cli import main
 
 Tune = Callable[..., subprocess.CompletedProcess[str]]
 Said = pytest.CaptureFixture[str]
@@ -99,7 +99,7 @@ def test_output_that_cannot_be_written_is_said_once(tune: Tune, here: Path, word
     assert tune(*TRIALS).returncode == 0
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "tuner", *words],
+            [sys.executable, "-P", "-m", "ds_tune.tuner", *words],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -11,15 +11,15 @@ from typing import TypeAlias
 import jsonschema
 import pytest
 
-from objectives.machine import GIB, Machine
-from objectives.numerics import LossCurve, NumericsCheck
-from objectives.trial import Measurement, TrialConfig
-from objectives.workload import Workload
-from storage.layout import ResultsFolder
-from storage.records import Source, StudySummary, TrialRecord
-from storage.study_store import StudyStore
-from storage.verification import Finalist
-from tuner.finals import ablated, beside, compared, is_faster
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.numerics import LossCurve, NumericsCheck
+from ds_tune.objectives.trial import Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
+from ds_tune.storage.study_store import StudyStore
+from ds_tune.storage.verification import Finalist
+from ds_tune.tuner.finals import ablated, beside, compared, is_faster
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.layout import ResultsFolder
-from storage.study_store import StudyStore
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.study_store import StudyStore
 
 Tune = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ["--gpus", "0", "--seq-len", "32", "--max-micro-batch", "2", "--max-global-batch", "8"]

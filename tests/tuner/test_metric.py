@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from objectives.metric import METRICS
-from storage.layout import ResultsFolder
-from storage.study_store import StudyStore
-from tuner.cli import main
+from ds_tune.objectives.metric import METRICS
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.study_store import StudyStore
+from ds_tune.tuner.cli import main
 
 Tune = Callable[..., subprocess.CompletedProcess[str]]
 

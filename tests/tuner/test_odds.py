@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel
-from objectives.surface import Surface, read_surface
-from objectives.trial import Measurement
-from tuner.proposer import AS_GOOD, Proposer
+from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.trial import Measurement
+from ds_tune.tuner.proposer import AS_GOOD, Proposer
 
 DATA = Path(__file__).parents[2] / "benchmarks" / "data"
 SURFACE = read_surface(DATA / "2xH100.gpt2-xl.jsonl")

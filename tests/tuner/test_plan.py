@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from objectives.cost_model.hardware import CATALOGUE
-from objectives.cost_model.memory import MemoryEstimate
-from objectives.machine import GIB
-from tuner.cli import main
-from tuner.space import BATCH_FIELDS
+from ds_tune.objectives.cost_model.hardware import CATALOGUE
+from ds_tune.objectives.cost_model.memory import MemoryEstimate
+from ds_tune.objectives.machine import GIB
+from ds_tune.tuner.cli import main
+from ds_tune.tuner.space import BATCH_FIELDS
 
 Row = dict[str, Any]
 Plan = dict[str, Any]
@@ -297,8 +297,8 @@ def test_quiet_prints_nothing(plan: Run) -> None:
 
 def test_it_loads_nothing_that_trains(folder: Path) -> None:
     script = (
-        "import sys, tuner.cli\n"
-        "status = tuner.cli.main(sys.argv[1:])\n"
+        "import sys, ds_tune.tuner.cli\n"
+        "status = ds_tune.tuner.cli.main(sys.argv[1:])\n"
         "print(status, *{'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules), file=sys.stderr)"
     )
     command = [sys.executable, "-P", "-c", script, "plan", "--hardware", "16xV100-32GB", "--json"]

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from objectives.cost_model.calibration import Observation, observation_of
-from objectives.cost_model.hardware import hardware_of, parse_hardware
-from objectives.cost_model.model import CostModel, Grid
-from objectives.machine import GIB
-from objectives.surface import Surface, read_surface
-from objectives.timing.step_plan import StepPlan
-from objectives.trial import Failure, FailureKind, Measurement, TrialConfig
-from objectives.workload import Workload
-from tuner.proposer import ENOUGH_GAIN, Proposer
-from tuner.space import Limits, Space
+from ds_tune.objectives.cost_model.calibration import Observation, observation_of
+from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
+from ds_tune.objectives.cost_model.model import CostModel, Grid
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
+from ds_tune.tuner.space import Limits, Space
 
 SURFACE: Surface = read_surface(Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl")
 XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")

@@ -15,12 +15,12 @@ import optuna
 import optuna_dashboard
 import pytest
 
-from objectives.surface import read_surface
-from objectives.trial import Figures
-from storage.layout import ResultsFolder
-from storage.study_store import StudyStore
-from tuner.arguments import TRAINING_OPTIONS, tune_parser
-from tuner.cli import main
+from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.trial import Figures
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.study_store import StudyStore
+from ds_tune.tuner.arguments import TRAINING_OPTIONS, tune_parser
+from ds_tune.tuner.cli import main
 
 Line = dict[str, Any]
 Run = Callable[..., tuple[int, str, str]]
@@ -95,7 +95,7 @@ def store(folder: Path, results: str = "autotuning_results") -> StudyStore:
 
 def test_a_whole_study_of_recorded_points_takes_seconds(folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    command = [sys.executable, "-P", "-m", "tuner", "--replay", "surface.jsonl", "--trials", "9", "--seed", "1"]
+    command = [sys.executable, "-P", "-m", "ds_tune.tuner", "--replay", "surface.jsonl", "--trials", "9", "--seed", "1"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     # Processor time: a busy machine takes longer by the clock.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5
@@ -136,7 +136,7 @@ def test_every_figure_says_that_it_is_replayed(tune: Run, folder: Path) -> None:
     assert (best["figures"], best["FLOPS_per_gpu"], best["fwd"]) == ("replayed", None, None)
     comment, command = results.optimal_command.read_text().splitlines()
     assert comment.startswith("# ") and "replayed" in comment
-    assert "deepspeed --include localhost:0,1 --module objectives.train --model gpt2-xl" in command
+    assert "deepspeed --include localhost:0,1 --module ds_tune.objectives.train --model gpt2-xl" in command
 
 
 def test_the_dashboard_says_it_too(tune: Run, folder: Path) -> None:

@@ -22,7 +22,7 @@ ESCAPE = "\x1b["
 def study_of(output: str) -> dict[str, Any]:
     """The document that is all of the output, checked against the schema."""
     document: dict[str, Any] = json.loads(output)
-    schema = json.loads(resources.files("storage").joinpath("study.schema.json").read_text())
+    schema = json.loads(resources.files("ds_tune.storage").joinpath("study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(document)
     return document
 
@@ -143,7 +143,7 @@ def test_the_password_of_the_storage_is_not_in_the_dashboards_command(tune: Tune
 def test_a_reader_that_has_gone_is_no_traceback(tune: Tune, tmp_path: Path) -> None:
     assert tune("--trials", "2").returncode == 0
     for line in ("report | head -n 1", "report --json | true", "export --out copy | true"):
-        command = f"{sys.executable} -P -m tuner {line}"
+        command = f"{sys.executable} -P -m ds_tune.tuner {line}"
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert not re.search("Traceback|BrokenPipe|Exception ignored", done.stderr)
 
@@ -171,7 +171,7 @@ def on_a_terminal(arguments: list[str], folder: Path) -> tuple[int, str]:
 
 def test_a_terminal_gets_colours(tune: Tune, tmp_path: Path) -> None:
     assert tune("--trials", "2").returncode == 0
-    status, output = on_a_terminal([sys.executable, "-P", "-m", "tuner", "report"], tmp_path)
+    status, output = on_a_terminal([sys.executable, "-P", "-m", "ds_tune.tuner", "report"], tmp_path)
     assert status == 0
     assert ESCAPE in output
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
@@ -182,6 +182,6 @@ def test_a_terminal_gets_colours(tune: Tune, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variable", ["NO_COLOR"])
 def test_a_terminal_without_colours_gets_none(tune: Tune, tmp_path: Path, variable: str) -> None:
     assert tune("--trials", "1").returncode == 0
-    line = ["env", f"{variable}=1", sys.executable, "-P", "-m", "tuner", "report"]
+    line = ["env", f"{variable}=1", sys.executable, "-P", "-m", "ds_tune.tuner", "report"]
     _, output = on_a_terminal(line, tmp_path)
     assert not re.search(r"\x1b\[3[0-7]m", output)

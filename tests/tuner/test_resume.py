@@ -8,9 +8,9 @@ from pathlib import Path
 import optuna
 import pytest
 
-from storage.layout import ResultsFolder
-from storage.records import Source, StudySummary
-from storage.study_store import StudyStore
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import Source, StudySummary
+from ds_tune.storage.study_store import StudyStore
 
 Tune = Callable[..., subprocess.CompletedProcess[str]]
 TRIALS = 3

@@ -6,9 +6,9 @@ from typing import Any
 import optuna
 import pytest
 
-from objectives.trial import TrialConfig
-from tuner.sampler import STARTUP_TRIALS, make_sampler, unvisited
-from tuner.space import Limits, Space
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.tuner.sampler import STARTUP_TRIALS, make_sampler, unvisited
+from ds_tune.tuner.space import Limits, Space
 
 
 def space_of(**changes: int) -> Space:

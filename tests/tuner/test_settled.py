@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from objectives.cost_model.hardware import machine_of, parse_hardware
-from objectives.cost_model.model import CostModel
-from objectives.simulated import SimulatedObjective
-from objectives.surface import read_surface
-from objectives.timing.step_plan import PRECISE
-from objectives.trial import Failure, Measurement, Outcome, TrialConfig
-from objectives.workload import Workload
-from storage.attributes import RECORD
-from storage.layout import ResultsFolder
-from storage.records import StudySummary, TrialRecord, TrialState
-from storage.study_store import EXCLUDED, StudyStore
-from tuner.cli import main
-from tuner.space import Limits, Space
+from ds_tune.objectives.cost_model.hardware import machine_of, parse_hardware
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.simulated import SimulatedObjective
+from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.timing.step_plan import PRECISE
+from ds_tune.objectives.trial import Failure, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.attributes import RECORD
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.storage.study_store import EXCLUDED, StudyStore
+from ds_tune.tuner.cli import main
+from ds_tune.tuner.space import Limits, Space
 
 Run = Callable[..., tuple[int, str, str]]
 Search = Callable[[list[str]], None]

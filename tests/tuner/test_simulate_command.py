@@ -14,12 +14,12 @@ import jsonschema
 import optuna_dashboard
 import pytest
 
-from objectives.machine import GIB
-from objectives.trial import Failure, Figures
-from storage.layout import ResultsFolder
-from storage.records import Source, StudyState, TrialRecord
-from storage.study_store import StudyStore
-from tuner.cli import main
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.trial import Failure, Figures
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import Source, StudyState, TrialRecord
+from ds_tune.storage.study_store import StudyStore
+from ds_tune.tuner.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 SEED_MACHINE = "16xV100-32GB"
@@ -52,14 +52,14 @@ def names(folder: Path, results: str = "autotuning_results") -> list[str]:
 
 
 def check(document: Any) -> None:
-    schema = json.loads(resources.files("storage").joinpath("study.schema.json").read_text())
+    schema = json.loads(resources.files("ds_tune.storage").joinpath("study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(document)
 
 
 def test_a_whole_study_runs_in_a_process_that_loads_nothing_that_trains(folder: Path) -> None:
     script = (
-        "import sys, tuner.cli\n"
-        "status = tuner.cli.main(sys.argv[1:])\n"
+        "import sys, ds_tune.tuner.cli\n"
+        "status = ds_tune.tuner.cli.main(sys.argv[1:])\n"
         "print(status, *{'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules), file=sys.stderr)"
     )
     arguments = ["--hardware", SEED_MACHINE, "--simulate", "--trials", "9"]
@@ -107,7 +107,7 @@ def test_every_file_says_that_its_figures_are_simulated(simulate: Run, folder: P
     assert metrics["figures"] == "simulated"
     comment, command = results.optimal_command.read_text().splitlines()
     assert comment.startswith("# The fastest by simulated figures") and "it was not run here" in comment
-    assert "--module objectives.train --model gpt2-xl" in command
+    assert "--module ds_tune.objectives.train --model gpt2-xl" in command
 
 
 def test_the_dashboard_says_it_too(simulate: Run, folder: Path) -> None:

@@ -7,11 +7,11 @@ import math
 import optuna
 import pytest
 
-from objectives.errors import UsageError
-from objectives.knobs import Site
-from objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
-from objectives.workload import Workload
-from tuner.space import PRESETS, Limits, Space, dimensions_of
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.tuner.space import PRESETS, Limits, Space, dimensions_of
 
 
 def limits(**changes: int) -> Limits:

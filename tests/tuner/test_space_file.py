@@ -10,12 +10,12 @@ from typing import TypeAlias
 
 import pytest
 
-from objectives.errors import UsageError
-from objectives.knobs import Site
-from objectives.trial import TrialConfig
-from tuner.cli import main
-from tuner.space import COARSE_MICRO_BATCHES, Limits, Space
-from tuner.space_file import SpaceFile
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.tuner.cli import main
+from ds_tune.tuner.space import COARSE_MICRO_BATCHES, Limits, Space
+from ds_tune.tuner.space_file import SpaceFile
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 Write: TypeAlias = Callable[..., Path]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from objectives.errors import UsageError
-from tuner.spec import parse_memory, results_folder
+from ds_tune.objectives.errors import UsageError
+from ds_tune.tuner.spec import parse_memory, results_folder
 
 
 @pytest.mark.parametrize(

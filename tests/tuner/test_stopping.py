@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.stopping import StopNow, StopSignals
+from ds_tune.tuner.stopping import StopNow, StopSignals
 
 INTERRUPTED_IMPORT = """
 import os, signal, sys
@@ -82,7 +82,7 @@ def test_ctrl_c_while_the_command_is_still_imported_is_no_traceback(tmp_path: Pa
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IMPORT)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "tuner", "report"],
+        [sys.executable, "-P", "-m", "ds_tune.tuner", "report"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tuner.time_left import (
+from ds_tune.tuner.time_left import (
     ASSUMED_TRIAL_SECONDS,
     EXPLANATION_RUNS,
     FRESH_FACTOR,

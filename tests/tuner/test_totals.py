@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.layout import ResultsFolder
-from storage.records import Source
-from storage.study_store import StudyStore
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import Source
+from ds_tune.storage.study_store import StudyStore
 
 Tune = Callable[..., subprocess.CompletedProcess[str]]
 

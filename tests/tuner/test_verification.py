@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from objectives.machine import GIB, Machine
-from objectives.trial import Measurement, TrialConfig
-from objectives.workload import Workload
-from storage.records import Source, StudySummary, TrialRecord
-from tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, judge, next_runs
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.trial import Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
+from ds_tune.tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, judge, next_runs
 
 MACHINE = Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from objectives.cost_model.architecture import architecture_from_config
-from objectives.cost_model.memory import tensors_of_a_block
+from ds_tune.objectives.cost_model.architecture import architecture_from_config
+from ds_tune.objectives.cost_model.memory import tensors_of_a_block
 
 SEQ_LEN, HIDDEN = 64, 128
 WIDTH = 2

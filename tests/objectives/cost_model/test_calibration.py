@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from objectives.cost_model.calibration import (
+from ds_tune.objectives.cost_model.calibration import (
     RUN_NOISE,
     TIGHT,
     TRUSTS,
@@ -19,12 +19,12 @@ from objectives.cost_model.calibration import (
     calibrate_rates,
     observation_of,
 )
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
-from objectives.cost_model.model import CostModel, Floats, Grid, grid_of
-from objectives.machine import GIB
-from objectives.surface import Surface, read_surface
-from objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
+from ds_tune.objectives.cost_model.model import CostModel, Floats, Grid, grid_of
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 SURFACE: Surface = read_surface(RECORDED)

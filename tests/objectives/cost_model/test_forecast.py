@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from objectives.cost_model.forecast import Excluded, Forecast
+from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
 
 FORECAST = Forecast(
     samples_per_second=28.3,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from objectives.cost_model.hardware import (
+from ds_tune.objectives.cost_model.hardware import (
     CATALOGUE,
     SOLD_AS_GB,
     Accelerator,
@@ -13,8 +13,8 @@ from objectives.cost_model.hardware import (
     machine_of,
     parse_hardware,
 )
-from objectives.errors import UsageError
-from objectives.machine import GIB, Machine
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB, Machine
 
 MIB = 2**20
 

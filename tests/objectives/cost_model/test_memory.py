@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from objectives.cost_model.architecture import Architecture, architecture_from_config
-from objectives.cost_model.hardware import CATALOGUE, hardware_of, parse_hardware
-from objectives.cost_model.memory import LIVE_PARAMETER_ELEMENTS, MemoryEstimate, predict_memory
-from objectives.cost_model.model import CostModel
-from objectives.machine import GIB
-from objectives.surface import Surface, read_surface
-from objectives.trial import Failure, Measurement, TrialConfig
-from objectives.workload import SHIPPED_MODELS, Workload
+from ds_tune.objectives.cost_model.architecture import Architecture, architecture_from_config
+from ds_tune.objectives.cost_model.hardware import CATALOGUE, hardware_of, parse_hardware
+from ds_tune.objectives.cost_model.memory import LIVE_PARAMETER_ELEMENTS, MemoryEstimate, predict_memory
+from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
+from ds_tune.objectives.workload import SHIPPED_MODELS, Workload
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 

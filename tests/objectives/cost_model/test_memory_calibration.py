@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from objectives.cost_model.calibration import Observation, observation_of
-from objectives.cost_model.hardware import Hardware, hardware_of
-from objectives.cost_model.memory_calibration import (
+from ds_tune.objectives.cost_model.calibration import Observation, observation_of
+from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of
+from ds_tune.objectives.cost_model.memory_calibration import (
     LOST_SHARE,
     MEMORY_TRUSTS,
     Fragments,
     MemoryPosterior,
     calibrate_memory,
 )
-from objectives.cost_model.model import CostModel, grid_of
-from objectives.machine import GIB, Machine
-from objectives.surface import read_surface
-from objectives.trial import Failure, Measurement, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.cost_model.model import CostModel, grid_of
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
 SURFACE = read_surface(DATA / "2xH100.gpt2-xl.24GiB.jsonl")

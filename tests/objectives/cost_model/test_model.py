@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from objectives.cost_model.hardware import hardware_of, parse_hardware
-from objectives.cost_model.memory import MemoryConstants
-from objectives.cost_model.model import CostModel, grid_of
-from objectives.cost_model.step_time import StepConstants
-from objectives.errors import UsageError
-from objectives.machine import GIB, Machine
-from objectives.surface import read_surface
-from objectives.trial import Measurement, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
+from ds_tune.objectives.cost_model.memory import MemoryConstants
+from ds_tune.objectives.cost_model.model import CostModel, grid_of
+from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.trial import Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.memory_calibration import calibrate_memory
-from objectives.cost_model.model import CostModel, Prediction, grid_of
-from objectives.machine import Machine
-from objectives.surface import read_surface
-from objectives.trial import Measurement, TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.memory_calibration import calibrate_memory
+from ds_tune.objectives.cost_model.model import CostModel, Prediction, grid_of
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.trial import Measurement, TrialConfig
+from ds_tune.objectives.workload import Workload
 
 ROOT = Path(__file__).parents[3]
 STUDIES = sorted((ROOT / "benchmarks" / "data" / "studies").glob("*.json"))

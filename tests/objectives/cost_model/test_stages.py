@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from objectives.cost_model import calibration
-from objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
-from objectives.cost_model.hardware import hardware_of
-from objectives.cost_model.model import CostModel, Floats, grid_of
-from objectives.surface import read_surface
-from objectives.trial import Measurement
+from ds_tune.objectives.cost_model import calibration
+from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
+from ds_tune.objectives.cost_model.hardware import hardware_of
+from ds_tune.objectives.cost_model.model import CostModel, Floats, grid_of
+from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.trial import Measurement
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
 SURFACE = read_surface(DATA / "2xH100.gpt2-xl.32GiB.jsonl")

@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 
-from objectives.ds_config import deepspeed_config
-from objectives.rank.cleanup import release_trial
-from objectives.rank.distributed import skip_unused_ops
-from objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
-from objectives.rank.model import build_model
-from objectives.trial import TrialConfig
-from objectives.workload import Workload
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.rank.cleanup import release_trial
+from ds_tune.objectives.rank.distributed import skip_unused_ops
+from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
+from ds_tune.objectives.rank.model import build_model
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload import Workload
 
 
 @pytest.fixture(scope="package")

@@ -106,7 +106,7 @@ def test_flashattentions_own_package_is_asked_for_by_transformers(
     ],
 )
 def test_each_kernel_runs_on_a_gpu(kernel: str, operation: str) -> None:
-    from objectives.rank.knobs import configure_model
+    from ds_tune.objectives.rank.knobs import configure_model
 
     config = transformers.GPT2Config(n_layer=1, n_embd=128, n_head=2, n_positions=64, vocab_size=501, use_cache=False)
     model = transformers.GPT2LMHeadModel(configure_model(config, {"attention": kernel})).half().cuda()
@@ -119,7 +119,7 @@ def test_each_kernel_runs_on_a_gpu(kernel: str, operation: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
 def test_flashattentions_own_package_computes_what_torchs_kernel_does() -> None:
-    from objectives.rank.knobs import configure_model
+    from ds_tune.objectives.rank.knobs import configure_model
 
     ids = torch.randint(501, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     found = []

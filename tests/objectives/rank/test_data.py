@@ -10,9 +10,9 @@ import datasets
 import pytest
 import transformers
 
-from objectives.errors import UsageError
-from objectives.rank.data import TOKEN_BLOCKS, batches, load_blocks
-from objectives.workload import Workload
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.rank.data import TOKEN_BLOCKS, batches, load_blocks
+from ds_tune.objectives.workload import Workload
 
 NANO = Workload(model="gpt2-nano", seq_len=8, dtype="fp32")
 TEXT = "the quick brown fox"

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from objectives.errors import EnvironmentFault
-from objectives.machine import GIB, Machine
-from objectives.rank.device import CpuMeter, claim_device, missing_kernels
+from ds_tune.objectives.errors import EnvironmentFault
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.rank.device import CpuMeter, claim_device, missing_kernels
 
 TORCH_2_11 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
@@ -63,8 +63,8 @@ def in_a_process(code: str) -> str:
     """What a process prints: limits of memory are for ever, so they are not tried in this one."""
     code = f"""
 import resource, torch
-from objectives.machine import Machine
-from objectives.rank.device import cap_memory
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.rank.device import cap_memory
 machine = Machine(device="cpu", name="test", ranks=2, memory_bytes=4 * 2**30)
 {code}"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

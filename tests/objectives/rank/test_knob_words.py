@@ -2,8 +2,8 @@
 
 import pytest
 
-from objectives.rank.knobs import parse_knobs
-from objectives.trial import TrialConfig
+from ds_tune.objectives.rank.knobs import parse_knobs
+from ds_tune.objectives.trial import TrialConfig
 
 
 def test_the_model_s_knobs_are_read_as_a_command_line_has_them() -> None:

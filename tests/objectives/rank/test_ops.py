@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import os, sys
-from objectives.rank.ops import import_muon
+from ds_tune.objectives.rank.ops import import_muon
 os.environ["TORCHDYNAMO_DISABLE"] = "0"
 import_muon({{"optimizer": {{"type": {optimizer!r}}}}})
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
@@ -29,8 +29,8 @@ KNOB_OP = """
 import sys
 import torch
 torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=0, world_size=1)
-from objectives.errors import EnvironmentFault
-from objectives.rank.ops import load_knob_op
+from ds_tune.objectives.errors import EnvironmentFault
+from ds_tune.objectives.rank.ops import load_knob_op
 try:
     load_knob_op({field!r}, {value!r}, lambda text, seconds: None)
 except EnvironmentFault as fault:

@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from objectives.errors import UsageError
-from objectives.knobs import HEAD_THEN_LOSS, LOSS_CHUNKS
-from objectives.rank.knobs import apply_to_model
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import HEAD_THEN_LOSS, LOSS_CHUNKS
+from ds_tune.objectives.rank.knobs import apply_to_model
 
 VOCABULARY, TOKENS = 501, 2 * 16
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from objectives.rank.progress import Progress
+from ds_tune.objectives.rank.progress import Progress
 
 
 def test_an_announced_phase_is_told_and_one_that_is_only_entered_is_remembered() -> None:
@@ -29,7 +29,7 @@ def test_an_announced_phase_is_told_and_one_that_is_only_entered_is_remembered()
 def test_the_pipe_ends_with_the_rank_although_processes_that_it_forked_or_started_live_on() -> None:
     code = """
 import os, sys, time
-from objectives.rank.progress import Progress
+from ds_tune.objectives.rank.progress import Progress
 progress = Progress(int(sys.argv[1]))
 progress.send("ready")
 if os.fork() == 0:

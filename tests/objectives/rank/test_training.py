@@ -10,9 +10,9 @@ import deepspeed
 import pytest
 import torch
 
-from objectives.rank.device import CpuMeter
-from objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer, Timing
-from objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.rank.device import CpuMeter
+from ds_tune.objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, Step, StepTimer, Timing
+from ds_tune.objectives.timing.step_plan import StepPlan
 
 
 class OverflowingEngine:

@@ -9,8 +9,8 @@ import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from objectives.rank import zero3_release
-from objectives.rank.zero3_release import METHOD, TraceIndex, install
+from ds_tune.objectives.rank import zero3_release
+from ds_tune.objectives.rank.zero3_release import METHOD, TraceIndex, install
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_trace_that_changes_is_indexed_anew(
 
 
 def test_it_is_installed_once_and_its_cache_is_cleared_with_the_trial(installed: Any) -> None:
-    from objectives.rank.cleanup import _method_caches
+    from ds_tune.objectives.rank.cleanup import _method_caches
 
     method = getattr(PartitionedParameterCoordinator, METHOD)
     install()

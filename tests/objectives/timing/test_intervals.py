@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from objectives.timing.intervals import (
+from ds_tune.objectives.timing.intervals import (
     effective_size,
     is_answer,
     is_drifting,

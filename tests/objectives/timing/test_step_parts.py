@@ -8,8 +8,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from objectives.timing.intervals import T95, T98
-from objectives.timing.step_parts import StepParts, whole_step
+from ds_tune.objectives.timing.intervals import T95, T98
+from ds_tune.objectives.timing.step_parts import StepParts, whole_step
 
 GAS = 64
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from deepspeed.compile.init_z3 import WARMUP as DEEPSPEED_COMPILES_ANEW
 
-from objectives.timing.intervals import (
+from ds_tune.objectives.timing.intervals import (
     mean_ci95,
     warmup_length,
 )
-from objectives.timing.step_parts import StepParts
-from objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
+from ds_tune.objectives.timing.step_parts import StepParts
+from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 
 
 def timed(trace: Sequence[float], best_step_seconds: float | None = None, plan: StepPlan | None = None) -> list[float]:
