@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_tune.objectives.failures import is_out_of_memory
+from ds_tune.objectives.running.failures import is_out_of_memory
 
 CLOCK_SLACK_SECONDS = 0.1
 """A file's time is the kernel's coarse clock's, a few milliseconds behind."""

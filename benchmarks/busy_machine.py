@@ -3,7 +3,7 @@
     python benchmarks/busy_machine.py [--studies 300] [--seed 0] [--json FILE]
 
 Each study is a search of nine trials and the verification of its finalists by the rules of `objectives.timing`,
-`storage.verification` and `tuner.verification`, on a machine whose clock runs through: what slows it slows whatever is
+`storage.finalists` and `tuner.verification`, on a machine whose clock runs through: what slows it slows whatever is
 timed then. The true seconds of a step are drawn for each study: the fastest, one that is 5% slower, one 15%, and others
 20 to 60%. A row a kind of noise:
 
@@ -30,7 +30,7 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.timing.intervals import is_answer, step_ci95, throughput, warmup_length
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.verification import judge, next_runs
 

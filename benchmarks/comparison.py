@@ -17,7 +17,7 @@ from ds_tune.objectives.files import write_atomically
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.timing.intervals import mean_ci95, speedup_ci95
 from ds_tune.objectives.trial import Measurement, TrialConfig, outcome_from_json
-from ds_tune.storage.verification import RUN_NOISE
+from ds_tune.storage.finalists import RUN_NOISE
 
 AUTOTUNER = "deepspeed"
 TRIAL_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "autotuning")

@@ -15,10 +15,10 @@ from deepspeed_autotuner import Bench, run_alone, tail
 
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
-from ds_tune.storage.document import study_document
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary
 from ds_tune.storage.study_store import StudyStore
+from ds_tune.tuner.reports.document import study_document
 
 GRACE_SECONDS = 15.0
 NO_LIMIT_SECONDS = 1e6

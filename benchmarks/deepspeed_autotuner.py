@@ -41,13 +41,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from autotuner_results import experiments, winner
 
-from ds_tune.objectives import guard
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
-from ds_tune.objectives.launcher import threads_per_rank
 from ds_tune.objectives.machine import Machine, detect_machine, software_versions
+from ds_tune.objectives.running import guard
+from ds_tune.objectives.running.launcher import threads_per_rank
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload, check_workload
+from ds_tune.objectives.workload.huggingface import Workload, check_workload
 from ds_tune.tuner.spec import DEFAULTS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ VERIFY_SECONDS = 240.0
 GROUP_ENDS_SECONDS = 10.0
 
 TRAIN = """\
-from ds_tune.objectives.train import main
+from ds_tune.objectives.rank.train import main
 
 main()
 """
@@ -65,7 +65,7 @@ main()
 # What DeepSpeedObjective's ranks do; the libraries come first, as they do there.
 TRAIN_CAPPED = """\
 import json, os
-from ds_tune.objectives.train import main
+from ds_tune.objectives.rank.train import main
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.rank.device import cap_memory
 machine = Machine.from_json(json.loads({machine!r}))

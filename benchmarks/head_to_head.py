@@ -39,16 +39,16 @@ from comparison import AUTOTUNER, Runs, Sessions, claim, next_run, rate_of, run_
 from contestants import Autotuner, Choice, Contestant, DsTune, close_left_open
 from deepspeed_autotuner import CHECKOUT, Bench, check_visible
 
-from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
 from ds_tune.objectives.files import write_atomically
-from ds_tune.objectives.launcher import LocalLauncher
 from ds_tune.objectives.machine import Machine, detect_machine, software_versions
-from ds_tune.objectives.rank_group import ignore
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.rank_group import ignore
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Measurement
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, check_workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, check_workload
 from ds_tune.tuner.arguments import positive
 from ds_tune.tuner.spec import DEFAULT_TRIAL_SECONDS, DEFAULTS, parse_memory
 

@@ -23,11 +23,11 @@ from tabulate import tabulate
 
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.launcher import LocalLauncher
 from ds_tune.objectives.machine import GIB, Machine, detect_machine
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.spec import DEFAULTS
 
 FACTORS = (1.0, 1.18)

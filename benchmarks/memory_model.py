@@ -27,9 +27,9 @@ from ds_tune.objectives.cost_model.hardware import parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import Site
-from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Surface, read_surface
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.proposer import Proposer
 from ds_tune.tuner.space import Limits, Space, dimensions_of
 

@@ -11,7 +11,7 @@ import optuna
 from ds_tune.objectives.cost_model.calibration import Observation, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.surface import Surface
+from ds_tune.objectives.recorded.recording import Surface
 from ds_tune.objectives.trial import Measurement, Outcome, TrialConfig
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
 from ds_tune.tuner.sampler import GridSampler, SpaceSampler, make_sampler

@@ -28,7 +28,7 @@ from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.step_time import StepConstants
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

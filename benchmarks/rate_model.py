@@ -23,9 +23,9 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.step_time import StepConstants
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.recorded.recording import read_surface
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 DATA = Path(__file__).parent / "data"
 FITTED = ("efficiency", "traffic", "compiled_traffic", "gap_seconds")

@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.cost_model.knob_context import site_of
 from ds_tune.objectives.knobs import Site
-from ds_tune.objectives.launcher import LocalLauncher
 from ds_tune.objectives.machine import GIB, Machine, detect_machine, software_versions
-from ds_tune.objectives.site import site_of
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.spec import DEFAULTS, parse_memory
 
 PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005, short_step_seconds=0.0)

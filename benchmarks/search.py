@@ -37,7 +37,7 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Surface, read_surface
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from ds_tune.tuner.space import Limits, Space
 

@@ -19,12 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.launcher import LocalLauncher
 from ds_tune.objectives.machine import GIB, detect_machine, software_versions
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.spec import DEFAULTS
 
 

@@ -24,13 +24,13 @@ from typing import Any
 
 import tabulate
 
-from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.launcher import LocalLauncher
 from ds_tune.objectives.machine import GIB, Machine, detect_machine
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.intervals import mean_ci95
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.spec import DEFAULTS
 
 PARTS = ("overhead", "fresh", "memory")

@@ -12,7 +12,7 @@ from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.cost_model.hardware import TERA, hardware_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

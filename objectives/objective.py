@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ds_tune.objectives.numerics import LossCurve
-from ds_tune.objectives.rank_group import OnPhase
+from ds_tune.objectives.running.rank_group import OnPhase
 from ds_tune.objectives.trial import Failure, Figures, Outcome, TrialConfig
 
 

@@ -261,7 +261,7 @@ class Measurement:
 
 
 class FailureKind(enum.StrEnum):
-    """Why a trial gave no measurement. `objectives.failures` is the only place that decides it."""
+    """Why a trial gave no measurement. `objectives.running.failures` is the only place that decides it."""
 
     OUT_OF_MEMORY = "out_of_memory"
     INVALID_CONFIG = "invalid_config"

@@ -8,7 +8,7 @@ from typing import Any
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC
 from ds_tune.objectives.trial import Figures
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 # A study from before there were other figures than measured ones, or other metrics, does not name them.
 IDENTITY_DEFAULTS = {"figures": Figures.MEASURED.value, "metric": DEFAULT_METRIC}

@@ -12,9 +12,9 @@ from ds_tune.objectives.metric import DEFAULT_METRIC
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.timing.intervals import speedup_ci95
 from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.ablations import Contributions
-from ds_tune.storage.verification import (
+from ds_tune.storage.finalists import (
     Finalist,
     VerifiedRate,
     is_busy,

@@ -21,12 +21,11 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.metric import METRICS, all_metrics, metric_context
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Failure, Figures, Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.attributes import record_of, save_record, set_study_attribute, study_attributes
 from ds_tune.storage.database import open_storage
 from ds_tune.storage.identity import IDENTITY_DEFAULTS, Identity, differences
-from ds_tune.storage.notes import save_notes, trial_note
 from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialState
 from ds_tune.storage.urls import check_storage_url, masked
 
@@ -282,7 +281,7 @@ class StudyStore:
         save_record(self.storage, trial, record)
 
     def tell(self, trial: optuna.Trial, record: TrialRecord) -> None:
-        """Ends the trial in Optuna: its value, its constraint, and what the dashboard shows of it.
+        """Ends the trial in Optuna: its value, its constraint and its attributes.
 
         May be called again after a crash in its middle.
         """
@@ -323,7 +322,6 @@ class StudyStore:
             attributes["figures"] = figures.value
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
-        optuna_dashboard.save_note(trial, trial_note(record, figures=figures))
         if record.state is not TrialState.FAILED and "constraints" not in told.system_attrs:
             fits = isinstance(record.outcome, Measurement)
             self._constrain(trial, min(violation, 0.0) if fits else violation)
@@ -364,12 +362,6 @@ class StudyStore:
                 again.append(config.name)
             self.interrupt(trial)
         return again
-
-    def publish(self, summary: StudySummary) -> None:
-        """Brings up to date what optuna-dashboard shows of the study and its trials: who won, and verified figures."""
-        best = summary.best
-        self.study.set_user_attr("best", "" if best is None else f"{best.config.name} (trial {best.number})")
-        save_notes(self.study, summary)
 
     def interrupt(self, trial: optuna.Trial) -> None:
         """Ends a trial that was stopped from outside; it has no record and counts for nothing."""

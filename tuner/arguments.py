@@ -10,7 +10,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.trial import KNOBS
-from ds_tune.objectives.workload import DTYPES, SHIPPED_MODELS
+from ds_tune.objectives.workload.huggingface import DTYPES, SHIPPED_MODELS
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.tuner.space import PRESETS
 from ds_tune.tuner.spec import DEFAULT_SAMPLER, DEFAULT_STUDY, DEFAULT_TRIAL_SECONDS, DEFAULT_TRIALS, SAMPLER_NAMES

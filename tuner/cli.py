@@ -14,26 +14,26 @@ from collections.abc import Sequence
 import rich.console
 
 from ds_tune.objectives.cost_model.hardware import hardware_of, machine_of
+from ds_tune.objectives.cost_model.knob_context import site_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import DsTuneError, UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import check_metric
-from ds_tune.objectives.site import site_of
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.database import storage_faults
-from ds_tune.storage.document import study_document
-from ds_tune.storage.export import export
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.ownership import check_owner
 from ds_tune.storage.records import StudyState, StudySummary
 from ds_tune.storage.study_store import StudyStore
 from ds_tune.storage.urls import check_storage_url, masked
 from ds_tune.tuner import dashboard
-from ds_tune.tuner.answers import Answers, answers_for, imagined_workload
 from ds_tune.tuner.arguments import NUMERICS, dashboard_parser, export_parser, plan_parser, report_parser, tune_parser
+from ds_tune.tuner.backend import Answers, answers_for, imagined_workload
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.plan import hardware_asked_for, make_plan, print_plan
+from ds_tune.tuner.reports.document import study_document
+from ds_tune.tuner.reports.export import export
 from ds_tune.tuner.space import Limits, study_space
 from ds_tune.tuner.space_file import SpaceFile
 from ds_tune.tuner.spec import DEFAULT_SAMPLER, DEFAULT_TRIAL_SECONDS, DEFAULTS, StudySpec, parse_memory, results_folder

@@ -15,9 +15,10 @@ import rich.text
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from ds_tune.storage.explanation import explanation_lines
-from ds_tune.storage.forecasts import forecast_errors
-from ds_tune.storage.markdown import (
+from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.tuner.reports.explanation import explanation_lines
+from ds_tune.tuner.reports.forecasts import forecast_errors
+from ds_tune.tuner.reports.markdown import (
     IS_LEVEL,
     UNSETTLED,
     WINNER,
@@ -31,8 +32,7 @@ from ds_tune.storage.markdown import (
     verdict_lines,
     verified_words,
 )
-from ds_tune.storage.metrics import metric_line, metric_rows
-from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.tuner.reports.metrics import metric_line, metric_rows
 from ds_tune.tuner.space import DIMENSIONS
 from ds_tune.tuner.time_left import EXPLANATION_RUNS, VERIFICATION_RUNS, RunsLeft
 

@@ -10,11 +10,12 @@ from ds_tune.objectives.numerics import LossCurve, NumericsCheck
 from ds_tune.objectives.objective import Objective, TrainingObjective
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from ds_tune.storage.ablations import Ablation, Contributions
+from ds_tune.storage.finalists import RUN_NOISE, Finalist, log_rate, undisturbed_log_rate
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import Source, StudyState, StudySummary, TrialRecord
 from ds_tune.storage.study_store import StudyStore
-from ds_tune.storage.verification import RUN_NOISE, Finalist, log_rate, undisturbed_log_rate
 from ds_tune.tuner.observer import Observer
+from ds_tune.tuner.reports.notes import save_trial_note
 from ds_tune.tuner.space import Space
 from ds_tune.tuner.stopping import StopSignals
 from ds_tune.tuner.verification import judge, next_runs
@@ -206,6 +207,7 @@ class Finals:
         )
         self._store.save(trial, record)
         self._store.tell(trial, record)
+        save_trial_note(self._store.study, record, self._store.figures)
         self._observer.finalist_added(record, self._store.summary())
 
     def _run_ablation(

@@ -14,12 +14,12 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
+from ds_tune.objectives.cost_model.knob_context import site_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import Scalar, Site
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.site import site_of
 from ds_tune.objectives.trial import KNOBS, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 ZERO_STAGES = (0, 1, 2, 3)
 

@@ -12,7 +12,6 @@ from ds_tune.objectives.machine import software_versions
 from ds_tune.objectives.objective import Objective
 from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
 from ds_tune.storage.earlier import earlier_records
-from ds_tune.storage.export import write_trial_inputs
 from ds_tune.storage.identity import Identity
 from ds_tune.storage.lock import StudyLock
 from ds_tune.storage.ownership import check_owner, claim
@@ -21,6 +20,8 @@ from ds_tune.storage.study_store import SOURCE, StudyStore
 from ds_tune.tuner.finals import Finals, Verification
 from ds_tune.tuner.observer import Observer
 from ds_tune.tuner.proposer import ENOUGH_GAIN
+from ds_tune.tuner.reports.export import write_trial_inputs
+from ds_tune.tuner.reports.notes import publish, save_trial_note
 from ds_tune.tuner.sampler import CostModelSampler, make_sampler, unvisited
 from ds_tune.tuner.space import study_space
 from ds_tune.tuner.spec import StudySpec
@@ -113,7 +114,7 @@ class Study:
                     if finals.ran:
                         store.add_finals_seconds(time.monotonic() - began)
             summary = store.summary()
-            store.publish(summary)
+            publish(store.study, summary)
             return summary
 
     def _target(self, summary: StudySummary, *, more_pending: bool) -> int:
@@ -182,6 +183,7 @@ class Study:
         )
         store.save(trial, record)
         store.tell(trial, record)
+        save_trial_note(store.study, record, store.figures)
         return record
 
     def _queue_baseline(self, store: StudyStore, summary: StudySummary) -> str | None:

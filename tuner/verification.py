@@ -3,8 +3,8 @@
 import dataclasses
 
 from ds_tune.objectives.timing.intervals import is_answer
+from ds_tune.storage.finalists import compare
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
-from ds_tune.storage.verification import compare
 
 CANDIDATES = 3
 SURE_CANDIDATES = 2
@@ -33,7 +33,7 @@ class Verdict:
     leader: str
     """Name of the configuration to take."""
     level: tuple[str, ...]
-    """Those shown to be within `storage.verification.LEVEL` of the fastest, which may be the leader or one of these."""
+    """Those shown to be within `storage.finalists.LEVEL` of the fastest, which may be the leader or one of these."""
     unsettled: tuple[str, ...]
     """Those that the runs so far cannot tell from the fastest."""
 

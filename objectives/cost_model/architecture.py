@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.model_sizes import (
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, model_config_path
+from ds_tune.objectives.workload.model_sizes import (
     BERT_LIKE,
     FAMILIES,
     LLAMA_LIKE,
@@ -19,7 +20,6 @@ from ds_tune.objectives.model_sizes import (
     stated_sizes,
     text_configuration,
 )
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, model_config_path
 
 FUSED_ATTENTION = ("gpt2", "gpt_bigcode", "gpt_neox", "bloom", "falcon")
 """Families that project to queries, keys and values by one matrix."""

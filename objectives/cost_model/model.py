@@ -17,7 +17,7 @@ from ds_tune.objectives.cost_model.memory import (
 from ds_tune.objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
 from ds_tune.objectives.ds_config import CPU_BUCKET_ELEMENTS
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 Floats = npt.NDArray[np.float64]
 

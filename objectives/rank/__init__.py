@@ -1,1 +1,1 @@
-"""What a rank process does: the only code of ds-tune, besides `objectives.train`, that imports torch."""
+"""What a rank process does: the only code of ds-tune, besides `objectives.rank.train`, that imports torch."""

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, dataset_files, model_config_path
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, dataset_files, model_config_path
 
 TOKEN_BLOCKS = 512
 """Enough for every global batch to differ from the last; the stream starts over behind it."""

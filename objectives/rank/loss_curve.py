@@ -9,14 +9,14 @@ import deepspeed
 import torch
 import transformers
 
-from ds_tune.objectives.deadlines import predicted_step_seconds, warmup_deadline
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.rank.data import collate
 from ds_tune.objectives.rank.model import flops_per_sample
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.training import MAX_SKIPPED_STEPS, OverflowedError, build_engine
+from ds_tune.objectives.timing.deadlines import predicted_step_seconds, warmup_deadline
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 
 def run_losses(

@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ds_tune.objectives.ds_config import dtype_of
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.model_sizes import check_sizes
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload, model_config_path
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, model_config_path
+from ds_tune.objectives.workload.model_sizes import check_sizes
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -13,7 +13,6 @@ import deepspeed
 import torch
 import transformers
 
-from ds_tune.objectives.deadlines import BUILD_SECONDS, predicted_step_seconds, timed_deadline, warmup_deadline
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.rank.data import batches
@@ -23,11 +22,12 @@ from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, confi
 from ds_tune.objectives.rank.model import build_model, count_parameters, flops_per_sample
 from ds_tune.objectives.rank.ops import COMPILE_SECONDS, KNOB_OPS, load_knob_op
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.timing.deadlines import BUILD_SECONDS, predicted_step_seconds, timed_deadline, warmup_deadline
 from ds_tune.objectives.timing.intervals import is_drifting, step_ci95, warmup_length
 from ds_tune.objectives.timing.step_parts import FEWEST_MICRO_STEPS, StepParts, whole_step
 from ds_tune.objectives.timing.step_plan import StepPlan, is_hopeless
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 MAX_SKIPPED_STEPS = 24
 """fp16's dynamic loss scale halves at each overflow; from 2^16 it cannot halve more often and still be one."""
@@ -64,7 +64,7 @@ def run_trial(
         engines: the engine is put here as soon as it exists, for the caller to release however the trial ends.
 
     Returns:
-        This rank's result document; `objectives.deepspeed_objective.combine_ranks` reads it.
+        This rank's result document; `objectives.running.deepspeed_objective.combine_ranks` reads it.
     """
     started = time.perf_counter()
     engine, parameters = build_engine(config, {}, workload, machine, model_config, device, progress, engines)

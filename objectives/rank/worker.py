@@ -1,6 +1,6 @@
 """What a rank process does: get ready once, then run the trials that arrive on its standard input.
 
-Started by `objectives.launcher`; the protocol is described in `objectives.rank_group`.
+Started by `objectives.running.launcher`; the protocol is described in `objectives.running.rank_group`.
 """
 
 import gc
@@ -17,7 +17,6 @@ import torch
 
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import DsTuneError, UsageError
-from ds_tune.objectives.failures import first_sentence, kind_of_exception
 from ds_tune.objectives.files import result_file, write_atomically
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.rank import zero3_release
@@ -30,9 +29,10 @@ from ds_tune.objectives.rank.model import load_config
 from ds_tune.objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.training import run_trial
+from ds_tune.objectives.running.failures import first_sentence, kind_of_exception
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 ANY_CONFIG = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
 

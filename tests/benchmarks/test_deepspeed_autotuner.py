@@ -13,7 +13,7 @@ import pytest
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "deepspeed_autotuner.py"
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -16,7 +16,7 @@ from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Run = Callable[..., subprocess.CompletedProcess[str]]

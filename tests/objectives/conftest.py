@@ -13,13 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
-from ds_tune.objectives import launcher
-from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.launcher import LocalLauncher
 from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.running import launcher
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Outcome, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 FAULTS = Path(__file__).parents[1] / "faults"
 QUICK = StepPlan(warmup_steps=1, zero3_extra_warmup_steps=0, min_timed_steps=2, max_timed_steps=2)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 CONFIG = TrialConfig(zero_stage=2, micro_batch_size=4, gradient_accumulation_steps=3)
 

@@ -6,7 +6,7 @@ import pytest
 
 from ds_tune.objectives.ds_config import deepspeed_config, dtype_of
 from ds_tune.objectives.trial import KNOBS, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 PLAIN = {"zero_stage": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 2}
 WORKLOAD = Workload(model="gpt2-nano", seq_len=32, dtype="fp32")

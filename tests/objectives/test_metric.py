@@ -9,7 +9,7 @@ from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.metric import METRICS, Metric, MetricContext, all_metrics, check_metric, metric_context
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 CONTEXT = MetricContext(ranks=4, seq_len=1024, flops_per_sample=1e13, peak_flops=989e12)
 WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")

@@ -9,10 +9,10 @@ import optuna
 import pytest
 
 from ds_tune.storage.attributes import PREFIX, RECORD, USER_RECORD, record_of
-from ds_tune.storage.export import export
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import Identity, StudyStore
+from ds_tune.tuner.reports.export import export
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {

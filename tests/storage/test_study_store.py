@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import optuna_dashboard
 import pytest
 
 from ds_tune.objectives.errors import UsageError
@@ -16,6 +15,7 @@ from ds_tune.objectives.trial import FailureKind, Figures, Measurement, TrialCon
 from ds_tune.storage.attributes import set_study_attribute
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import IDENTITY, Identity, StudyStore
+from ds_tune.tuner.reports.notes import publish
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
@@ -130,19 +130,12 @@ def test_the_dashboards_columns_have_units_in_their_names(store: StudyStore, mak
     assert failed["reason"] == "out of memory in forward (peak 12.00 of 24.00 GiB)"
 
 
-def test_a_failure_has_its_log_in_a_note(store: StudyStore, make_record: MakeRecord) -> None:
-    trial = run(store, make_record("z1_gas1_tmbspg64"))
-    note = optuna_dashboard.get_note(optuna.Trial(store.study, trial._trial_id))
-    assert note.startswith("**z1_gas1_tmbspg64**\n\npruned: out of memory in forward (peak 12.00 of 24.00 GiB)")
-    assert "rank 1 in forward: OutOfMemoryError" in note and "the last lines of the log" in note
-
-
 def test_user_attributes_are_short_and_plain(store: StudyStore, make_record: MakeRecord) -> None:
     """They are columns of optuna-dashboard's tables and of `optuna trials` and `optuna studies`."""
     trials = [run(store, make_record("z1_gas2_tmbspg4", 40.0)), run(store, make_record("z1_gas1_tmbspg64"))]
     store.add_verification("z1_gas2_tmbspg4", measurement_of(make_record("z1_gas2_tmbspg4", 41.0)))
     store.set_winner("z1_gas2_tmbspg4", [], [])
-    store.publish(store.summary())
+    publish(store.study, store.summary())
     for attributes in (store.study.user_attrs, *(trial.user_attrs for trial in trials)):
         assert attributes
         assert all(isinstance(value, int | float | str) and len(str(value)) <= 100 for value in attributes.values())

@@ -26,12 +26,12 @@ import sqlalchemy.event
 from ds_tune.objectives.files import result_file, write_atomically
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
-from ds_tune.objectives.rank_group import OnPhase
+from ds_tune.objectives.running.rank_group import OnPhase
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.study_store import StudyStore
-from ds_tune.tuner import answers, cli, study
+from ds_tune.tuner import backend, cli, study
 
 ANSWERS = (
     "formula", "stage 0 does not fit", "nothing fits", "crash", "first crashes", "invalid", "hang",
@@ -225,7 +225,7 @@ def main(words: Sequence[str]) -> int:
         return AnalyticObjective(machine, answer=arguments.answer, prepared=arguments.prepared)
 
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", leave_writing_to_the_kernel)
-    answers.DeepSpeedObjective = objective  # type: ignore[assignment, misc]
+    backend.DeepSpeedObjective = objective  # type: ignore[assignment, misc]
     if arguments.kill:
         point, _, count = arguments.kill.partition(":")
         kill_at(point, int(count))

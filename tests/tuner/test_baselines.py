@@ -4,7 +4,7 @@ import pytest
 
 from ds_tune.objectives.cost_model.hardware import parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.proposer import Proposer
 from ds_tune.tuner.space import Limits, Space
 

@@ -9,7 +9,7 @@ import rich.console
 
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.console import Console, _Running, live_line, shortened, trial_heading, trial_line
 from ds_tune.tuner.time_left import RunsLeft

@@ -18,7 +18,7 @@ import sqlalchemy.event
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Surface, read_surface
 from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
 from ds_tune.storage.attributes import RECORD
 from ds_tune.storage.records import Source, TrialRecord

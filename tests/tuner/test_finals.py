@@ -14,16 +14,16 @@ import pytest
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import LossCurve, NumericsCheck
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.storage.finalists import Finalist
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.storage.study_store import StudyStore
-from ds_tune.storage.verification import Finalist
 from ds_tune.tuner.finals import ablated, beside, compared, is_faster
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "storage" / "study.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[2] / "tuner" / "reports" / "study.schema.json").read_text())
 MACHINE = Machine(device="cuda", name="a GPU", ranks=1, memory_bytes=80 * GIB)
 TRAINS = Measurement(
     step_seconds=(1.0, 1.0, 1.0), samples_per_second=1.0, samples_per_second_ci95=(0.99, 1.01), forward_seconds=0.3,

@@ -8,7 +8,7 @@ import pytest
 from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Surface, read_surface
 from ds_tune.objectives.trial import Measurement
 from ds_tune.tuner.proposer import AS_GOOD, Proposer
 

@@ -12,10 +12,10 @@ from ds_tune.objectives.cost_model.calibration import Observation, observation_o
 from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel, Grid
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Surface, read_surface
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
 from ds_tune.tuner.space import Limits, Space
 

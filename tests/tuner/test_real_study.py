@@ -119,13 +119,13 @@ def run_json(start: Start, tmp_path: Path, *arguments: str) -> tuple[int, dict[s
     with (tmp_path / "document").open("w+b") as document, (tmp_path / "log").open("w+b") as log:
         status = start(*arguments, "--json", stdout=document, stderr=log).wait(5 * DEADLINE_SECONDS)
     study: dict[str, Any] = json.loads((tmp_path / "document").read_text())
-    schema = json.loads(resources.files("ds_tune.storage").joinpath("study.schema.json").read_text())
+    schema = json.loads(resources.files("ds_tune.tuner.reports").joinpath("study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(study)
     return status, study, (tmp_path / "log").read_text()
 
 
 def ranks_pinned_by(marked: Marked) -> list[str]:
-    processes = [line for line in marked.alive() if "ds_tune.objectives.rank.template" in line]
+    processes = [line for line in marked.alive() if "ds_tune.objectives.rank.fork_server" in line]
     return processes[1:]  # one of them is what the ranks are forked from
 
 

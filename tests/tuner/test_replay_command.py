@@ -15,7 +15,7 @@ import optuna
 import optuna_dashboard
 import pytest
 
-from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.recorded.recording import read_surface
 from ds_tune.objectives.trial import Figures
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.study_store import StudyStore
@@ -128,7 +128,7 @@ def test_every_figure_says_that_it_is_replayed(tune: Run, folder: Path) -> None:
     with results.trials_csv.open(newline="") as file:
         assert {row["figures"] for row in csv.DictReader(file)} == {"replayed"}
     document = json.loads(results.study_json.read_text())
-    schema = json.loads((Path(__file__).parents[2] / "storage" / "study.schema.json").read_text())
+    schema = json.loads((Path(__file__).parents[2] / "tuner" / "reports" / "study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(document)
     assert document["figures"] == "replayed"
     assert document["versions"] == HEADER["versions"]
@@ -136,7 +136,7 @@ def test_every_figure_says_that_it_is_replayed(tune: Run, folder: Path) -> None:
     assert (best["figures"], best["FLOPS_per_gpu"], best["fwd"]) == ("replayed", None, None)
     comment, command = results.optimal_command.read_text().splitlines()
     assert comment.startswith("# ") and "replayed" in comment
-    assert "deepspeed --include localhost:0,1 --module ds_tune.objectives.train --model gpt2-xl" in command
+    assert "deepspeed --include localhost:0,1 --module ds_tune.objectives.rank.train --model gpt2-xl" in command
 
 
 def test_the_dashboard_says_it_too(tune: Run, folder: Path) -> None:

@@ -22,7 +22,7 @@ ESCAPE = "\x1b["
 def study_of(output: str) -> dict[str, Any]:
     """The document that is all of the output, checked against the schema."""
     document: dict[str, Any] = json.loads(output)
-    schema = json.loads(resources.files("ds_tune.storage").joinpath("study.schema.json").read_text())
+    schema = json.loads(resources.files("ds_tune.tuner.reports").joinpath("study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(document)
     return document
 

@@ -14,11 +14,11 @@ import pytest
 
 from ds_tune.objectives.cost_model.hardware import machine_of, parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.simulated import SimulatedObjective
-from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.cost_model.simulated import SimulatedObjective
+from ds_tune.objectives.recorded.recording import read_surface
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Failure, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.attributes import RECORD
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState

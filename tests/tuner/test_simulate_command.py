@@ -52,7 +52,7 @@ def names(folder: Path, results: str = "autotuning_results") -> list[str]:
 
 
 def check(document: Any) -> None:
-    schema = json.loads(resources.files("ds_tune.storage").joinpath("study.schema.json").read_text())
+    schema = json.loads(resources.files("ds_tune.tuner.reports").joinpath("study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(document)
 
 
@@ -107,7 +107,7 @@ def test_every_file_says_that_its_figures_are_simulated(simulate: Run, folder: P
     assert metrics["figures"] == "simulated"
     comment, command = results.optimal_command.read_text().splitlines()
     assert comment.startswith("# The fastest by simulated figures") and "it was not run here" in comment
-    assert "--module ds_tune.objectives.train --model gpt2-xl" in command
+    assert "--module ds_tune.objectives.rank.train --model gpt2-xl" in command
 
 
 def test_the_dashboard_says_it_too(simulate: Run, folder: Path) -> None:

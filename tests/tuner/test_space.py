@@ -10,7 +10,7 @@ import pytest
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import Site
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.space import PRESETS, Limits, Space, dimensions_of
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, judge, next_runs
 

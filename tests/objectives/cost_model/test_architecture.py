@@ -8,7 +8,7 @@ import pytest
 
 from ds_tune.objectives.cost_model.architecture import FAMILIES, architecture_from_config, architecture_of
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "n_positions": 64},

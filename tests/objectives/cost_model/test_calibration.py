@@ -23,7 +23,7 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
 from ds_tune.objectives.cost_model.model import CostModel, Floats, Grid, grid_of
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Surface, read_surface
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"

@@ -13,9 +13,9 @@ from ds_tune.objectives.cost_model.hardware import CATALOGUE, hardware_of, parse
 from ds_tune.objectives.cost_model.memory import LIVE_PARAMETER_ELEMENTS, MemoryEstimate, predict_memory
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.surface import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Surface, read_surface
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 

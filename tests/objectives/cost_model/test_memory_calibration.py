@@ -19,9 +19,9 @@ from ds_tune.objectives.cost_model.memory_calibration import (
 )
 from ds_tune.objectives.cost_model.model import CostModel, grid_of
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.recorded.recording import read_surface
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
 SURFACE = read_surface(DATA / "2xH100.gpt2-xl.24GiB.jsonl")

@@ -16,9 +16,9 @@ from ds_tune.objectives.cost_model.model import CostModel, grid_of
 from ds_tune.objectives.cost_model.step_time import StepConstants
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.recorded.recording import read_surface
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"

@@ -13,9 +13,9 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import calibrate_memory
 from ds_tune.objectives.cost_model.model import CostModel, Prediction, grid_of
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.recorded.recording import read_surface
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 ROOT = Path(__file__).parents[3]
 STUDIES = sorted((ROOT / "benchmarks" / "data" / "studies").glob("*.json"))

@@ -9,7 +9,7 @@ from ds_tune.objectives.cost_model import calibration
 from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel, Floats, grid_of
-from ds_tune.objectives.surface import read_surface
+from ds_tune.objectives.recorded.recording import read_surface
 from ds_tune.objectives.trial import Measurement
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"

@@ -10,7 +10,7 @@ from ds_tune.objectives.cost_model.architecture import Architecture, architectur
 from ds_tune.objectives.cost_model.hardware import CATALOGUE, parse_hardware
 from ds_tune.objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import SHIPPED_MODELS
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS
 
 XL: Architecture = architecture_from_config(SHIPPED_MODELS["gpt2-xl"], "gpt2-xl")
 

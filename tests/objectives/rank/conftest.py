@@ -16,7 +16,7 @@ from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
 from ds_tune.objectives.rank.model import build_model
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 
 @pytest.fixture(scope="package")

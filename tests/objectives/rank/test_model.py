@@ -11,7 +11,7 @@ import transformers
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.rank.model import build_model, count_parameters, flops_per_sample, load_config, model_class
-from ds_tune.objectives.workload import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
 
 NANO = Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
 STAGE_0 = {"zero_optimization": {"stage": 0}}

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from ds_tune.objectives.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.trial import Failure, FailureKind, Outcome, TrialConfig
-from ds_tune.objectives.workload import Workload
+from ds_tune.objectives.workload.huggingface import Workload
 
 Train = Callable[..., Outcome]
 Fault = Callable[[str], Path]

@@ -1,0 +1,1 @@
+"""Trials that were run before: a recording, and the objective that answers from it."""

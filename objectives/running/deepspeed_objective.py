@@ -1,0 +1,202 @@
+"""The objective that really trains: each configuration runs in ranks of its own and is timed there."""
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_tune.objectives.errors import EnvironmentFault
+from ds_tune.objectives.files import result_file
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.numerics import STEPS, LossCurve
+from ds_tune.objectives.running.launcher import Launcher
+from ds_tune.objectives.running.rank_group import OnPhase, RankGroup
+from ds_tune.objectives.timing.intervals import throughput
+from ds_tune.objectives.timing.step_parts import StepParts
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.workload.huggingface import Workload
+
+
+class DeepSpeedObjective:
+    """See `Objective`. The ranks live on from trial to trial, unless one leaves them unfit or fresh ones are wanted."""
+
+    figures = Figures.MEASURED
+
+    def __init__(
+        self,
+        workload: Workload,
+        machine: Machine,
+        *,
+        launcher: Launcher,
+        log_folder: Path,
+        trial_seconds: float,
+        plan: StepPlan | None = None,
+        fresh_ranks: bool = False,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """
+        Args:
+            log_folder: where the ranks' output goes until a trial has its own folder.
+            trial_seconds: a trial that has not ended by then is killed, its process start not counted.
+            fresh_ranks: give every trial processes of its own.
+            notice: told in one line when ranks have to be replaced, and why.
+        """
+        self._machine = machine
+        self._launcher = launcher
+        self._log_folder = log_folder
+        self._trial_seconds = trial_seconds
+        self._setup: dict[str, Any] = {
+            "workload": workload.to_json(),
+            "machine": machine.to_json(),
+            "optimizers": [],
+        }
+        self.plan = plan or StepPlan()
+        """How long a trial is timed; another one may be set between trials."""
+        self._fresh_ranks = fresh_ranks
+        self._notice = notice
+        self._group: RankGroup | None = None
+        self._start_seconds = 0.0
+        self._seconds_per_sample: float | None = None  # of a rank: the slowest so far
+
+    def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
+        # Optimizers are compiled before the first trial: the first configuration's, and where possible all others.
+        of_each = {(config.optimizer, config.offload_optimizer): config for config in configs}
+        self._setup["optimizers"] = [config.to_json() for config in of_each.values()]
+        failure = self._start()
+        if failure is not None:
+            raise EnvironmentFault(f"the training processes do not start: {failure.message}\n{failure.log_tail}")
+
+    def run(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        on_phase: OnPhase,
+        *,
+        best_samples_per_second: float | None = None,
+    ) -> Outcome:
+        started = time.monotonic()
+        answer = self._command(config, folder, on_phase, best_samples_per_second=best_samples_per_second)
+        start_seconds, self._start_seconds = self._start_seconds, 0.0
+        wall_seconds = time.monotonic() - started
+        if isinstance(answer, Failure):
+            return dataclasses.replace(answer, wall_seconds=wall_seconds)
+        measured = combine_ranks(answer, config=config, start_seconds=start_seconds, wall_seconds=wall_seconds)
+        seconds_per_sample = self._machine.ranks / measured.samples_per_second
+        self._seconds_per_sample = max(seconds_per_sample, self._seconds_per_sample or 0.0)
+        return measured
+
+    def losses(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> LossCurve | Failure:
+        """The losses of a configuration's first steps; see `objectives.numerics`."""
+        answer = self._command(config, folder, on_phase, losses=STEPS)
+        return answer if isinstance(answer, Failure) else LossCurve.from_json(answer[0])
+
+    def _command(
+        self,
+        config: TrialConfig,
+        folder: Path,
+        on_phase: OnPhase,
+        *,
+        best_samples_per_second: float | None = None,
+        losses: int = 0,
+    ) -> list[dict[str, Any]] | Failure:
+        """Has the ranks run one configuration, and replaces them where it left them unfit."""
+        folder = folder.resolve()
+        shutil.rmtree(result_file(folder, 0).parent, ignore_errors=True)
+        result_file(folder, 0).parent.mkdir(parents=True)
+        for log in ("stdout.log", "stderr.log"):
+            (folder / log).write_bytes(b"")
+        if self._group is None:
+            on_phase("start")
+            failure = self._start()
+            if failure is not None:
+                return failure
+        assert self._group is not None
+        try:
+            answer = self._group.run(
+                {
+                    "config": config.to_json(),
+                    "seconds_per_sample": self._seconds_per_sample,
+                    "best_samples_per_second": best_samples_per_second,
+                    "plan": dataclasses.asdict(self.plan),
+                    "losses": losses,
+                },
+                folder,
+                seconds=self._trial_seconds,
+                on_phase=on_phase,
+            )
+            unfit = None if self._fresh_ranks else self._group.unfit()
+        except BaseException:
+            self.close()
+            raise
+        if self._fresh_ranks or unfit is not None:
+            self.close()
+        if unfit is not None:
+            self._notice(f"New training processes after {config.name}: {unfit}.")
+        return answer
+
+    @property
+    def left_bytes(self) -> Mapping[str, int] | None:
+        """What the last trial left on any rank (see `RankGroup.left_bytes`); None while no ranks are alive."""
+        return self._group.left_bytes if self._group is not None else None
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.kill()
+            self._group = None
+
+    def _start(self) -> Failure | None:
+        started = time.monotonic()
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        stdout, stderr = self._log_folder / "start.stdout.log", self._log_folder / "start.stderr.log"
+        for log in (stdout, stderr):
+            log.write_bytes(b"")
+        self._group = RankGroup(self._launcher, stdout=stdout, stderr=stderr, notice=self._notice)
+        try:
+            answer = self._group.setup(self._setup)
+        except BaseException:
+            self.close()
+            raise
+        self._start_seconds = time.monotonic() - started
+        if isinstance(answer, Failure):
+            self.close()
+            return answer
+        return None
+
+
+def combine_ranks(
+    ranks: Sequence[dict[str, Any]], *, config: TrialConfig, start_seconds: float, wall_seconds: float
+) -> Measurement:
+    """One measurement from the result documents of all ranks.
+
+    Times are the slowest rank's, by its total (taking the slowest of each single step would add up the jitter
+    of different ranks); memory figures are the highest of any rank.
+    """
+    slowest = max(ranks, key=lambda document: math.fsum(document["step_seconds"]))
+    samples = config.global_batch_size(len(ranks))
+    rate, interval = throughput(slowest["step_seconds"], samples, tuple(slowest["step_ci95_seconds"]))
+    return Measurement(
+        step_seconds=tuple(slowest["step_seconds"]),
+        samples_per_second=rate,
+        samples_per_second_ci95=interval,
+        forward_seconds=slowest["forward_seconds"],
+        backward_seconds=slowest["backward_seconds"],
+        optimizer_seconds=slowest["optimizer_seconds"],
+        deepspeed_samples_per_second=ranks[0]["deepspeed_samples_per_second"],
+        warmup_step_seconds=tuple(slowest["warmup_step_seconds"]),
+        first_steps_seconds=slowest["first_steps_seconds"],
+        skipped_steps=slowest["skipped_steps"],
+        stopped_early=slowest["stopped_early"],
+        from_parts=StepParts.from_json(slowest["from_parts"]) if slowest["from_parts"] else None,
+        drifting=slowest["drifting"],
+        peak_memory_bytes=max(document["peak_memory_bytes"] for document in ranks),
+        reserved_memory_bytes=max(document["reserved_memory_bytes"] for document in ranks),
+        alloc_retries=max(document["alloc_retries"] for document in ranks),
+        setup_seconds=start_seconds + max(document["setup_seconds"] for document in ranks),
+        wall_seconds=wall_seconds,
+        model_parameters=ranks[0]["model_parameters"],
+        flops_per_sample=ranks[0]["flops_per_sample"],
+    )

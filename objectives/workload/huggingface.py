@@ -1,0 +1,207 @@
+"""What is trained: the model, its precision and its data, as plain values that need no torch.
+
+`objectives.rank.model` and `objectives.rank.data` turn a `Workload` into the real thing inside a rank.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.workload.model_sizes import check_sizes
+
+DTYPES = ("fp16", "bf16", "fp32")
+
+SHIPPED_MODELS: dict[str, dict[str, Any]] = {
+    # Published sizes of the GPT-2 family: Radford et al. 2019, as in the hub's config.json files.
+    "gpt2": {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12},
+    "gpt2-medium": {"model_type": "gpt2", "n_layer": 24, "n_embd": 1024, "n_head": 16},
+    "gpt2-large": {"model_type": "gpt2", "n_layer": 36, "n_embd": 1280, "n_head": 20},
+    "gpt2-xl": {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25},
+    # Not a published model: small enough that two CPU ranks train it in tens of milliseconds a step.
+    "gpt2-nano": {
+        "model_type": "gpt2",
+        "n_layer": 4,
+        "n_embd": 128,
+        "n_head": 4,
+        "vocab_size": 4096,
+        "n_positions": 256,
+    },
+}
+"""Model configurations that come with ds-tune, so that no hub is needed; keys not named are transformers'."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One training job, less what the search decides."""
+
+    model: str
+    """A key of `SHIPPED_MODELS`, a folder or file with a Hugging Face configuration, or a hub id."""
+    seq_len: int
+    dtype: str
+    pretrained: bool = False
+    """Load weights (from the hub or a local folder) instead of initialising them; speed is the same."""
+    dataset: str | None = None
+    """Local text, JSON, CSV or Parquet files (a glob), or a hub id; None means synthetic tokens."""
+    tokenizer: str | None = None
+    base_ds_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The user's own DeepSpeed settings; `objectives.ds_config` lays each trial's over them."""
+
+    @property
+    def description(self) -> str:
+        data = self.dataset or "synthetic tokens"
+        return f"{self.model} {self.dtype}, sequence length {self.seq_len}, {data}"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        return cls(**document)
+
+
+def check_workload(workload: Workload) -> None:
+    """Finds what can be known to be wrong without loading anything.
+
+    Raises:
+        UsageError: the model, data or precision named cannot be what was meant.
+    """
+    if workload.dtype not in DTYPES:
+        raise UsageError(f"--dtype {workload.dtype} is none of {', '.join(DTYPES)}")
+    if workload.seq_len < 2:
+        raise UsageError(f"--seq-len must be at least 2 (got {workload.seq_len})")
+    _check_model(workload)
+    if workload.tokenizer is not None and workload.dataset is None:
+        raise UsageError(
+            f"--tokenizer {workload.tokenizer} is for the text of --dataset, and synthetic tokens have none; "
+            "add --dataset or leave out --tokenizer"
+        )
+    if workload.dataset is not None and not _HUB_ID.fullmatch(workload.dataset):
+        _, files = dataset_files(workload.dataset)
+        if all(Path(file).stat().st_size == 0 for file in files):
+            raise UsageError(f"--dataset {workload.dataset} is empty; name files with text or token ids in them")
+
+
+def _check_model(workload: Workload) -> None:
+    model = workload.model
+    if model in SHIPPED_MODELS:
+        limit = SHIPPED_MODELS[model].get("n_positions", 1024)
+        if workload.seq_len > limit:
+            raise UsageError(f"{model} takes at most {limit} positions; --seq-len {workload.seq_len} is too long")
+        return
+    path = model_config_path(model)
+    if path is None:
+        if Path(model).exists():
+            raise UsageError(
+                f"--model {model} has no config.json; name a folder that a Hugging Face model was saved to"
+            )
+        if not _HUB_ID.fullmatch(model) or model.startswith("."):
+            known = ", ".join(SHIPPED_MODELS)
+            raise UsageError(
+                f"--model {model} is neither a file, a folder nor a hub id (owner/name); shipped models: {known}"
+            )
+        return
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--model {model}: {path} cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UsageError(f"--model {model}: {path} is no Hugging Face configuration (it has no model_type)")
+    check_sizes(config, model)
+
+
+def model_config_path(model: str) -> Path | None:
+    """The local config.json that `model` names, or None when it names none."""
+    path = Path(model)
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if (path / "config.json").is_file():
+        return path / "config.json"
+    return None
+
+
+DATASET_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+"""File endings and the builder of the `datasets` library that reads them."""
+
+
+def dataset_files(pattern: str) -> tuple[str, list[str]]:
+    """The `datasets` builder and the files that a local `--dataset` names (a file, a folder or a glob).
+
+    Raises:
+        UsageError: nothing is there, or the files are of no kind, or of several.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in DATASET_LOADERS)
+    elif path.is_file():
+        files = [path]
+    else:
+        anchor = Path(path.anchor or ".")
+        files = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+    if not files:
+        raise UsageError(f"--dataset {pattern}: no such file, and no hub id (owner/name) either")
+    endings = {file.suffix for file in files}
+    if len(endings) > 1 or not endings <= set(DATASET_LOADERS):
+        kinds = ", ".join(DATASET_LOADERS)
+        raise UsageError(
+            f"--dataset {pattern}: files must be all of one kind of {kinds} (found {', '.join(sorted(endings))})"
+        )
+    return DATASET_LOADERS[endings.pop()], [str(file.resolve()) for file in files]
+
+
+def load_base_ds_config(path: Path) -> dict[str, Any]:
+    """Reads the user's DeepSpeed configuration for `--ds-config`.
+
+    Raises:
+        UsageError: the file is missing, is no JSON, or is no DeepSpeed configuration.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--ds-config {path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--ds-config {path} is not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"--ds-config {path} must hold a JSON object")
+    if (mistake := _mistake_in(document)) is not None:
+        raise UsageError(f"--ds-config {path}: {mistake}")
+    return document
+
+
+MOST_ELEMENTS = 2**63
+"""More than any bucket has; beyond, a number is a slip or an infinity."""
+
+
+def _mistake_in(document: Mapping[str, Any]) -> str | None:
+    """What is of another kind than it must be, among the settings that ds-tune itself reads or writes into.
+
+    The rest is DeepSpeed's to judge. A value `"auto"` is as good as none: `objectives.ds_config` leaves it out.
+    """
+    for section in ("zero_optimization", "optimizer", "fp16", "bf16"):
+        if not isinstance(_stated(document, section, {}), dict):
+            return f"{section} must be an object"
+    zero, optimizer = _stated(document, "zero_optimization", {}), _stated(document, "optimizer", None)
+    if not isinstance(_stated(zero, "offload_optimizer", {}), dict | None):
+        return "zero_optimization.offload_optimizer must be an object"
+    bucket = _stated(zero, "reduce_bucket_size", 0)
+    if isinstance(bucket, int | float) and not 0 <= bucket < MOST_ELEMENTS:
+        return f"zero_optimization.reduce_bucket_size must be a number of elements, not {bucket}"
+    if optimizer is not None:
+        if not isinstance(_stated(optimizer, "type", None), str):
+            return 'optimizer.type must be the name of an optimizer, such as "AdamW"'
+        if not isinstance(_stated(optimizer, "params", {}), dict):
+            return "optimizer.params must be an object"
+    clipping = _stated(document, "gradient_clipping", 0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not clipping >= 0:
+        return "gradient_clipping must be a number from 0 on"
+    return None
+
+
+def _stated(document: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = document.get(key, default)
+    return default if value == "auto" else value

@@ -1,0 +1,163 @@
+"""What repeated runs of finalists say together."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from ds_tune.objectives.trial import Measurement
+from ds_tune.storage.finalists import (
+    RUN_NOISE,
+    Finalist,
+    compare,
+    is_busy,
+    step_spread,
+    undisturbed_speedup,
+    verified_rate,
+)
+
+RUN = Measurement(
+    step_seconds=(1.0, 1.0),
+    samples_per_second=50.0,
+    samples_per_second_ci95=(50.0, 50.0),
+    forward_seconds=0.3,
+    backward_seconds=0.5,
+    optimizer_seconds=0.2,
+    deepspeed_samples_per_second=None,
+    warmup_step_seconds=(1.0,),
+    skipped_steps=0,
+    peak_memory_bytes=2**30,
+    reserved_memory_bytes=2**30,
+    alloc_retries=0,
+    setup_seconds=1.0,
+    wall_seconds=10.0,
+    model_parameters=1000,
+    flops_per_sample=1e9,
+)
+
+
+def run(rate: float, half_width: float = 0.0, steps: Sequence[float] = (0.9, 1.1)) -> Measurement:
+    """A run of this rate; `steps` are its step times over their mean."""
+    return dataclasses.replace(
+        RUN,
+        samples_per_second=rate,
+        samples_per_second_ci95=(rate - half_width, rate + half_width),
+        step_seconds=tuple(steps),
+    )
+
+
+def finalist(*rates: float, search: float | None = None) -> Finalist:
+    return Finalist(run(rates[0] if search is None else search), [run(rate) for rate in rates])
+
+
+def disturbed(*steps: Sequence[float], undisturbed_rate: float = 100.0) -> Finalist:
+    """Runs of a configuration whose steps take 1 s on a quiet machine; the first is the search."""
+    runs = [run(undisturbed_rate * len(each) / sum(each), steps=each) for each in steps]
+    return Finalist(runs[0], runs[1:])
+
+
+def test_mean_of_runs_is_geometric() -> None:
+    assert verified_rate(finalist(40.0, 90.0, search=60.0)).samples_per_second == pytest.approx(60.0)
+
+
+def test_one_run_is_not_trusted_further_than_two_runs_differ() -> None:
+    low, high = verified_rate(finalist(50.0)).samples_per_second_ci95
+    assert math.log(high / low) == pytest.approx(2 * 1.96 * RUN_NOISE, rel=1e-3)
+
+
+def test_runs_that_differ_widen_the_interval_and_more_runs_narrow_it() -> None:
+    def width(*rates: float) -> float:
+        low, high = verified_rate(finalist(*rates, search=50.0)).samples_per_second_ci95
+        return high / low
+
+    assert width(50.0, 50.0) < width(50.0) < width(48.0, 52.0)
+
+
+def test_noise_within_the_runs_widens_the_interval() -> None:
+    quiet = verified_rate(Finalist(run(50.0), [run(50.0)]))
+    noisy = verified_rate(Finalist(run(50.0), [run(50.0, half_width=2.0)]))
+    assert noisy.samples_per_second_ci95[0] < 0.98 * quiet.samples_per_second_ci95[0]
+
+
+def test_runs_of_other_finalists_that_lie_apart_widen_the_interval() -> None:
+    alone = verified_rate(finalist(50.0))
+    beside = verified_rate(finalist(50.0), [finalist(60.0, 90.0, search=40.0)])
+    assert beside.samples_per_second_ci95[0] < 0.9 * alone.samples_per_second_ci95[0]
+
+
+def test_no_verified_rate_is_above_that_of_the_fastest_step() -> None:
+    _, high = verified_rate(finalist(50.0, 10.0, search=90.0)).samples_per_second_ci95
+    assert high == pytest.approx(90.0 / 0.9 * math.exp(0.01))
+
+
+def test_stored_interval_without_bound_does_not_overflow() -> None:
+    """As an earlier version stored it of steps of 0.39 to 0.98 s; its square overflowed the verified rate."""
+    drifted = dataclasses.replace(run(97.0, steps=(0.39, 0.6, 0.98)), samples_per_second_ci95=(55.8, 14815.0))
+    low, high = verified_rate(Finalist(drifted, [drifted])).samples_per_second_ci95
+    assert 40 < low < 97 < high < 165
+
+
+@pytest.mark.parametrize("steps", [(1e-9, 1e9), (1e-12, 1.0), (5.0,), (1.0,) * 40], ids=str)
+def test_every_statistic_of_a_verification_is_finite_whatever_steps_it_has(steps: Sequence[float]) -> None:
+    wild = Finalist(run(1e-9, steps=steps), [run(1e9, half_width=1e9, steps=steps)])
+    rate = verified_rate(wild, [finalist(50.0)])
+    figures = [rate.samples_per_second, *rate.samples_per_second_ci95, step_spread(wild.all_runs)]
+    factor, interval = undisturbed_speedup(wild, finalist(50.0))
+    assert all(map(math.isfinite, [*figures, factor, *interval]))
+    for busy in (False, True):
+        assert not compare(finalist(50.0), wild, busy=busy).is_level
+
+
+def test_difference_larger_than_chance_is_settled_and_a_small_one_is_level() -> None:
+    fast, slow, level = finalist(52.0, 52.0), finalist(50.0, 50.0), finalist(51.9, 51.9)
+    assert compare(fast, slow, busy=False).is_faster
+    assert not compare(slow, fast, busy=False).is_faster
+    assert compare(fast, level, busy=False).is_level
+
+
+def test_wide_intervals_are_no_evidence_that_two_are_level() -> None:
+    one, other = (Finalist(run(rate, 30.0), [run(rate, 30.0)]) for rate in (100.0, 99.0))
+    comparison = compare(one, other, busy=False)
+    assert not comparison.is_level
+    assert not comparison.is_faster
+
+
+def test_drift_that_slows_both_runs_of_a_round_does_not_hide_the_faster_one() -> None:
+    fast, slow = finalist(100.0, 80.0, 60.0, search=100.0), finalist(90.0, 72.0, 54.0, search=90.0)
+    assert compare(fast, slow, busy=False).is_faster
+
+
+def test_least_disturbed_steps_decide_where_a_neighbour_comes_and_goes() -> None:
+    quiet, hit, hit_later = (1.0, 1.0, 1.0, 1.0), (1.0, 1.8, 1.8, 1.8), (1.8, 1.8, 1.8, 1.8)
+    fast = disturbed(hit, hit, hit_later, undisturbed_rate=105.0)
+    slow = disturbed(quiet, quiet, hit, undisturbed_rate=100.0)
+    assert compare(slow, fast, busy=False).log_ratio > 0, "by their means the slower one is ahead"
+    assert compare(fast, slow, busy=True).is_faster
+
+
+def test_order_that_one_undisturbed_run_shows_alone_is_not_settled() -> None:
+    quiet, hit = (1.0, 1.0, 1.0, 1.0), (1.8, 1.8, 1.8, 1.8)
+    fast, slow = disturbed(hit, quiet, undisturbed_rate=105.0), disturbed(quiet, quiet)
+    comparison = compare(fast, slow, busy=True)
+    assert comparison.log_ratio > 0
+    assert not comparison.is_faster
+    assert not comparison.is_level
+
+
+def test_undisturbed_speedup_is_the_one_of_a_quiet_machine() -> None:
+    bimodal = (1.0, 1.8, 1.0, 1.8, 1.8, 1.0, 1.0, 1.8)
+    factor, (low, high) = undisturbed_speedup(
+        disturbed(bimodal, bimodal, undisturbed_rate=150.0), disturbed(bimodal, bimodal[::-1])
+    )
+    assert factor == pytest.approx(1.5)
+    assert 1.45 < low < 1.5 < high < 1.55
+
+
+def test_machine_is_busy_where_more_than_one_configuration_is_disturbed() -> None:
+    uneven = disturbed((1.0, 1.8, 1.0, 1.8), (1.0, 1.8, 1.0, 1.8))
+    even = Finalist(run(100.0, steps=(1.0, 1.01)), [run(101.0, steps=(1.0, 1.01))])
+    other_in_search = Finalist(run(100.0, steps=(1.0, 1.01)), [run(70.0, steps=(1.0, 1.01))])
+    assert not is_busy([even, even, uneven]), "one may be uneven by itself"
+    assert is_busy([even, uneven, uneven])
+    assert is_busy([even, uneven, other_in_search])

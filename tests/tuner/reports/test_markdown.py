@@ -1,0 +1,156 @@
+"""summary.md: the form of the tables that DeepSpeed publishes for its autotuner (docs of GPT2-xl)."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import pytest
+
+from ds_tune.objectives.trial import Figures
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
+from ds_tune.tuner.reports.markdown import duration_words, improvement_words, rate_words, summary_markdown
+
+MakeRecord = Callable[..., TrialRecord]
+MakeSummary = Callable[..., StudySummary]
+
+
+def section(document: str, title: str) -> str:
+    return document.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+
+
+def test_it_has_the_published_sections_in_their_order(finished: StudySummary) -> None:
+    titles = [line for line in summary_markdown(finished).splitlines() if line.startswith("#")]
+    assert titles == [
+        "# gpt2-xl",
+        "## Environment",
+        "## Throughput",
+        "## Detailed result summary",
+        "## Trials",
+        "## Why",
+        "## How this was measured",
+    ]
+
+
+def test_the_environment_names_the_training_the_hardware_and_all_versions(finished: StudySummary) -> None:
+    environment = section(summary_markdown(finished), "Environment")
+    assert "gpt2-xl fp16, sequence length 1024, synthetic tokens" in environment
+    assert "2 × NVIDIA H200 (140.0 GiB), capped at 24.00 GiB a rank" in environment
+    for package, version in finished.versions.items():
+        assert f"- {package} ({version})\n" in environment
+
+
+def test_the_baseline_stands_beside_the_best_with_what_each_trains_on_a_step(finished: StudySummary) -> None:
+    _, _, baseline, best = rows(section(summary_markdown(finished), "Throughput"))[:4]
+    assert baseline[0:2] == ["baseline", "z0_gas1_tmbspg1"] and baseline[3:] == ["–", "2", "23.00"]
+    assert best[0:2] == ["ds-tune", "z1_gas2_tmbspg8"] and best[3:] == ["–", "32", "20.50"]
+    assert best[2].startswith("58.25 ± ")
+
+
+def test_the_summary_has_the_published_three_lines_the_stages_and_the_closing_line(finished: StudySummary) -> None:
+    text = section(summary_markdown(finished), "Detailed result summary")
+    assert "- Tuning time: 20 min 55 s\n" in text
+    assert "- Number of experiments: 5\n" in text
+    assert "- Throughput improvement over baseline: 2.12× (95% interval " in text
+    assert [row[0] for row in rows(text)[2:]] == ["z0", "z1", "z2", "z3", "global"]
+    assert "Tuning completed in 0:20:55.156000. Total number of experiments: 5." in text
+
+
+def test_every_trial_is_listed_with_how_it_ended(finished: StudySummary) -> None:
+    header, _, *trials = rows(section(summary_markdown(finished), "Trials"))
+    assert [trial[1] for trial in trials] == [record.config.name for record in finished.records]
+    assert all(len(trial) == len(header) for trial in trials)
+    assert [trial[-2] for trial in trials] == ["complete", "complete", "complete", "pruned", "failed"]
+    assert [trial[-1] for trial in trials] == [
+        "baseline",
+        "search",
+        "search",
+        "out of memory in forward (peak 24.00 of 24.00 GiB)",
+        "crash: rank 0 / was killed by SIGSEGV",
+    ]
+
+
+def test_deepspeeds_own_figures_are_named_as_such(finished: StudySummary) -> None:
+    text = section(summary_markdown(finished), "How this was measured")
+    assert "end to end" in text and "95% confidence interval" in text
+    # Its three timers see 7/8 of each step.
+    assert f"as DeepSpeed's autotuner counts: {58.25 / 0.875:.2f} samples/s" in text
+    assert f"by DeepSpeed's ThroughputTimer: {58.25 * 1.1:.2f} samples/s" in text
+
+
+def test_a_baseline_that_does_not_run_makes_the_improvement_infinite(
+    make_record: MakeRecord, make_summary: MakeSummary
+) -> None:
+    records = [make_record("z0_gas1_tmbspg1", source=Source.BASELINE), make_record("z1_gas1_tmbspg1", 27.497)]
+    text = summary_markdown(make_summary(records))
+    assert "- Throughput improvement over baseline: Inf (the baseline does not run)\n" in text
+    assert rows(section(text, "Throughput"))[2][:2] == ["baseline", "not runnable"]
+
+
+def test_a_study_where_nothing_fits_says_why_it_ended(nothing_fits: StudySummary) -> None:
+    text = summary_markdown(nothing_fits)
+    assert "- Throughput improvement over baseline: none: no configuration ran\n" in text
+    assert "- Ended early: not even one sample a rank fits, in any ZeRO stage\n" in text
+    assert [row[1] for row in rows(section(text, "Throughput"))[2:]] == ["not runnable", "not runnable"]
+
+
+def test_an_unfinished_study_says_how_far_it_is(finished: StudySummary, make_summary: MakeSummary) -> None:
+    assert "- Not finished: 4 of 9 trials\n" in summary_markdown(make_summary(finished.records, total=9))
+
+
+def test_nothing_faster_than_the_baseline_is_said(make_record: MakeRecord, make_summary: MakeSummary) -> None:
+    summary = make_summary([make_record("z0_gas1_tmbspg1", 30.0, source=Source.BASELINE)])
+    assert improvement_words(summary) == "1.00× (nothing tried was faster than the baseline)"
+
+
+def test_a_trial_without_a_rate_has_a_dash(make_record: MakeRecord) -> None:
+    assert rate_words(make_record("z0_gas1_tmbspg1")) == "–"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "0 s"),
+        (41.4, "41 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 0 min"),
+        (3720, "1 h 2 min"),
+    ],
+)
+def test_durations_are_read_at_a_glance(seconds: float, words: str) -> None:
+    assert duration_words(seconds) == words
+
+
+@pytest.mark.parametrize("figures", [Figures.SIMULATED, Figures.REPLAYED])
+def test_figures_that_were_not_measured_carry_the_word_and_are_not_verified(
+    finished: StudySummary, figures: Figures
+) -> None:
+    text = summary_markdown(dataclasses.replace(finished, figures=figures))
+    assert text.startswith(f"# gpt2-xl, {figures.value}\n\nAll figures are **{figures.value}**: ")
+    header, _, *_ = rows(section(text, "Throughput"))
+    rate, peak = f"samples/s, {figures.value}", f"peak GiB a rank, {figures.value}"
+    assert header == ["", "configuration", rate, "global batch", peak]
+    assert rate in rows(section(text, "Trials"))[0]
+    bullets = section(text, "Detailed result summary")
+    assert f"- Tuning time: 20 min 55 s (the trials' own time: 1 min 15 s, {figures.value})\n" in bullets
+    assert re.search(rf"over baseline: 2\.12× \(95% interval .*\), {figures.value}\n", bullets)
+    assert f"experiments: 5. All figures are {figures.value}." in bullets
+    assert "verif" not in text.lower()
+
+
+def test_a_measured_report_has_no_such_word(finished: StudySummary) -> None:
+    text = summary_markdown(finished)
+    assert not any(word in text for word in ("measured**", "simulated", "replayed"))
+
+
+def test_checkpointing_has_a_column_where_a_trial_has_it(finished: StudySummary) -> None:
+    assert "ckpt" not in rows(section(summary_markdown(finished), "Trials"))[0]
+    config = dataclasses.replace(finished.records[1].config, activation_checkpointing=2)
+    records = [finished.records[0], dataclasses.replace(finished.records[1], config=config)]
+    header, _, first, second = rows(section(summary_markdown(dataclasses.replace(finished, records=records)), "Trials"))
+    column = header.index("ckpt")
+    assert (first[column], second[column], second[1]) == ("0", "2", "z1_ac2_gas2_tmbspg8")

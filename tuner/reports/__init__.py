@@ -1,0 +1,1 @@
+"""A `StudySummary` as text, tables, JSON and files."""

@@ -1,0 +1,204 @@
+"""StudySummary -> the files of a results folder, in the layout that DeepSpeed's autotuner writes.
+
+Deliberate differences, all documented in docs/results.md: the throughput is end to end; the optimum has no
+`autotuning` block; its command runs as it stands; configurations are files, not base64 in an argument.
+"""
+
+import csv
+import io
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.files import write_atomically
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
+from ds_tune.objectives.running.launcher import threads_per_rank
+from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Figures, Measurement, TrialConfig
+from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import StudySummary, TrialRecord
+from ds_tune.tuner.reports.document import study_document
+from ds_tune.tuner.reports.markdown import closing_line, stage_table, summary_markdown
+from ds_tune.tuner.reports.metrics import metric_values
+
+TRAINING_MODULE = "ds_tune.objectives.rank.train"
+MICROSECONDS = 1e6
+
+CSV_COLUMNS = (
+    "number", "name", "state", "source", *CORE_FIELDS, "global_batch_size",
+    "samples_per_second", "samples_per_second_ci95_low", "samples_per_second_ci95_high",
+    *(name for name in METRICS if name != DEFAULT_METRIC),
+    "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds", "figures", "reason",
+)  # fmt: skip
+
+
+def training_command(workload: Workload, machine: Machine, ds_config: Path, config: TrialConfig) -> list[str]:
+    """The argv that trains with a configuration through DeepSpeed's own launcher, from any folder.
+
+    Args:
+        ds_config: what of the configuration DeepSpeed's file says; the knobs of the model are options.
+    """
+    command = ["deepspeed"]
+    if machine.device == "cpu":
+        command += ["--num_gpus", str(machine.ranks)]
+    else:
+        command += ["--include", "localhost:" + ",".join(str(index) for index in machine.device_ids)]
+    command += ["--module", TRAINING_MODULE, "--model", workload.model, "--seq-len", str(workload.seq_len)]
+    if workload.dataset is not None:
+        command += ["--dataset", workload.dataset]
+    if workload.tokenizer is not None:
+        command += ["--tokenizer", workload.tokenizer]
+    if workload.pretrained:
+        command += ["--pretrained"]
+    for knob, value in config.model_knobs.items():
+        command += ["--knob", f"{knob}={value}"]
+    return [*command, "--deepspeed", "--deepspeed_config", str(ds_config.resolve())]
+
+
+def shell_line(command: Sequence[str], machine: Machine) -> str:
+    """The command as a line for a shell, with the environment that it needs there.
+
+    The PATH leads to this installation's deepspeed, and to the ninja that torch compiles DeepSpeed's ops with.
+    """
+    settings = f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"'
+    if machine.device == "cpu":
+        settings += f" DS_ACCELERATOR=cpu LOCAL_SIZE={machine.ranks} OMP_NUM_THREADS={threads_per_rank(machine)}"
+    return f"{settings} {shlex.join(command)}\n"
+
+
+def write_trial_inputs(folder: Path, config: TrialConfig, workload: Workload, machine: Machine) -> None:
+    """Writes what a trial is started from: ds_config.json, exp.json and cmd.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ds_config_path = folder / "ds_config.json"
+    ds_config = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
+    command = training_command(workload, machine, ds_config_path, config)
+    experiment = {
+        "name": config.name,
+        "ds_config": ds_config,
+        "num_gpus": machine.ranks,
+        "num_nodes": 1,
+        "hostfile": None,
+        "result_dir": str(folder),
+        "launcher_args": command[1 : command.index("--module")],
+        "ds_config_path": str(ds_config_path),
+    }
+    write_atomically(ds_config_path, json.dumps(ds_config))
+    write_atomically(folder / "exp.json", json.dumps(experiment))
+    write_atomically(folder / "cmd.txt", shell_line(command, machine))
+
+
+def metrics_document(record: TrialRecord, measured: Measurement, figures: Figures = Figures.MEASURED) -> dict[str, Any]:
+    """DeepSpeed's metrics.json: times in microseconds a step; `throughput` is end to end.
+
+    `latency` is the whole step, not the sum of the three; ds-tune's own figures stand beside DeepSpeed's keys.
+    What a recording does not say is null.
+    """
+    step_seconds = sum(measured.step_seconds) / len(measured.step_seconds)
+    per_rank = measured.samples_per_second / record.machine.ranks
+    low, high = measured.samples_per_second_ci95
+    return {
+        "fwd": measured.forward_seconds * MICROSECONDS or None,
+        "bwd": measured.backward_seconds * MICROSECONDS or None,
+        "step": measured.optimizer_seconds * MICROSECONDS or None,
+        "latency": step_seconds * MICROSECONDS,
+        "FLOPS_per_gpu": measured.flops_per_sample * per_rank or None,
+        "throughput": measured.samples_per_second,
+        "rank": 0,
+        "throughput_ci95": [low, high],
+        "deepspeed_throughput": measured.deepspeed_samples_per_second,
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "step_seconds": list(measured.step_seconds),
+        "figures": figures.value,
+    }
+
+
+def summary_text(summary: StudySummary) -> str:
+    """The table that DeepSpeed's autotuner writes to summary.txt, and its closing line, with no newline after it."""
+    return f"{stage_table(summary)}\n\n{closing_line(summary)}"
+
+
+def trials_csv(summary: StudySummary) -> str:
+    """One line a trial, with the raw units: bytes and seconds."""
+    text = io.StringIO()
+    knobs = [field for field in KNOBS if any(field in record.config.knobs_on for record in summary.records)]
+    after = CSV_COLUMNS.index("global_batch_size")
+    columns = [*CSV_COLUMNS[:after], *knobs, *CSV_COLUMNS[after:]]
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for record in summary.records:
+        row: dict[str, Any] = {
+            "number": record.number,
+            "name": record.config.name,
+            "state": record.state.value,
+            "source": record.source.value,
+            **{field: getattr(record.config, field) for field in (*CORE_FIELDS, *knobs)},
+            "global_batch_size": record.config.global_batch_size(record.machine.ranks),
+            "peak_memory_bytes": record.outcome.peak_memory_bytes,
+            "wall_seconds": record.outcome.wall_seconds,
+            "figures": summary.figures.value,
+            "reason": record.reason or "",
+        }
+        if isinstance(record.outcome, Measurement):
+            measured = record.outcome
+            row |= {
+                **{name: "" if value is None else value for name, value in metric_values(measured, summary).items()},
+                "samples_per_second_ci95_low": measured.samples_per_second_ci95[0],
+                "samples_per_second_ci95_high": measured.samples_per_second_ci95[1],
+                "step_seconds": sum(measured.step_seconds) / len(measured.step_seconds),
+                "reserved_memory_bytes": measured.reserved_memory_bytes,
+                "setup_seconds": measured.setup_seconds,
+            }
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
+    """Writes everything that can be made from a study's records.
+
+    Returns:
+        The files a person will want to open, the best first.
+    """
+    folder.root.mkdir(parents=True, exist_ok=True)
+    for record in summary.records:
+        trial_folder = folder.trial(record.config)
+        write_trial_inputs(trial_folder, record.config, summary.workload, record.machine)
+        if isinstance(record.outcome, Measurement):
+            write_json(trial_folder / "metrics.json", metrics_document(record, record.outcome, summary.figures))
+        else:
+            (trial_folder / "metrics.json").unlink(missing_ok=True)
+        for log, text in (("stdout.log", ""), ("stderr.log", getattr(record.outcome, "log_tail", ""))):
+            # An export into a new folder has no logs to copy: what the record kept of them is better than none.
+            if not (trial_folder / log).exists():
+                write_atomically(trial_folder / log, text)
+    write_atomically(folder.summary_text, summary_text(summary))
+    write_atomically(folder.summary_markdown, summary_markdown(summary))
+    write_atomically(folder.trials_csv, trials_csv(summary))
+    write_json(folder.study_json, study_document(summary))
+    written = [folder.summary_markdown, folder.summary_text, folder.trials_csv, folder.study_json]
+    best = summary.best
+    if best is None:
+        for path in (folder.optimal_config, folder.optimal_command):
+            path.unlink(missing_ok=True)
+        return written
+    optimal = deepspeed_config(best.config, summary.workload, ranks=best.machine.ranks, device=best.machine.device)
+    write_json(folder.optimal_config, optimal)
+    command = training_command(summary.workload, best.machine, folder.optimal_config, best.config)
+    write_atomically(folder.optimal_command, _origin(summary) + shell_line(command, best.machine))
+    return [folder.optimal_config, folder.optimal_command, *written]
+
+
+def _origin(summary: StudySummary) -> str:
+    """A comment for a shell: the command below it looks like one that has been run."""
+    if summary.figures is Figures.MEASURED:
+        return ""
+    return f"# The fastest by {summary.figures.value} figures of {summary.machine.description}; it was not run here.\n"
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(document, indent=2) + "\n")

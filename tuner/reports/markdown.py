@@ -1,0 +1,383 @@
+"""StudySummary -> summary.md, in the form of the tables that DeepSpeed publishes for its autotuner."""
+
+import datetime
+
+import tabulate
+
+from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.numerics import NumericsCheck
+from ds_tune.objectives.timing.intervals import is_answer
+from ds_tune.objectives.trial import KNOBS, Figures, Measurement
+from ds_tune.storage.finalists import LEVEL
+from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.tuner.reports.explanation import explanation_lines
+from ds_tune.tuner.reports.forecasts import forecast_errors
+from ds_tune.tuner.reports.metrics import metric_line, metric_rows
+
+ORIGINS = {
+    Figures.SIMULATED: "All figures are **simulated**: a model of the hardware gave them, with noise; nothing was run.",
+    Figures.REPLAYED: "All figures are **replayed**: a recording of earlier runs gave them; nothing was run.",
+}
+
+WINNER, IS_LEVEL, UNSETTLED = "★ winner", "level with the winner", "not told from the winner"
+
+
+def summary_markdown(summary: StudySummary) -> str:
+    """The whole report: results, every trial, versions, hardware, and how it was measured."""
+    sections = [
+        f"# {summary.figures.mark(summary.workload.model)}\n",
+        *(f"{ORIGINS[figures]}\n" for figures in ORIGINS if figures is summary.figures),
+        _environment(summary),
+        "## Throughput\n",
+        throughput_table(summary),
+        *([metric_table(summary)] if summary.best is not None else []),
+        "\n## Detailed result summary\n",
+        _bullets(summary),
+        stage_table(summary, marked=True),
+        *(f"\n{line}" for line in verdict_lines(summary)),
+        f"\n{closing_line(summary)}",
+        "\n## Trials\n",
+        trial_table(summary),
+        *_explanation(summary),
+        *_numerics(summary),
+        *_cost_model(summary),
+        "\n## How this was measured\n",
+        _method(summary),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def duration_words(seconds: float) -> str:
+    """Such as `41 s`, `3 min 20 s` or `1 h 2 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def tuning_words(summary: StudySummary) -> str:
+    """How long the search took, and where its trials were not run, what they would have taken."""
+    words = duration_words(summary.tuning_seconds)
+    if summary.figures is Figures.MEASURED:
+        return words
+    return f"{words} (the trials' own time: {summary.figures.mark(duration_words(summary.trial_seconds))})"
+
+
+def total_words(summary: StudySummary) -> str:
+    """How long the whole study took, and with what."""
+    words = f"Tuning took {tuning_words(summary)}, {len(summary.records)} experiments"
+    if not summary.verification:
+        return f"{words}."
+    words += f"; verification {duration_words(summary.verification_seconds)}"
+    if (explanation := summary.finals_seconds - summary.verification_seconds) >= 1:
+        words += f"; comparing losses and ablations {duration_words(explanation)}"
+    return f"{words}; {duration_words(summary.total_seconds)} in all."
+
+
+def rate_words(record: TrialRecord) -> str:
+    """Samples per second with the half width of its 95% interval; a dash for a trial without one."""
+    if not isinstance(record.outcome, Measurement):
+        return "–"
+    return _with_half_width(record.outcome.samples_per_second, record.outcome.samples_per_second_ci95)
+
+
+def verified_words(record: TrialRecord, summary: StudySummary, *, short: bool = False) -> str:
+    """The same of its runs in fresh processes, with their number unless short."""
+    verified = summary.verified(record)
+    if verified is None:
+        return "–"
+    runs = "1 run" if verified.runs == 1 else f"{verified.runs} runs"
+    words = _with_half_width(verified.samples_per_second, verified.samples_per_second_ci95)
+    return words if short else f"{words} ({runs})"
+
+
+def _with_half_width(rate: float, ci95: tuple[float, float]) -> str:
+    low, high = ci95
+    return f"{rate:.2f} ± {(high - low) / 2:.2f}" if is_answer(ci95) else f"about {rate:.3g}"
+
+
+def figure_words(record: TrialRecord, summary: StudySummary) -> str:
+    """The one figure of a configuration that tables show: the verified one, with a tick, where there is one."""
+    return (
+        rate_words(record) if summary.verified(record) is None else f"{verified_words(record, summary, short=True)} ✓"
+    )
+
+
+def standing_words(record: TrialRecord, summary: StudySummary) -> str:
+    """Whether a configuration won, is level with the winner or not told from it, or neither: then nothing."""
+    if record.state is not TrialState.COMPLETE or summary.winner is None:
+        return ""
+    if record.config.name == summary.winner:
+        return WINNER
+    if record.config.name in summary.unsettled:
+        return UNSETTLED
+    return IS_LEVEL if record.config.name in summary.tied else ""
+
+
+def improvement_words(summary: StudySummary) -> str:
+    """The best trial's speed-up over the baseline with its interval, in one phrase."""
+    speedup = summary.speedup
+    if summary.best is None:
+        return "none: no configuration ran"
+    if speedup is None:
+        return "Inf (the baseline does not run)"
+    if summary.best is summary.baseline:
+        return summary.figures.mark("1.00× (nothing tried was faster than the baseline)")
+    low, high = speedup.ci95
+    if not is_answer(speedup.ci95):
+        return summary.figures.mark(f"too noisy to tell{_noise_words(summary)}")
+    return summary.figures.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
+
+
+def verdict_lines(summary: StudySummary) -> list[str]:
+    """What the verification found of the others: who is level with the winner, and who could not be told from it."""
+    lines = []
+    best, disturbance = summary.best, summary.disturbance
+    if best is not None and summary.tied:
+        peaks = [
+            record.outcome.peak_memory_bytes or 0 for record in summary.records if record.config.name in summary.tied
+        ]
+        least = "; it needs the least memory" if (best.outcome.peak_memory_bytes or 0) < min(peaks, default=0) else ""
+        lines.append(f"Level with {', '.join(summary.tied)}: within {LEVEL:.0%}{least}.")
+    fastest = summary.fastest
+    named = (summary.winner, *summary.tied, *summary.unsettled)
+    if summary.winner is not None and fastest is not None and fastest.config.name not in named:
+        how = "was slower when verified" if summary.verified(fastest) is not None else "did not run again when verified"
+        lines.append(f"{fastest.config.name}, the fastest of the search, {how}.")
+    if summary.unsettled:
+        others = ", ".join(summary.unsettled)
+        if disturbance is None:
+            lines.append(f"Not told from {others} in the time of the verification; {_reason_words(summary)}.")
+        else:
+            lines.append(
+                f"The machine is too noisy to tell it from {others}{_noise_words(summary)}. "
+                "It is the best supported; run again when nothing else uses the machine."
+            )
+    elif disturbance is not None and summary.winner is not None:
+        lines.append(
+            f"Something else used the machine: steps of one configuration differ by {disturbance:.0%}. "
+            "The configurations were compared by their fastest steps."
+        )
+    return lines
+
+
+def _reason_words(summary: StudySummary) -> str:
+    """Why the winner is named before those that could not be told from it."""
+    peaks = {record.config.name: record.outcome.peak_memory_bytes or 0 for record in summary.records}
+    if summary.winner is not None and all(peaks[summary.winner] < peaks[name] for name in summary.unsettled):
+        return "it needs less memory"
+    return "it is the best supported"
+
+
+def _noise_words(summary: StudySummary) -> str:
+    if summary.disturbance is None:
+        return ""
+    return f": steps of one configuration differ by {summary.disturbance:.0%}"
+
+
+def numerics_words(name: str, found: NumericsCheck | str) -> str:
+    """What the comparison of a configuration's losses with untuned training says, in one sentence."""
+    if isinstance(found, str):
+        return f"Numbers of {name}: {found}."
+    if found.fault is not None:
+        return f"{name} is not the winner, for it trains something else: {found.fault}."
+    return (
+        f"{name} trains as untuned training does: over {len(found.curve.losses)} steps from the same seed and data, "
+        f"its losses match those of {found.reference} (largest deviation {max(found.learned_error, 1e-6):.0e} of the "
+        "loss change)."
+    )
+
+
+def throughput_table(summary: StudySummary) -> str:
+    """The seed's comparison table: the baseline beside the best, with what each trains on a step."""
+    # Only what was measured is verified; the column would be a claim.
+    measured = summary.figures is Figures.MEASURED
+    rows = []
+    for title, record in (("baseline", summary.baseline), ("ds-tune", summary.best)):
+        if record is None:
+            rows.append([title, "not runnable"])
+            continue
+        rows.append(
+            [
+                title,
+                record.config.name,
+                rate_words(record),
+                *([verified_words(record, summary)] if measured else []),
+                str(record.config.global_batch_size(record.machine.ranks)),
+                _gib(record),
+            ]
+        )
+    rates = ["samples/s in the search", "verified"] if measured else [summary.figures.mark("samples/s")]
+    headers = ["", "configuration", *rates, "global batch", summary.figures.mark("peak GiB a rank")]
+    return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def metric_table(summary: StudySummary) -> str:
+    """The baseline's and the best's throughput in other units, and the peak that MFU is a share of."""
+    rows = metric_rows([summary.baseline, summary.best], summary)
+    table = tabulate.tabulate(rows, headers=["", "baseline", "ds-tune"], tablefmt="pipe", disable_numparse=True)
+    return f"\n{table}\n\n{metric_line(summary)}"
+
+
+def stage_table(summary: StudySummary, *, marked: bool = False) -> str:
+    """DeepSpeed's table of tuning spaces: for each ZeRO stage its trials and its best, then over all of them.
+
+    Args:
+        marked: name the winner and what is level with it, which DeepSpeed's table has no room for.
+    """
+    rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
+    rows.append(("global", len(summary.records), summary.best))
+
+    def name(best: TrialRecord | None) -> str | None:
+        if best is None:
+            return None
+        standing = standing_words(best, summary) if marked else ""
+        return f"{best.config.name} ({standing})" if standing else best.config.name
+
+    return tabulate.tabulate(
+        [[space, count, best and summary.rate(best), name(best)] for space, count, best in rows],
+        headers=["tuning_space", "num_experiments", "best_metric_val", "best_exp_name"],
+        tablefmt="pipe",
+    )
+
+
+def closing_line(summary: StudySummary) -> str:
+    """The sentence that DeepSpeed's autotuner ends its summary with."""
+    duration = datetime.timedelta(seconds=summary.tuning_seconds)
+    origin = "" if summary.figures is Figures.MEASURED else f" All figures are {summary.figures.value}."
+    return f"Tuning completed in {duration}. Total number of experiments: {len(summary.records)}.{origin}"
+
+
+def trial_table(summary: StudySummary) -> str:
+    """Every trial with its configuration and how it ended."""
+    shown = [field for field in KNOBS if any(field in record.config.knobs_on for record in summary.records)]
+    rows = [
+        [
+            record.number,
+            record.config.name,
+            record.config.zero_stage,
+            record.config.micro_batch_size,
+            record.config.gradient_accumulation_steps,
+            *(getattr(record.config, field) for field in shown),
+            record.config.global_batch_size(record.machine.ranks),
+            rate_words(record),
+            _gib(record),
+            record.state.value,
+            # A pipe in a message would end the cell.
+            (record.reason or standing_words(record, summary) or record.source.value).replace("|", "/"),
+        ]
+        for record in summary.records
+    ]
+    rate, peak = summary.figures.mark("samples/s"), summary.figures.mark("peak GiB")
+    knobs = ["stage", "mbs", "gas", *(KNOBS[field].short for field in shown)]
+    headers = ["#", "name", *knobs, "global batch", rate, peak, "state", "note"]
+    return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _explanation(summary: StudySummary) -> list[str]:
+    """Why the best is as fast as it is, and what would make it faster."""
+    lines = explanation_lines(summary)
+    return ["\n## Why\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _numerics(summary: StudySummary) -> list[str]:
+    """Whether the finalists train what the baseline trains."""
+    if not summary.numerics:
+        return []
+    lines = [f"- {numerics_words(name, found)}" for name, found in summary.numerics.items()]
+    for found in summary.numerics.values():
+        if isinstance(found, NumericsCheck) and (skipped := found.curve.skipped_steps):
+            lines.append(
+                f"- fp16 overflow skipped {skipped} of its steps and {found.reference_curve.skipped_steps} of "
+                f"{found.reference}'s; they were repeated."
+            )
+    return ["\n## Numerics\n\n" + "\n".join(lines)]
+
+
+def _cost_model(summary: StudySummary) -> list[str]:
+    """How wrong the cost model was, and what it kept from being launched."""
+    sections = []
+    errors = forecast_errors(summary)
+    if errors is not None:
+        learned = ", ".join(f"{error:+.0%}" for error in errors.last_rates)
+        sections.append(
+            "\n## Cost model\n\n"
+            "Each trial was predicted just before it ran, from data sheets, formulas and the trials before it. Over "
+            f"{errors.trials} trials the predicted samples/s were off by {errors.rate_median:.1%} in the median and "
+            f"{errors.rate_worst:.1%} at most, the predicted peak memory by {errors.memory_median:.1%} and "
+            f"{errors.memory_worst:.1%}. Samples/s, trial by trial: {learned}."
+        )
+    if summary.excluded:
+        capacity = summary.machine.capacity_bytes / GIB
+        rows = [
+            [each.name, f"{each.predicted_peak_memory_bytes / GIB:.2f}", each.configurations]
+            for each in summary.excluded
+        ]
+        headers = ["smallest micro-batch", "peak GiB, predicted", "configurations"]
+        sections.append(
+            f"\n## Not launched\n\nThese certainly need more than the {capacity:.2f} GiB of a rank:\n\n"
+            + tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+        )
+    return sections
+
+
+def _gib(record: TrialRecord) -> str:
+    peak = record.outcome.peak_memory_bytes
+    return "–" if peak is None else f"{peak / GIB:.2f}"
+
+
+def _environment(summary: StudySummary) -> str:
+    versions = "\n".join(f"- {name} ({version})" for name, version in summary.versions.items())
+    return (
+        "## Environment\n\n"
+        f"- training: {summary.workload.description}\n"
+        f"- hardware: {summary.machine.description}\n"
+        f"{versions}\n"
+    )
+
+
+def _bullets(summary: StudySummary) -> str:
+    lines = [
+        f"- Tuning time: {tuning_words(summary)}",
+        *([f"- With what came after it: {duration_words(summary.total_seconds)}"] if summary.verification else []),
+        f"- Number of experiments: {len(summary.records)}",
+        f"- Throughput improvement over baseline: {improvement_words(summary)}",
+    ]
+    if summary.verification:
+        lines.append(f"- Verification, in fresh processes: {duration_words(summary.verification_seconds)}")
+    if summary.state.value == "unfinished":
+        lines.append(f"- Not finished: {summary.finished_trials} of {summary.trials_total} trials")
+    elif summary.ended:
+        lines.append(f"- Ended early: {summary.ended}")
+    return "\n".join(lines) + "\n"
+
+
+def _method(summary: StudySummary) -> str:
+    text = (
+        "Throughput is end to end: ranks × mbs × gas over the mean seconds of one whole optimizer step on the slowest "
+        "rank, data loading included, after warm-up steps. The ± is half the 95% confidence interval of that mean "
+        "(Student's t over the steps of one run; differences between runs come on top). Steps that fp16 overflow "
+        "skipped are left out. Memory is the most that any rank had allocated."
+    )
+    if summary.figures is not Figures.MEASURED:
+        return f"{ORIGINS[summary.figures]} What they stand for: {text[0].lower()}{text[1:]}"
+    text += (
+        " Verified figures are means over runs "
+        "in fresh processes, interleaved with the other finalists'; their interval also allows for what two runs "
+        "of one configuration differ by."
+    )
+    best = summary.best
+    if best is not None and isinstance(best.outcome, Measurement):
+        measured = best.outcome
+        samples = best.config.global_batch_size(best.machine.ranks)
+        timers = samples / (measured.forward_seconds + measured.backward_seconds + measured.optimizer_seconds)
+        text += (
+            f"\n\nFor comparison with DeepSpeed's own figures, {best.config.name} over the sum of its forward, "
+            f"backward and step timers, as DeepSpeed's autotuner counts: {timers:.2f} samples/s"
+        )
+        if measured.deepspeed_samples_per_second is not None:
+            text += f"; by DeepSpeed's ThroughputTimer: {measured.deepspeed_samples_per_second:.2f} samples/s"
+        text += "."
+    return text
