@@ -26,8 +26,8 @@ from ds_tune.objectives.cost_model.calibration import Observation
 from ds_tune.objectives.cost_model.hardware import parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Site
-from ds_tune.objectives.recorded.recording import Surface, read_surface
+from ds_tune.objectives.knobs import KnobContext
+from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.proposer import Proposer
@@ -39,7 +39,7 @@ TRIALS = 20
 class Watched(Ours):
     """`ours`, with its predictions compared on the way."""
 
-    def __init__(self, surface: Surface, space: Space, seed: int) -> None:
+    def __init__(self, surface: Recording, space: Space, seed: int) -> None:
         super().__init__(surface, space, seed)
         self._peaks = {
             row: outcome.peak_memory_bytes
@@ -61,7 +61,7 @@ class Watched(Ours):
         return super().next(runs)
 
 
-def memory_row(name: str, surface: Surface, seeds: int) -> list[str]:
+def memory_row(name: str, surface: Recording, seeds: int) -> list[str]:
     """One line of the table."""
     space = space_of(surface)
     errors: list[float] = []
@@ -80,8 +80,8 @@ def proposal_seconds() -> float:
     hardware = parse_hardware("8xH200")
     model = CostModel(Workload(model="gpt2-xl", seq_len=1024, dtype="fp16"), hardware)
     limits = Limits(ranks=8, max_micro_batch=128, max_global_batch=128 * 8)
-    site = Site(ranks=8, vocabulary=50257, model_type="gpt2", compute_capability=(9, 0))
-    configs = Space(limits, dimensions_of("full"), site=site).legal
+    context = KnobContext(ranks=8, vocabulary=50257, model_type="gpt2", compute_capability=(9, 0))
+    configs = Space(limits, dimensions_of("full"), context=context).legal
     random = np.random.default_rng(0)
     chosen = [configs[index] for index in random.choice(len(configs), size=5000, replace=False)]
     proposer = Proposer(model, chosen)
@@ -112,7 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = []
     for path, cap in itertools.product(arguments.files, [None, *arguments.cap]):
-        surface = read_surface(path)
+        surface = read_recording(path)
         name = path.stem if cap is None else f"{path.stem} ≤ {cap:g} GiB (derived)"
         try:
             surface = surface if cap is None else capped(surface, cap)

@@ -11,7 +11,7 @@ import optuna
 from ds_tune.objectives.cost_model.calibration import Observation, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.recorded.recording import Surface
+from ds_tune.objectives.recorded.recording import Recording
 from ds_tune.objectives.trial import Measurement, Outcome, TrialConfig
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
 from ds_tune.tuner.sampler import GridSampler, SpaceSampler, make_sampler
@@ -40,7 +40,7 @@ class Ours:
 
     def __init__(
         self,
-        surface: Surface,
+        surface: Recording,
         space: Space,
         seed: int,
         *,
@@ -130,7 +130,7 @@ class DeepSpeedFast:
     ones, evenly spaced, with the gradient accumulation that keeps the batch of the largest.
     """
 
-    def __init__(self, surface: Surface, space: Space) -> None:
+    def __init__(self, surface: Recording, space: Space) -> None:
         model = CostModel(surface.workload, hardware_of(surface.machine))
         capacity = surface.machine.capacity_bytes
         self._queue: list[Callable[[Sequence[Run]], TrialConfig | None]] = []
@@ -205,7 +205,7 @@ class DeepSpeedFast:
 class Oracle:
     """Runs the fastest first, as it knows them: what the noise of single runs takes from every policy."""
 
-    def __init__(self, surface: Surface) -> None:
+    def __init__(self, surface: Recording) -> None:
         rates = {
             config: outcome.samples_per_second
             for config, outcome in surface.outcomes.items()
@@ -218,7 +218,7 @@ class Oracle:
         return next((config for config in self._order if config not in done), None)
 
 
-def _best_predicted(surface: Surface, space: Space, count: int) -> list[TrialConfig]:
+def _best_predicted(surface: Recording, space: Space, count: int) -> list[TrialConfig]:
     """The configurations that the cost model thinks fastest among those that fit, one a stage and kind."""
     proposer = Proposer(CostModel(surface.workload, hardware_of(surface.machine)), space.legal)
     rates, memory = proposer.beliefs([])
@@ -226,7 +226,7 @@ def _best_predicted(surface: Surface, space: Space, count: int) -> list[TrialCon
     return [proposer.grid.configs[int(row)] for row in order[:count]]
 
 
-MAKERS: dict[str, Callable[[Surface, Space, int], Policy]] = {
+MAKERS: dict[str, Callable[[Recording, Space, int], Policy]] = {
     "ours": lambda surface, space, seed: Ours(surface, space, seed),
     "ours-stops": lambda surface, space, seed: Ours(surface, space, seed, stops=True),
     "ours-shuffled": lambda surface, space, seed: Ours(surface, space, seed, shuffled=True),

@@ -23,7 +23,7 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.step_time import StepConstants
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.recorded.recording import read_surface
+from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 
@@ -39,7 +39,7 @@ Rate = tuple[CostModel, TrialConfig, float]
 
 def of_surface(path: Path) -> list[Rate]:
     """The configurations of a surface that ran."""
-    surface = read_surface(path)
+    surface = read_recording(path)
     model = CostModel(surface.workload, hardware_of(surface.machine))
     return [
         (model, config, outcome.samples_per_second)

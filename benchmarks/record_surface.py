@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_tune.objectives.cost_model.knob_context import site_of
-from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.cost_model.knob_context import knob_context_of
+from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import GIB, Machine, detect_machine, software_versions
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import LocalLauncher
@@ -85,7 +85,7 @@ def line(config: TrialConfig, outcome: Outcome, trial_s: float) -> dict[str, Any
     return row
 
 
-def grid(arguments: argparse.Namespace, site: Site) -> list[TrialConfig]:
+def grid(arguments: argparse.Namespace, context: KnobContext) -> list[TrialConfig]:
     """All configurations in the order given: gas slowest, so that a record that is cut off is still a full grid.
 
     Those with a knob that has no meaning there are left out: without it they are other lines of the grid.
@@ -106,7 +106,7 @@ def grid(arguments: argparse.Namespace, site: Site) -> list[TrialConfig]:
     return [
         config
         for config in configs
-        if all(KNOBS[field].exists(dataclasses.asdict(config), site) for field in config.knobs_on)
+        if all(KNOBS[field].applies(dataclasses.asdict(config), context) for field in config.knobs_on)
     ]
 
 
@@ -184,7 +184,7 @@ def main() -> int:
         notice=lambda text: print(text, file=sys.stderr, flush=True),
     )
     try:
-        configs = grid(arguments, site_of(workload, machine))
+        configs = grid(arguments, knob_context_of(workload, machine))
         objective.prepare(configs)
         warm = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
         objective.run(warm, folder, lambda phase: None)  # the first trial of a process takes seconds longer

@@ -37,7 +37,7 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.recorded.recording import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from ds_tune.tuner.space import Limits, Space
 
@@ -61,7 +61,7 @@ class Search:
     ask_seconds: float
 
 
-def search(surface: Surface, space: Space, policy: Policy, seed: int, trials: int) -> Search:
+def search(surface: Recording, space: Space, policy: Policy, seed: int, trials: int) -> Search:
     """Runs one policy once."""
     random = np.random.default_rng([seed, 7])
     noise = {config: math.exp(RUN_NOISE * random.standard_normal()) for config in space.legal}
@@ -107,7 +107,7 @@ def search(surface: Surface, space: Space, policy: Policy, seed: int, trials: in
     )
 
 
-def capped(surface: Surface, cap_gib: float) -> Surface:
+def capped(surface: Recording, cap_gib: float) -> Recording:
     """The surface as it would be under a memory cap, derived from the recorded peaks.
 
     Raises:
@@ -136,14 +136,14 @@ def capped(surface: Surface, cap_gib: float) -> Surface:
     return dataclasses.replace(surface, machine=machine, outcomes=outcomes)
 
 
-def space_of(surface: Surface) -> Space:
+def space_of(surface: Recording) -> Space:
     ranks = surface.machine.ranks
     limits = Limits(
         ranks=ranks,
         max_micro_batch=max(config.micro_batch_size for config in surface.outcomes),
         max_global_batch=max(config.global_batch_size(ranks) for config in surface.outcomes),
     )
-    return Space(limits, only=tuple(surface.outcomes))
+    return Space(limits, restricted_to=tuple(surface.outcomes))
 
 
 def main() -> None:
@@ -166,7 +166,7 @@ def main() -> None:
     ]
     lines = []
     for path, cap in itertools.product(arguments.files, [None, *arguments.cap]):
-        surface = read_surface(path)
+        surface = read_recording(path)
         try:
             surface = capped(surface, cap) if cap is not None else surface
         except UsageError as error:

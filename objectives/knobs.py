@@ -13,7 +13,7 @@ Scalar: TypeAlias = int | str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class KnobContext:
     """What decides, besides the configuration, whether a knob has a meaning."""
 
     device: str = "cuda"
@@ -38,7 +38,7 @@ class Site:
     """What parameters and optimizer states take of a rank's memory under ZeRO-1; 0 where it is not known."""
 
 
-Exists: TypeAlias = Callable[[Mapping[str, Any], Site], bool]
+Applies: TypeAlias = Callable[[Mapping[str, Any], KnobContext], bool]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,22 +54,22 @@ class Knob:
     """A column's heading."""
     meaning: str
     """One sentence for the documentation."""
-    exists: Exists
+    applies: Applies
     writes: Callable[[Any], Mapping[str, Any]] | None
     """What of the DeepSpeed configuration it sets."""
     in_model: bool
     """Whether it changes how the model runs, so that the training script has to do it."""
     speed: tuple[Scalar, ...]
     """Those of `values` that keep the numbers and usually pay where `pays`: the preset `speed` has them there."""
-    pays: Callable[[Site], bool]
+    pays: Callable[[KnobContext], bool]
     saving: Scalar | None
     """That of `values` to fall back on where nothing else fits."""
     numerics: str | None
     """What it changes about the numbers that training produces; such a knob is searched only on request."""
 
-    def usual(self, site: Site) -> tuple[Scalar, ...]:
+    def usual(self, context: KnobContext) -> tuple[Scalar, ...]:
         """What the preset `speed` has of it here."""
-        return self.speed if self.pays(site) else ()
+        return self.speed if self.pays(context) else ()
 
     def words(self, value: Scalar) -> str:
         """A value in a configuration's name, large counts as DeepSpeed's autotuner writes them."""
@@ -78,12 +78,12 @@ class Knob:
         return f"{self.label}{value:.1e}" if value >= 10**6 else f"{self.label}{value}"
 
 
-def always(config: Mapping[str, Any], site: Site) -> bool:
+def always(config: Mapping[str, Any], context: KnobContext) -> bool:
     """For a knob that has a meaning everywhere."""
     return True
 
 
-def anywhere(site: Site) -> bool:
+def anywhere(context: KnobContext) -> bool:
     return True
 
 
@@ -92,8 +92,8 @@ CROWDED_SHARE = 0.5
 is more than what the host's optimizer takes."""
 
 
-def states_crowd_the_memory(site: Site) -> bool:
-    return site.states_share > CROWDED_SHARE
+def states_crowd_the_memory(context: KnobContext) -> bool:
+    return context.states_share > CROWDED_SHARE
 
 
 def knob(
@@ -103,11 +103,11 @@ def knob(
     label: str,
     short: str,
     meaning: str,
-    exists: Exists = always,
+    applies: Applies = always,
     writes: Callable[[Any], Mapping[str, Any]] | None = None,
     in_model: bool = False,
     speed: tuple[Scalar, ...] = (),
-    pays: Callable[[Site], bool] = anywhere,
+    pays: Callable[[KnobContext], bool] = anywhere,
     saving: Scalar | None = None,
     numerics: str | None = None,
 ) -> Any:
@@ -118,7 +118,7 @@ def knob(
         label=label,
         short=short,
         meaning=meaning,
-        exists=exists,
+        applies=applies,
         writes=writes,
         in_model=in_model,
         speed=speed,
@@ -134,27 +134,27 @@ def zero(**settings: Any) -> Mapping[str, Any]:
     return {"zero_optimization": settings}
 
 
-def partitions(config: Mapping[str, Any], site: Site) -> bool:
+def partitions(config: Mapping[str, Any], context: KnobContext) -> bool:
     """ZeRO spreads something over several ranks."""
-    return bool(config["zero_stage"] >= 1 and site.ranks > 1)
+    return bool(config["zero_stage"] >= 1 and context.ranks > 1)
 
 
-def reduces_by_owner(config: Mapping[str, Any], site: Site) -> bool:
+def reduces_by_owner(config: Mapping[str, Any], context: KnobContext) -> bool:
     """ZeRO-1 and 2, whose gradients go to the rank that owns them."""
-    return config["zero_stage"] in (1, 2) and site.ranks > 1
+    return config["zero_stage"] in (1, 2) and context.ranks > 1
 
 
-def gathers(config: Mapping[str, Any], site: Site) -> bool:
+def gathers(config: Mapping[str, Any], context: KnobContext) -> bool:
     """ZeRO-3 over several ranks: parameters are gathered layer by layer."""
-    return bool(config["zero_stage"] == 3 and site.ranks > 1)
+    return bool(config["zero_stage"] == 3 and context.ranks > 1)
 
 
-def has_states_apart(config: Mapping[str, Any], site: Site) -> bool:
+def has_states_apart(config: Mapping[str, Any], context: KnobContext) -> bool:
     """Stages whose optimizer DeepSpeed can keep elsewhere; on a CPU it is there already."""
-    return bool(config["zero_stage"] >= 1 and site.device == "cuda")
+    return bool(config["zero_stage"] >= 1 and context.device == "cuda")
 
 
-def can_compile(config: Mapping[str, Any], site: Site) -> bool:
+def can_compile(config: Mapping[str, Any], context: KnobContext) -> bool:
     """ZeRO-3's hooks around each module break a compiled block into pieces; DeepCompile writes them into the graph.
 
     DeepSpeed 0.19 has DeepCompile for CUDA and for stages with partitions; but at stage 1 it aborts where gradients
@@ -162,32 +162,32 @@ def can_compile(config: Mapping[str, Any], site: Site) -> bool:
     (`DoubleBufferedReduceBucket::swap` in deepcompile.h).
     """
     if config["compile"] == "deepcompile":
-        return bool(config["zero_stage"] >= 2 and site.device == "cuda")
+        return bool(config["zero_stage"] >= 2 and context.device == "cuda")
     return bool(config["zero_stage"] != 3)
 
 
-def has_an_odd_vocabulary(config: Mapping[str, Any], site: Site) -> bool:
+def has_an_odd_vocabulary(config: Mapping[str, Any], context: KnobContext) -> bool:
     """Matrix units work on multiples of 64 columns; GPT-2's 50257 is none."""
-    return site.vocabulary % 64 != 0
+    return context.vocabulary % 64 != 0
 
 
-def can_enlarge_vocabulary(config: Mapping[str, Any], site: Site) -> bool:
+def can_enlarge_vocabulary(config: Mapping[str, Any], context: KnobContext) -> bool:
     """Either the model's own columns are more, or they are padded; loaded weights have as many as they have."""
-    return has_an_odd_vocabulary(config, site) and not site.pretrained and not config.get("padded_vocabulary")
+    return has_an_odd_vocabulary(config, context) and not context.pretrained and not config.get("padded_vocabulary")
 
 
-def on_a_gpu(config: Mapping[str, Any], site: Site) -> bool:
-    return site.device == "cuda"
+def on_a_gpu(config: Mapping[str, Any], context: KnobContext) -> bool:
+    return context.device == "cuda"
 
 
-def attention_runs(config: Mapping[str, Any], site: Site) -> bool:
+def attention_runs(config: Mapping[str, Any], context: KnobContext) -> bool:
     """What a GPU generation cannot run is never offered."""
-    in_half = site.dtype != "fp32"
-    return site.device == "cuda" and {
-        "flash_attention_2": site.flash_attention and in_half,
-        "sdpa_flash": site.compute_capability >= (8, 0) and in_half,
-        "sdpa_cudnn": site.compute_capability >= (9, 0) and in_half,
-        "sdpa_efficient": not site.grouped_queries,  # its kernel wants a key and a value for each head
+    in_half = context.dtype != "fp32"
+    return context.device == "cuda" and {
+        "flash_attention_2": context.flash_attention and in_half,
+        "sdpa_flash": context.compute_capability >= (8, 0) and in_half,
+        "sdpa_cudnn": context.compute_capability >= (9, 0) and in_half,
+        "sdpa_efficient": not context.grouped_queries,  # its kernel wants a key and a value for each head
     }.get(config["attention"], True)
 
 
@@ -198,41 +198,43 @@ LOSS_CHUNKS = 8
 """Pieces of a micro-batch's tokens whose logits are never there together."""
 
 
-def loss_can_be_taken_apart(config: Mapping[str, Any], site: Site) -> bool:
+def loss_can_be_taken_apart(config: Mapping[str, Any], context: KnobContext) -> bool:
     """A model compiled as a whole would be cut in two at the loss.
 
     Liger's kernels take the gradients in the forward pass, before fp16's loss scale has lifted them above what fp16
     can hold (linkedin/Liger-Kernel#512), and have no use for padded columns.
     """
-    if site.model_type not in HEAD_THEN_LOSS or config.get("compile") in ("model", "deepcompile"):
+    if context.model_type not in HEAD_THEN_LOSS or config.get("compile") in ("model", "deepcompile"):
         return False
     if config["loss_computation"] != "liger":
         return True
-    runs = site.liger and site.device == "cuda" and site.compute_capability >= (8, 0)
-    return runs and site.dtype != "fp16" and not config.get("padded_vocabulary")
+    runs = context.liger and context.device == "cuda" and context.compute_capability >= (8, 0)
+    return runs and context.dtype != "fp16" and not config.get("padded_vocabulary")
 
 
-def has_bf16_beside_fp16(config: Mapping[str, Any], site: Site) -> bool:
+def has_bf16_beside_fp16(config: Mapping[str, Any], context: KnobContext) -> bool:
     """GPUs before compute capability 8.0 have no bf16."""
-    return site.dtype == "fp16" and (site.device == "cpu" or site.compute_capability >= (8, 0))
+    return context.dtype == "fp16" and (context.device == "cpu" or context.compute_capability >= (8, 0))
 
 
-def can_offload_optimizer(config: Mapping[str, Any], site: Site) -> bool:
+def can_offload_optimizer(config: Mapping[str, Any], context: KnobContext) -> bool:
     """DeepSpeed splits the states between GPU and host in ZeRO-3 only."""
-    return has_states_apart(config, site) and (config["offload_optimizer"] != "cpu_half" or config["zero_stage"] == 3)
+    return has_states_apart(config, context) and (
+        config["offload_optimizer"] != "cpu_half" or config["zero_stage"] == 3
+    )
 
 
-def partitions_parameters_on_a_gpu(config: Mapping[str, Any], site: Site) -> bool:
+def partitions_parameters_on_a_gpu(config: Mapping[str, Any], context: KnobContext) -> bool:
     """ZeRO-3 on GPUs; on a CPU parameters are in the host's memory already."""
-    return config["zero_stage"] == 3 and site.device == "cuda"
+    return config["zero_stage"] == 3 and context.device == "cuda"
 
 
-def splits_into_groups(config: Mapping[str, Any], site: Site) -> bool:
+def splits_into_groups(config: Mapping[str, Any], context: KnobContext) -> bool:
     """Several whole groups of ranks, each with its own copy of the parameters."""
     size = config["parameter_group"]
-    return bool(config["zero_stage"] == 3 and site.ranks > size and site.ranks % size == 0)
+    return bool(config["zero_stage"] == 3 and context.ranks > size and context.ranks % size == 0)
 
 
-def gathers_on_gpus(config: Mapping[str, Any], site: Site) -> bool:
+def gathers_on_gpus(config: Mapping[str, Any], context: KnobContext) -> bool:
     """DeepSpeed's quantisation is CUDA code."""
-    return gathers(config, site) and site.device == "cuda"
+    return gathers(config, context) and context.device == "cuda"

@@ -6,14 +6,14 @@ from typing import Protocol
 
 from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.running.rank_group import OnPhase
-from ds_tune.objectives.trial import Failure, Figures, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, Outcome, Provenance, TrialConfig
 
 
 class Objective(Protocol):
-    """Answers a configuration with an outcome: by running it, by a cost model, or from a recording."""
+    """Backend a configuration with an outcome: by running it, by a cost model, or from a recording."""
 
     @property
-    def figures(self) -> Figures:
+    def provenance(self) -> Provenance:
         """Of which kind its outcomes' figures are."""
 
     def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
@@ -34,7 +34,7 @@ class Objective(Protocol):
         *,
         best_samples_per_second: float | None = None,
     ) -> Outcome:
-        """Answers one configuration.
+        """Backend one configuration.
 
         Args:
             folder: exists; whatever files the trial makes are there.

@@ -57,89 +57,89 @@ class TrialConfig:
     )  # fmt: skip
     compile: str = knob(
         off="off", values=("blocks", "model", "deepcompile"), label="compile", short="compile", in_model=True,
-        speed=("blocks",), exists=can_compile,
+        speed=("blocks",), applies=can_compile,
         writes=lambda value: {"compile": {"deepcompile": True}} if value == "deepcompile" else {},
         meaning="torch.compile of each transformer block, of the whole model, or with ZeRO's collectives in the graph",
     )  # fmt: skip
     padded_vocabulary: int = knob(
-        off=0, values=(64, 128), label="pv", short="pad", in_model=True, speed=(64,), exists=has_an_odd_vocabulary,
+        off=0, values=(64, 128), label="pv", short="pad", in_model=True, speed=(64,), applies=has_an_odd_vocabulary,
         meaning="the output projection is computed with its columns padded to a multiple, the extra logits left out of "
         "the loss: the numbers stay as they are",
     )  # fmt: skip
     loss_computation: str = knob(
         off="default", values=("chunked", "liger"), label="loss", short="loss", in_model=True,
-        exists=loss_can_be_taken_apart,
+        applies=loss_can_be_taken_apart,
         meaning="the logits are made, and their loss taken, for some tokens at a time: they are never all there",
     )  # fmt: skip
     attention: str = knob(
         off="default", values=("eager", "flash_attention_2", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"),
-        label="attention", short="attention", in_model=True, exists=attention_runs,
+        label="attention", short="attention", in_model=True, applies=attention_runs,
         meaning="transformers' attention: written out, the FlashAttention-2 package, or one of torch's own kernels",
     )  # fmt: skip
     optimizer: str = knob(
-        off="default", values=("torch_fused",), label="adam", short="optimizer", exists=on_a_gpu,
+        off="default", values=("torch_fused",), label="adam", short="optimizer", applies=on_a_gpu,
         writes=lambda value: {"optimizer": {"params": {"torch_adam": True, "fused": True}}},
         meaning="torch's fused AdamW in place of DeepSpeed's FusedAdam",
     )  # fmt: skip
     throughput_timer: str = knob(
-        off="default", values=("off",), label="timer", short="timer", exists=on_a_gpu,
+        off="default", values=("off",), label="timer", short="timer", applies=on_a_gpu,
         writes=lambda value: {"timers": {"throughput": {"enabled": False}}},
         meaning="DeepSpeed's own timer, on by default, waits for the GPU twice a micro-step, or is switched off",
     )  # fmt: skip
     overlap_comm: str = knob(
-        off="default", values=("on", "off"), label="overlap", short="overlap", exists=partitions,
+        off="default", values=("on", "off"), label="overlap", short="overlap", applies=partitions,
         writes=lambda value: zero(overlap_comm=value == "on"),
         meaning="gradients are reduced while the backward pass goes on; ZeRO-3's default is on, the others' off",
     )  # fmt: skip
     bucket_elements: int = knob(
-        off=0, values=(50_000_000, 200_000_000, 1_000_000_000), label="rbs", short="bucket", exists=partitions,
+        off=0, values=(50_000_000, 200_000_000, 1_000_000_000), label="rbs", short="bucket", applies=partitions,
         writes=lambda value: zero(reduce_bucket_size=value, allgather_bucket_size=value),
         meaning="elements that are reduced, and gathered, at a time (`reduce_bucket_size`, `allgather_bucket_size`)",
     )  # fmt: skip
     contiguous_gradients: str = knob(
-        off="default", values=("off",), label="contiguous", short="contiguous", exists=reduces_by_owner,
+        off="default", values=("off",), label="contiguous", short="contiguous", applies=reduces_by_owner,
         writes=lambda value: zero(contiguous_gradients=False),
         meaning="gradients are copied to one buffer as they appear, or not",
     )  # fmt: skip
     round_robin_gradients: str = knob(
-        off="default", values=("on",), label="roundrobin", short="round robin", exists=reduces_by_owner,
+        off="default", values=("on",), label="roundrobin", short="round robin", applies=reduces_by_owner,
         writes=lambda value: zero(round_robin_gradients=True),
         meaning="ranks take turns in owning gradients, which spreads their copying",
     )  # fmt: skip
     offload_optimizer: str = knob(
-        off="off", values=("cpu", "cpu_half"), label="offload", short="offload", exists=can_offload_optimizer,
+        off="off", values=("cpu", "cpu_half"), label="offload", short="offload", applies=can_offload_optimizer,
         speed=("cpu",), pays=states_crowd_the_memory, saving="cpu",
         writes=lambda value: zero(**OFFLOADED[value]),
         meaning="optimizer states, or half of them, live in the host's memory and are updated there",
     )  # fmt: skip
     offload_parameters: str = knob(
-        off="off", values=("cpu",), label="poffload", short="offload params", exists=partitions_parameters_on_a_gpu,
+        off="off", values=("cpu",), label="poffload", short="offload params", applies=partitions_parameters_on_a_gpu,
         saving="cpu",
         writes=lambda value: zero(offload_param={"device": "cpu", "pin_memory": True}),
         meaning="ZeRO-3's partitions of the parameters live in the host's memory",
     )  # fmt: skip
     prefetch_elements: int = knob(
-        off=0, values=(200_000_000,), label="pf", short="prefetch", exists=gathers,
+        off=0, values=(200_000_000,), label="pf", short="prefetch", applies=gathers,
         writes=lambda value: zero(stage3_prefetch_bucket_size=value),
         meaning="parameters that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`)",
     )  # fmt: skip
     persistent_elements: int = knob(
-        off=0, values=(1_000_000,), label="pp", short="persist", exists=gathers,
+        off=0, values=(1_000_000,), label="pp", short="persist", applies=gathers,
         writes=lambda value: zero(stage3_param_persistence_threshold=value),
         meaning="parameters smaller than this stay gathered (`stage3_param_persistence_threshold`)",
     )  # fmt: skip
     live_elements: int = knob(
-        off=0, values=(200_000_000,), label="lp", short="live", exists=gathers,
+        off=0, values=(200_000_000,), label="lp", short="live", applies=gathers,
         writes=lambda value: zero(stage3_max_live_parameters=value, stage3_max_reuse_distance=value),
         meaning="the most parameters that stay gathered (`stage3_max_live_parameters`)",
     )  # fmt: skip
     parameter_group: int = knob(
-        off=0, values=(2, 4, 8), label="hpz", short="group", exists=splits_into_groups,
+        off=0, values=(2, 4, 8), label="hpz", short="group", applies=splits_into_groups,
         writes=lambda value: zero(zero_hpz_partition_size=value),
         meaning="each so many ranks keep a copy of the parameters for the backward pass (`zero_hpz_partition_size`)",
     )  # fmt: skip
     precision: str = knob(
-        off="workload", values=("bf16",), label="precision", short="precision", exists=has_bf16_beside_fp16,
+        off="workload", values=("bf16",), label="precision", short="precision", applies=has_bf16_beside_fp16,
         writes=lambda value: {"bf16": {"enabled": True}, "fp16": {"enabled": False}},
         numerics="bf16 in place of fp16: a wider range, so no loss scale and no skipped steps, but 3 bits less precise",
         meaning="bf16 in place of the workload's fp16",
@@ -150,12 +150,12 @@ class TrialConfig:
         meaning="the model's dropout probabilities, or none",
     )  # fmt: skip
     vocabulary: int = knob(
-        off=0, values=(64, 128), label="vocab", short="vocabulary", in_model=True, exists=can_enlarge_vocabulary,
+        off=0, values=(64, 128), label="vocab", short="vocabulary", in_model=True, applies=can_enlarge_vocabulary,
         numerics="the model itself has more tokens than its tokenizer: more parameters, and a softmax over more logits",
         meaning="the model's own vocabulary, enlarged to a multiple",
     )  # fmt: skip
     quantized_weights: str = knob(
-        off="off", values=("on",), label="qw", short="quant. weights", exists=gathers_on_gpus,
+        off="off", values=("on",), label="qw", short="quant. weights", applies=gathers_on_gpus,
         writes=lambda value: zero(zero_quantized_weights=True),
         numerics="the parameters that ZeRO-3 gathers are rounded to 8 bits on their way",
         meaning="parameters are gathered in 8 bits (`zero_quantized_weights`)",
@@ -294,8 +294,8 @@ class Failure:
 Outcome: TypeAlias = Measurement | Failure
 
 
-class Figures(enum.StrEnum):
-    """Where the figures of outcomes come from. Figures of different kinds are never mixed, and those that were not
+class Provenance(enum.StrEnum):
+    """Where the figures of outcomes come from. Provenance of different kinds are never mixed, and those that were not
     measured carry the word wherever they are shown."""
 
     MEASURED = "measured"
@@ -307,7 +307,7 @@ class Figures(enum.StrEnum):
 
     def mark(self, text: str) -> str:
         """A heading or a figure with the word behind it, such as `samples/s, replayed`; measured ones need none."""
-        return text if self is Figures.MEASURED else f"{text}, {self.value}"
+        return text if self is Provenance.MEASURED else f"{text}, {self.value}"
 
 
 def outcome_from_json(document: Mapping[str, Any]) -> Outcome:

@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 
-from ds_tune.objectives.trial import Figures
+from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.identity import Identity
 from ds_tune.storage.records import TrialRecord
 from ds_tune.storage.study_store import IDENTITY, StudyStore
@@ -17,7 +17,7 @@ def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:
 
     Space, seed and memory cap may differ: a rate is what it is, and so is a peak. Only what was measured counts.
     """
-    if identity.figures is not Figures.MEASURED:
+    if identity.provenance is not Provenance.MEASURED:
         return []
     wanted = _comparable(identity.to_json())
     found: list[TrialRecord] = []
@@ -34,5 +34,5 @@ def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:
 def _comparable(identity: Mapping[str, Any]) -> str:
     """What must be the same in two studies, as text."""
     hardware = {key: value for key, value in identity["hardware"].items() if key != "memory_cap_bytes"}
-    same = [identity["objective"], identity["workload"], hardware, identity.get("figures", Figures.MEASURED.value)]
+    same = [identity["objective"], identity["workload"], hardware, identity.get("figures", Provenance.MEASURED.value)]
     return json.dumps(same, sort_keys=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC
-from ds_tune.objectives.trial import Figures
+from ds_tune.objectives.trial import Provenance
 from ds_tune.objectives.workload.huggingface import Workload
 
 # A study from before there were other figures than measured ones, or other metrics, does not name them.
-IDENTITY_DEFAULTS = {"figures": Figures.MEASURED.value, "metric": DEFAULT_METRIC}
+IDENTITY_DEFAULTS = {"figures": Provenance.MEASURED.value, "metric": DEFAULT_METRIC}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Identity:
     workload: Workload
     machine: Machine
     space: Mapping[str, Any]
-    figures: Figures = Figures.MEASURED
+    provenance: Provenance = Provenance.MEASURED
     recording: str | None = None
     """Which recording is replayed, where one is."""
     metric: str = DEFAULT_METRIC
@@ -37,7 +37,7 @@ class Identity:
                     "workload": self.workload.to_json(),
                     "hardware": self.machine.to_json(),
                     "space": dict(self.space),
-                    "figures": self.figures.value,
+                    "figures": self.provenance.value,
                     "recording": self.recording,
                     "metric": self.metric,
                 }

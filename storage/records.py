@@ -11,7 +11,15 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.timing.intervals import speedup_ci95
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
+from ds_tune.objectives.trial import (
+    Failure,
+    FailureKind,
+    Measurement,
+    Outcome,
+    Provenance,
+    TrialConfig,
+    outcome_from_json,
+)
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.finalists import (
@@ -170,7 +178,7 @@ class StudySummary:
     records: Sequence[TrialRecord]
     verification: Mapping[str, Sequence[Measurement]] = dataclasses.field(default_factory=dict)
     """Repeated runs in fresh processes, by the configuration's name."""
-    figures: Figures = Figures.MEASURED
+    provenance: Provenance = Provenance.MEASURED
     metric: str = DEFAULT_METRIC
     """Name of the metric that the study maximises, one of `METRICS`."""
     winner: str | None = None
@@ -244,7 +252,7 @@ class StudySummary:
         """Relative difference between the slow and the fast steps of one configuration, where something else uses the
         machine; None on a quiet one."""
         contenders = list(self.contenders.values())
-        if self.figures is not Figures.MEASURED or not is_busy(contenders):
+        if self.provenance is not Provenance.MEASURED or not is_busy(contenders):
             return None
         return max(step_spread(each.all_runs) for each in contenders)
 

@@ -20,7 +20,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.metric import METRICS, all_metrics, metric_context
 from ds_tune.objectives.numerics import NumericsCheck
-from ds_tune.objectives.trial import Failure, Figures, Measurement, TrialConfig
+from ds_tune.objectives.trial import Failure, Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.attributes import record_of, save_record, set_study_attribute, study_attributes
@@ -100,10 +100,10 @@ class StudyStore:
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction=direction)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([identity.figures.mark(identity.metric)])
+            study.set_metric_names([identity.provenance.mark(identity.metric)])
         store = cls(study, storage)
         study.set_user_attr("model", identity.workload.description)
-        study.set_user_attr("hardware", identity.figures.mark(identity.machine.description))
+        study.set_user_attr("hardware", identity.provenance.mark(identity.machine.description))
         store._set(VERSIONS, dict(versions))
         store._set(IDENTITY, identity.to_json())
         return store
@@ -147,9 +147,9 @@ class StudyStore:
         set_study_attribute(self.storage, self.study, key, value)
 
     @property
-    def figures(self) -> Figures:
+    def provenance(self) -> Provenance:
         """Of which kind all of the study's figures are."""
-        return Figures(self.identity["figures"])
+        return Provenance(self.identity["figures"])
 
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in their order. An interrupted one has no record."""
@@ -163,7 +163,7 @@ class StudyStore:
             study=self.study.study_name,
             workload=Workload.from_json(identity["workload"]),
             machine=Machine.from_json(identity["hardware"]),
-            figures=Figures(identity["figures"]),
+            provenance=Provenance(identity["figures"]),
             metric=identity["metric"],
             versions=attributes[VERSIONS],
             trials_total=attributes.get(TARGET, 0),
@@ -287,7 +287,7 @@ class StudyStore:
         """
         told = self.storage.get_trial(trial._trial_id)
         identity, told_value = self.identity, None
-        figures = Figures(identity["figures"])
+        provenance = Provenance(identity["figures"])
         match record.outcome:
             case Measurement() as measured:
                 workload = Workload.from_json(identity["workload"])
@@ -318,8 +318,8 @@ class StudyStore:
                 violation = OUT_OF_MEMORY_VIOLATION
         if record.reason is not None:
             attributes["reason"] = record.reason
-        if figures is not Figures.MEASURED:
-            attributes["figures"] = figures.value
+        if provenance is not Provenance.MEASURED:
+            attributes["figures"] = provenance.value
         for key, value in {"name": record.config.name, **attributes}.items():
             trial.set_user_attr(key, value)
         if record.state is not TrialState.FAILED and "constraints" not in told.system_attrs:

@@ -1,6 +1,6 @@
 """What answers a study's trials, as the command line chose it: ranks that train here, a recording, or the cost model.
 
-Another way to answer is one more function that returns `Answers`, and its line in `answers_for`.
+Another way to answer is one more function that returns `Backend`, and its line in `backend_for`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from ds_tune.objectives.cost_model.simulated import SimulatedObjective
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
 from ds_tune.objectives.objective import Objective
-from ds_tune.objectives.recorded.recording import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.recorded.replay import ReplayObjective
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import LocalLauncher
@@ -32,7 +32,7 @@ Objectives: TypeAlias = tuple[Objective, Verification | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Answers:
+class Backend:
     """The machine and the training that trials are of, and who answers them."""
 
     machine: Machine
@@ -43,7 +43,7 @@ class Answers:
     objectives: Callable[[StudySpec, Callable[[str], None], contextlib.ExitStack], Objectives]
     """Makes them for a study; the second argument is told in one line what a person should know, and the third gives
     back what outlives both."""
-    only: Sequence[TrialConfig] | None = None
+    restricted_to: Sequence[TrialConfig] | None = None
     """See `StudySpec`, as for the next two."""
     recording: str | None = None
     versions: Mapping[str, str] | None = None
@@ -51,7 +51,7 @@ class Answers:
     """Lines for the person before the study begins."""
 
 
-def answers_for(arguments: argparse.Namespace) -> Answers:
+def backend_for(arguments: argparse.Namespace) -> Backend:
     """
     Raises:
         UsageError: what was asked for cannot be.
@@ -68,7 +68,7 @@ def answers_for(arguments: argparse.Namespace) -> Answers:
     return _measured(arguments)
 
 
-def _measured(arguments: argparse.Namespace) -> Answers:
+def _measured(arguments: argparse.Namespace) -> Backend:
     """Real training, in ranks on this machine."""
     cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
     if arguments.gpus is not None and arguments.gpus < 0:
@@ -111,7 +111,7 @@ def _measured(arguments: argparse.Namespace) -> Answers:
         )
         return searching, Verification(fresh=verifying, training=searching)
 
-    return Answers(
+    return Backend(
         machine=machine,
         workload=workload,
         max_micro_batch=defaults.max_micro_batch,
@@ -132,7 +132,7 @@ NOT_SIMULATED = (
 """Options that only mean something where ranks train."""
 
 
-def _simulated(arguments: argparse.Namespace) -> Answers:
+def _simulated(arguments: argparse.Namespace) -> Backend:
     """The cost model's own figures, with errors and noise."""
     refused = given(arguments, NOT_SIMULATED)
     if refused:
@@ -145,7 +145,7 @@ def _simulated(arguments: argparse.Namespace) -> Answers:
     workload = imagined_workload(arguments, hardware)
     model = CostModel(workload, hardware)
     defaults = DEFAULTS[hardware.device]
-    return Answers(
+    return Backend(
         machine=machine,
         workload=workload,
         max_micro_batch=defaults.max_micro_batch,
@@ -177,7 +177,7 @@ def imagined_workload(arguments: argparse.Namespace, hardware: Hardware) -> Work
     return workload
 
 
-def _replayed(arguments: argparse.Namespace) -> Answers:
+def _replayed(arguments: argparse.Namespace) -> Backend:
     """Nothing but what was recorded, on the machine that it was recorded on."""
     refused = given(arguments, TRAINING_OPTIONS)
     if refused:
@@ -185,28 +185,28 @@ def _replayed(arguments: argparse.Namespace) -> Answers:
             f"--replay does not go with {', '.join(refused)}: the recording says what was trained on what; "
             "leave out one or the other"
         )
-    surface = read_surface(arguments.replay)
-    ranks = surface.machine.ranks
-    return Answers(
-        machine=surface.machine,
-        workload=surface.workload,
-        max_micro_batch=max(config.micro_batch_size for config in surface.outcomes),
-        max_global_batch=max(config.global_batch_size(ranks) for config in surface.outcomes),
-        objectives=lambda spec, notice, resources: (ReplayObjective(surface), None),
-        only=tuple(surface.outcomes),
-        recording=surface.fingerprint,
-        versions=surface.versions,
-        notes=[_recording_words(arguments.replay, surface)],
+    recording = read_recording(arguments.replay)
+    ranks = recording.machine.ranks
+    return Backend(
+        machine=recording.machine,
+        workload=recording.workload,
+        max_micro_batch=max(config.micro_batch_size for config in recording.outcomes),
+        max_global_batch=max(config.global_batch_size(ranks) for config in recording.outcomes),
+        objectives=lambda spec, notice, resources: (ReplayObjective(recording), None),
+        restricted_to=tuple(recording.outcomes),
+        recording=recording.fingerprint,
+        versions=recording.versions,
+        notes=[_recording_words(arguments.replay, recording)],
     )
 
 
-def _recording_words(path: Path, surface: Surface) -> str:
+def _recording_words(path: Path, recording: Recording) -> str:
     """What was read, and what of it is not used."""
-    out_of_memory = sum(isinstance(outcome, Failure) for outcome in surface.outcomes.values())
-    text = f"{path}: {len(surface.outcomes)} recorded configurations ({out_of_memory} out of memory); nothing is run."
+    out_of_memory = sum(isinstance(outcome, Failure) for outcome in recording.outcomes.values())
+    text = f"{path}: {len(recording.outcomes)} recorded configurations ({out_of_memory} out of memory); nothing is run."
     left_out = []
-    if surface.repeated:
-        left_out.append(f"{surface.repeated} that differ from an earlier line in nothing known here")
-    if surface.crashed:
-        left_out.append(f"{surface.crashed} that crashed")
+    if recording.repeated:
+        left_out.append(f"{recording.repeated} that differ from an earlier line in nothing known here")
+    if recording.crashed:
+        left_out.append(f"{recording.crashed} that crashed")
     return f"{text} Lines left out: {', '.join(left_out)}." if left_out else text

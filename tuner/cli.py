@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import rich.console
 
 from ds_tune.objectives.cost_model.hardware import hardware_of, machine_of
-from ds_tune.objectives.cost_model.knob_context import site_of
+from ds_tune.objectives.cost_model.knob_context import knob_context_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import DsTuneError, UsageError
 from ds_tune.objectives.machine import Machine
@@ -29,7 +29,7 @@ from ds_tune.storage.study_store import StudyStore
 from ds_tune.storage.urls import check_storage_url, masked
 from ds_tune.tuner import dashboard
 from ds_tune.tuner.arguments import NUMERICS, dashboard_parser, export_parser, plan_parser, report_parser, tune_parser
-from ds_tune.tuner.backend import Answers, answers_for, imagined_workload
+from ds_tune.tuner.backend import Backend, backend_for, imagined_workload
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.plan import hardware_asked_for, make_plan, print_plan
 from ds_tune.tuner.reports.document import study_document
@@ -50,16 +50,16 @@ EXIT_FOUND, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs or resumes a study."""
-    answers = answers_for(arguments)
-    spec = make_spec(arguments, answers)
+    backend = backend_for(arguments)
+    spec = make_spec(arguments, backend)
     # With --json, standard output belongs to the document alone.
     output = _output(stderr=arguments.json)
     console = Console(output, quiet=arguments.quiet)
-    for line in answers.notes:
+    for line in backend.notes:
         console.say(line)
     spec, model = _with_cost_model(spec, console)
     resources = contextlib.ExitStack()
-    objective, verification = answers.objectives(spec, console.say, resources)
+    objective, verification = backend.objectives(spec, console.say, resources)
     console.verifies = spec.verify and verification is not None
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))
@@ -108,25 +108,32 @@ def _exit_status(summary: StudySummary, console: Console) -> int:
     return EXIT_FOUND
 
 
-def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
+def make_spec(arguments: argparse.Namespace, backend: Backend) -> StudySpec:
     """
     Raises:
         UsageError: something asked for cannot be; nothing was run or written yet.
     """
     limits = Limits(
-        ranks=answers.machine.ranks,
-        max_micro_batch=arguments.max_micro_batch or answers.max_micro_batch,
-        max_global_batch=arguments.max_global_batch or answers.max_global_batch,
+        ranks=backend.machine.ranks,
+        max_micro_batch=arguments.max_micro_batch or backend.max_micro_batch,
+        max_global_batch=arguments.max_global_batch or backend.max_global_batch,
         global_batch=arguments.global_batch,
     )
-    if arguments.space is not None and answers.only is not None:
+    if arguments.space is not None and backend.restricted_to is not None:
         raise UsageError("--space does not go with --replay, whose space is what was recorded; leave out one")
-    check_metric(arguments.metric, answers.workload, answers.machine)
+    check_metric(arguments.metric, backend.workload, backend.machine)
     preset, allowed = _preset(arguments)
-    only = answers.only or _listed_space(arguments, limits, answers.workload, answers.machine, allowed)
+    restricted_to = backend.restricted_to or _listed_space(
+        arguments, limits, backend.workload, backend.machine, allowed
+    )
     study_space(
-        limits, preset=preset, allowed=allowed, workload=answers.workload, machine=answers.machine, only=only
-    )  # fmt: skip
+        limits,
+        preset=preset,
+        allowed=allowed,
+        workload=backend.workload,
+        machine=backend.machine,
+        restricted_to=restricted_to,
+    )
     if arguments.storage is not None:
         check_storage_url(arguments.storage)
     results = results_folder(arguments.results)
@@ -134,8 +141,8 @@ def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
         study=arguments.study,
         storage_url=arguments.storage or results.storage_url,
         results=results,
-        workload=answers.workload,
-        machine=answers.machine,
+        workload=backend.workload,
+        machine=backend.machine,
         limits=limits,
         trials=arguments.trials,
         more=arguments.more,
@@ -146,9 +153,9 @@ def make_spec(arguments: argparse.Namespace, answers: Answers) -> StudySpec:
         sampler=arguments.sampler,
         metric=arguments.metric,
         verify=not arguments.no_verify,
-        only=only,
-        recording=answers.recording,
-        versions=answers.versions,
+        restricted_to=restricted_to,
+        recording=backend.recording,
+        versions=backend.versions,
     )
 
 
@@ -177,7 +184,7 @@ def _listed_space(
     if arguments.preset is not None:
         raise UsageError("--space does not go with --preset: the file can name one itself; leave out one")
     limits.check()
-    return SpaceFile.read(arguments.space).configurations(limits, site_of(workload, machine), allowed)
+    return SpaceFile.read(arguments.space).configurations(limits, knob_context_of(workload, machine), allowed)
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -194,9 +201,9 @@ def plan(arguments: argparse.Namespace) -> int:
     )
     preset, allowed = _preset(arguments)
     machine = machine_of(hardware)
-    only = _listed_space(arguments, limits, model.workload, machine, allowed)
+    restricted_to = _listed_space(arguments, limits, model.workload, machine, allowed)
     space = study_space(
-        limits, preset=preset, allowed=allowed, workload=model.workload, machine=machine, only=only
+        limits, preset=preset, allowed=allowed, workload=model.workload, machine=machine, restricted_to=restricted_to
     )  # fmt: skip
     found = make_plan(model, space, best=arguments.best, each_accumulation=arguments.json)
     if arguments.json:

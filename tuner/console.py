@@ -14,7 +14,7 @@ import rich.text
 
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.numerics import NumericsCheck
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
 from ds_tune.tuner.reports.explanation import explanation_lines
 from ds_tune.tuner.reports.forecasts import forecast_errors
@@ -98,7 +98,7 @@ class Console:
             self._live = None
 
     def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
-        self.say(summary.figures.mark(f"{summary.workload.description} on {summary.machine.description}"))
+        self.say(summary.provenance.mark(f"{summary.workload.description} on {summary.machine.description}"))
         done = summary.finished_trials
         if done >= summary.trials_total or summary.ended:
             why = f", {summary.ended}" if summary.ended else ""
@@ -125,7 +125,7 @@ class Console:
             return
         if not self._has_heading:
             self._has_heading = True
-            self._output.print(trial_heading(summary.figures, self._columns), soft_wrap=True)
+            self._output.print(trial_heading(summary.provenance, self._columns), soft_wrap=True)
         self._output.print(trial_line(record, summary, self._columns), soft_wrap=True)
 
     def verification_started(self, record: TrialRecord, summary: StudySummary) -> None:
@@ -278,10 +278,10 @@ def shortened(name: str, width: int) -> str:
     return "_".join(words)
 
 
-def trial_heading(figures: Figures, width: int | None) -> rich.text.Text:
+def trial_heading(provenance: Provenance, width: int | None) -> rich.text.Text:
     """The headings of the lines of finished trials."""
     name = _name_width(width)
-    rate = figures.mark("samples/s")
+    rate = provenance.mark("samples/s")
     return rich.text.Text(
         f"{'#':<4}{'configuration':<{name + RATE_WIDTH - len(rate)}}{rate}{'peak GiB':>{PEAK_WIDTH}}  state",
         style="bold",
@@ -299,10 +299,10 @@ def trial_line(record: TrialRecord, summary: StudySummary, width: int | None) ->
         (f"{name:<{columns}}", "cyan"),
         f"{rate_words(record):>{RATE_WIDTH}}{memory:>{PEAK_WIDTH}}  ",
     )
-    state = summary.figures.mark(record.state.value)
+    state = summary.provenance.mark(record.state.value)
     if record.reason is not None:
         endings = [f"{state}: {record.reason}", f"{state}: {short_reason(record)}"]
-        endings.append(summary.figures.mark(short_reason(record)))
+        endings.append(summary.provenance.mark(short_reason(record)))
     elif summary.fastest is not None and summary.fastest.number == record.number:
         endings = [f"{state}  ★ best so far", f"{state} ★"]
     else:
@@ -327,7 +327,7 @@ def _name_width(width: int | None) -> int:
 
 def stage_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     """DeepSpeed's table of tuning spaces, with the winner marked."""
-    title = summary.figures.mark("Best by ZeRO stage")
+    title = summary.provenance.mark("Best by ZeRO stage")
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("stage", no_wrap=True)
     table.add_column("trials", justify="right", no_wrap=True)
@@ -353,7 +353,7 @@ def best_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     best_title = "best" if summary.winner is None else "★ winner"
     columns = [(best_title, summary.best), ("baseline", summary.baseline)]
     shown = [(title, record) for title, record in columns if record is not None]
-    mark = summary.figures.mark
+    mark = summary.provenance.mark
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best configuration"), title_justify="left")
     table.add_column("", no_wrap=True)
     for title, _ in shown:

@@ -207,7 +207,7 @@ class Finals:
         )
         self._store.save(trial, record)
         self._store.tell(trial, record)
-        save_trial_note(self._store.study, record, self._store.figures)
+        save_trial_note(self._store.study, record, self._store.provenance)
         self._observer.finalist_added(record, self._store.summary())
 
     def _run_ablation(

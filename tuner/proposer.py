@@ -159,7 +159,7 @@ class Proposer:
         On one GPU it never wins, as there is nothing to partition; on several where the best so far is
         `HOPELESS_STAGE_3` times as fast as it is predicted to be.
         """
-        measured = [each.log_rate for each in observations if each.log_rate is not None and each.is_own]
+        measured = [each.log_rate for each in observations if each.log_rate is not None and each.from_this_study]
         if self._ranks > 1 and not measured:
             return []
         limit = math.inf if self._ranks == 1 else max(measured) - math.log(HOPELESS_STAGE_3)
@@ -214,7 +214,7 @@ class Proposer:
 
     def _gains(self, rates: RatePosterior, observations: Sequence[Observation]) -> Floats:
         """Expected improvement of each row over the best so far, in logarithms, averaged over the trusts."""
-        measured = [each for each in observations if each.log_rate is not None and each.is_own]
+        measured = [each for each in observations if each.log_rate is not None and each.from_this_study]
         if not measured:
             return np.exp(rates.mean - float(rates.mean.max()))
         best = max(float(each.log_rate or 0.0) for each in measured)
@@ -245,7 +245,7 @@ class Proposer:
             return odds
         hopes = rates.mean[rows] + 2 * rates.deviation[rows]
         rows = rows[np.argsort(-hopes, kind="stable")[:CONTENDERS]]
-        own = [each for each in timed if each.is_own]
+        own = [each for each in timed if each.from_this_study]
         best = [max(own, key=lambda each: each.log_rate or 0.0).row] if own else []
         random = np.random.default_rng(0)  # the same draws each time: what is believed decides, not chance
         drawn = rates.draws(np.append(rows, best).astype(int), DRAWS, random)

@@ -82,7 +82,7 @@ class CostModelSampler(SpaceSampler):
             # That it ran out of memory under another cap says nothing about this one.
             if observation is not None and not observation.ran_out:
                 error = max(observation.relative_error, EARLIER_ERROR)
-                self._earlier.append(dataclasses.replace(observation, relative_error=error, is_own=False))
+                self._earlier.append(dataclasses.replace(observation, relative_error=error, from_this_study=False))
 
     def _choose(self, study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
         proposal = self.propose(study.get_trials(deepcopy=False), trial.number)

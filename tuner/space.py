@@ -14,9 +14,9 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from ds_tune.objectives.cost_model.knob_context import site_of
+from ds_tune.objectives.cost_model.knob_context import knob_context_of
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Scalar, Site
+from ds_tune.objectives.knobs import KnobContext, Scalar
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.trial import KNOBS, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
@@ -101,25 +101,30 @@ def knob_dimension(field: str, values: Sequence[Scalar]) -> Dimension:
 PRESETS = ("core", "speed", "full")
 
 
-def knob_values(preset: str, site: Site, allowed: Collection[str] = ()) -> dict[str, tuple[Scalar, ...]]:
+def knob_values(preset: str, context: KnobContext, allowed: Collection[str] = ()) -> dict[str, tuple[Scalar, ...]]:
     """What a preset has of each knob, beside off; see `dimensions_of`."""
     found: dict[str, tuple[Scalar, ...]] = {}
     for field, knob in KNOBS.items():
-        found[field] = {"core": (), "speed": knob.usual(site), "full": knob.values}[preset]
+        found[field] = {"core": (), "speed": knob.usual(context), "full": knob.values}[preset]
         if knob.numerics is not None:
             found[field] = knob.values if field in allowed else ()
     return found
 
 
-def dimensions_of(preset: str, site: Site | None = None, allowed: Collection[str] = ()) -> tuple[Dimension, ...]:
+def dimensions_of(
+    preset: str, context: KnobContext | None = None, allowed: Collection[str] = ()
+) -> tuple[Dimension, ...]:
     """The dimensions of a preset.
 
     Args:
         preset: `core` (stage, mbs, gas), `speed` (and what usually pays) or `full` (all that keeps the numbers).
-        site: decides what usually pays.
+        context: decides what usually pays.
         allowed: knobs that change the numbers training produces, and are to be searched all the same.
     """
-    knobs = [knob_dimension(field, values) for field, values in knob_values(preset, site or Site(), allowed).items()]
+    knobs = [
+        knob_dimension(field, values)
+        for field, values in knob_values(preset, context or KnobContext(), allowed).items()
+    ]
     return (*DIMENSIONS[:3], *knobs)
 
 
@@ -191,12 +196,12 @@ class Space:
         limits: Limits,
         dimensions: Sequence[Dimension] = DIMENSIONS,
         *,
-        site: Site | None = None,
-        only: Sequence[TrialConfig] | None = None,
+        context: KnobContext | None = None,
+        restricted_to: Sequence[TrialConfig] | None = None,
     ) -> None:
         """
         Args:
-            site: what decides, besides the configuration, which knobs have a meaning.
+            context: what decides, besides the configuration, which knobs have a meaning.
             only: where given, nothing else is ever proposed; of these, what keeps to the limits.
 
         Raises:
@@ -204,17 +209,23 @@ class Space:
         """
         limits.check()
         self.limits = limits
-        self.site = site or Site(ranks=limits.ranks)
-        self.only = None if only is None else tuple(config for config in only if limits.allow(config))
-        if self.only == ():
+        self.context = context or KnobContext(ranks=limits.ranks)
+        self.restricted_to = (
+            None if restricted_to is None else tuple(config for config in restricted_to if limits.allow(config))
+        )
+        if self.restricted_to == ():
             raise UsageError(
-                f"none of the {len(only or ())} configurations that may be tried keeps to the limits of the batch "
-                "sizes; change --max-micro-batch, --max-global-batch or --global-batch"
+                f"none of the {len(restricted_to or ())} configurations that may be tried keeps to the limits of the "
+                "batch sizes; change --max-micro-batch, --max-global-batch or --global-batch"
             )
         self.dimensions: tuple[Dimension, ...] = ()
         self.distributions: dict[str, BaseDistribution] = {}
         for dimension in dimensions:
-            distribution = dimension.distribution(limits) if self.only is None else dimension.among(limits, self.only)
+            distribution = (
+                dimension.distribution(limits)
+                if self.restricted_to is None
+                else dimension.among(limits, self.restricted_to)
+            )
             if dimension.off is None or list(_values(dimension.field, distribution)) != [dimension.off]:
                 self.dimensions += (dimension,)
                 self.distributions[dimension.field] = distribution
@@ -222,8 +233,10 @@ class Space:
     @functools.cached_property
     def legal(self) -> tuple[TrialConfig, ...]:
         """Every configuration that may be proposed, the batch sizes ascending within each ZeRO stage."""
-        if self.only is not None:
-            return tuple(sorted(dict.fromkeys(self.only), key=lambda config: (self._kind(config), self._sizes(config))))
+        if self.restricted_to is not None:
+            return tuple(
+                sorted(dict.fromkeys(self.restricted_to), key=lambda config: (self._kind(config), self._sizes(config)))
+            )
         others = [dimension.field for dimension in self.dimensions if dimension.field not in BATCH_FIELDS]
         kinds = self._kinds(others)
         return tuple(
@@ -245,8 +258,8 @@ class Space:
         """Whether every knob that is on does something, so that no two configurations are the same."""
         on = {field: kind[field] for field in KNOBS if field in kind and kind[field] != KNOBS[field].off}
         knobs = {field: KNOBS[field] for field in on if KNOBS[field].numerics is None}
-        unusual = sum(on[field] not in knob.usual(self.site) for field, knob in knobs.items())
-        return unusual <= MAX_UNUSUAL_KNOBS and all(KNOBS[field].exists(kind, self.site) for field in on)
+        unusual = sum(on[field] not in knob.usual(self.context) for field, knob in knobs.items())
+        return unusual <= MAX_UNUSUAL_KNOBS and all(KNOBS[field].applies(kind, self.context) for field in on)
 
     def _kind(self, config: TrialConfig) -> tuple[Any, ...]:
         """All of a configuration but its batch sizes."""
@@ -284,7 +297,7 @@ class Space:
 
         Where only some may be tried: the smallest of each ZeRO stage, what costs speed to save memory last.
         """
-        if self.only is not None:
+        if self.restricted_to is not None:
             smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
             return tuple(sorted(smallest, key=lambda config: (self._knobs_on(config), config.zero_stage)))
         accumulation = self.limits.global_batch // self.limits.ranks if self.limits.global_batch is not None else 1
@@ -340,7 +353,7 @@ class Space:
             "max_global_batch": self.limits.max_global_batch if self.limits.global_batch is None else None,
             "global_batch": self.limits.global_batch,
         }
-        if self.only is not None:
+        if self.restricted_to is not None:
             names = " ".join(config.name for config in self.legal)
             digest = hashlib.sha256(names.encode()).hexdigest()[:12]
             document["only"] = f"{len(self.legal)} configurations ({digest})"
@@ -354,14 +367,14 @@ def study_space(
     allowed: Collection[str],
     workload: Workload,
     machine: Machine,
-    only: Sequence[TrialConfig] | None = None,
+    restricted_to: Sequence[TrialConfig] | None = None,
 ) -> Space:
     """The space of a study; a recording (`only`) has its own knobs, whatever the preset.
 
     Raises:
         UsageError: no configuration is left.
     """
-    if only is not None:
-        return Space(limits, only=only)
-    site = site_of(workload, machine)
-    return Space(limits, dimensions_of(preset, site, allowed), site=site)
+    if restricted_to is not None:
+        return Space(limits, restricted_to=restricted_to)
+    context = knob_context_of(workload, machine)
+    return Space(limits, dimensions_of(preset, context, allowed), context=context)

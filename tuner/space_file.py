@@ -23,7 +23,7 @@ from typing import Any, Self
 import yaml
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Scalar, Site
+from ds_tune.objectives.knobs import KnobContext, Scalar
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from ds_tune.tuner.conditions import Condition
 from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values
@@ -80,11 +80,11 @@ class SpaceFile:
             raise _refusal(path, f"constraints: {error}") from None
         return cls(path=path, preset=preset, values=values, conditions=conditions)
 
-    def configurations(self, limits: Limits, site: Site, allowed: Collection[str]) -> tuple[TrialConfig, ...]:
+    def configurations(self, limits: Limits, context: KnobContext, allowed: Collection[str]) -> tuple[TrialConfig, ...]:
         """All that it describes.
 
         Args:
-            site: what decides which knobs have a meaning; where one has none it is off.
+            context: what decides which knobs have a meaning; where one has none it is off.
             allowed: knobs that may change the numbers.
 
         Raises:
@@ -94,8 +94,8 @@ class SpaceFile:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
                 raise _refusal(self.path, f"{field} changes the numbers of training: add --allow numerics:{field}")
         kinds: list[dict[str, Any]] = [{}]
-        for field, choices in self._choices(site, allowed).items():
-            kinds = [{**kind, field: value} for kind in kinds for value in _meaningful(kind, field, choices, site)]
+        for field, choices in self._choices(context, allowed).items():
+            kinds = [{**kind, field: value} for kind in kinds for value in _meaningful(kind, field, choices, context)]
             self._check_number(len(kinds))
         sizes = self._batch_sizes(limits)
         self._check_number(len(kinds) * len(sizes))
@@ -124,10 +124,10 @@ class SpaceFile:
                 )
         return configs
 
-    def _choices(self, site: Site, allowed: Collection[str]) -> dict[str, tuple[Scalar, ...]]:
+    def _choices(self, context: KnobContext, allowed: Collection[str]) -> dict[str, tuple[Scalar, ...]]:
         """Stage and knobs with their values, in the order of `TrialConfig`."""
         choices: dict[str, tuple[Scalar, ...]] = {"zero_stage": ZERO_STAGES}
-        for field, values in knob_values(self.preset, site, allowed).items():
+        for field, values in knob_values(self.preset, context, allowed).items():
             choices[field] = (KNOBS[field].off, *values)
         return {field: self.values.get(field, values) for field, values in choices.items()}
 
@@ -176,12 +176,14 @@ class SpaceFile:
             )
 
 
-def _meaningful(kind: Mapping[str, Any], field: str, choices: Sequence[Scalar], site: Site) -> Sequence[Scalar]:
+def _meaningful(
+    kind: Mapping[str, Any], field: str, choices: Sequence[Scalar], context: KnobContext
+) -> Sequence[Scalar]:
     """Those of a field's values that have a meaning beside the others; off, where none has."""
     if field not in KNOBS:
         return choices
     knob = KNOBS[field]
-    found = [value for value in choices if value == knob.off or knob.exists({**kind, field: value}, site)]
+    found = [value for value in choices if value == knob.off or knob.applies({**kind, field: value}, context)]
     return found or [knob.off]
 
 

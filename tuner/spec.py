@@ -66,7 +66,7 @@ class StudySpec:
     """Name of the metric that Optuna is told, one of `METRICS`."""
     verify: bool = True
     """Run the finalists again in fresh processes."""
-    only: Sequence[TrialConfig] | None = None
+    restricted_to: Sequence[TrialConfig] | None = None
     """The only configurations that can be answered; None for all within the limits."""
     recording: str | None = None
     """Which recording answers, where one does."""

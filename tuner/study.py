@@ -62,7 +62,7 @@ class Study:
             allowed=spec.allowed,
             workload=spec.workload,
             machine=spec.machine,
-            only=spec.only,
+            restricted_to=spec.restricted_to,
         )
         self._sampler = make_sampler(spec.sampler, self._space, spec.seed, model)
         self._versions = software_versions() if spec.versions is None else spec.versions
@@ -83,7 +83,7 @@ class Study:
                 workload=spec.workload,
                 machine=spec.machine,
                 space=self._space.to_json(),
-                figures=self._objective.figures,
+                provenance=self._objective.provenance,
                 recording=spec.recording,
                 metric=spec.metric,
             )
@@ -183,7 +183,7 @@ class Study:
         )
         store.save(trial, record)
         store.tell(trial, record)
-        save_trial_note(store.study, record, store.figures)
+        save_trial_note(store.study, record, store.provenance)
         return record
 
     def _queue_baseline(self, store: StudyStore, summary: StudySummary) -> str | None:
@@ -208,8 +208,8 @@ class Study:
         known = [tried[config.name] for config in self._space.baselines if config.name in tried]
         if any(record.state is TrialState.FAILED for record in known):
             return None  # a crash says nothing about memory
-        smallest = "one sample a rank" if self._space.only is None else "the smallest configuration there is"
-        core = self._spec.only is None and self._spec.preset == "core"
+        smallest = "one sample a rank" if self._space.restricted_to is None else "the smallest configuration there is"
+        core = self._spec.restricted_to is None and self._spec.preset == "core"
         hint = "; --preset speed also searches what saves memory" if core else ""
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
 

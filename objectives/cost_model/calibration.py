@@ -13,7 +13,7 @@ import numpy as np
 
 from ds_tune.objectives.cost_model.gaussian_process import (
     Kernel,
-    Process,
+    Posterior,
     Rows,
     condition,
     outer,
@@ -50,7 +50,7 @@ class Observation:
     peak_bytes: float | None = None
     ran_out: bool = False
     """It ran out of memory: its peak would have been above the capacity."""
-    is_own: bool = True
+    from_this_study: bool = True
     """Of the study that asks, not of an earlier one: only its own trials can be its best."""
 
 
@@ -81,7 +81,7 @@ def observation_of(row: int, outcome: Outcome, capacity_bytes: float) -> Observa
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Trust:
+class ErrorPrior:
     """One answer to how far the formulas of speed may be off: standard deviations of log(measured / predicted)."""
 
     prior_weight: float
@@ -101,25 +101,25 @@ class Trust:
     """Of what the parts above cannot explain."""
 
 
-TRUSTS = (
-    Trust(prior_weight=0.6, slope=1.0, common=0.4, stage=0.06, knobs=0.06, launch=0.25, parts=0.5,
+ERROR_PRIORS = (
+    ErrorPrior(prior_weight=0.6, slope=1.0, common=0.4, stage=0.06, knobs=0.06, launch=0.25, parts=0.5,
           micro_batch=0.05, accumulation=0.03, interaction=0.02),
-    Trust(prior_weight=0.3, slope=1.0, common=0.8, stage=0.20, knobs=0.20, launch=0.8, parts=0.8,
+    ErrorPrior(prior_weight=0.3, slope=1.0, common=0.8, stage=0.20, knobs=0.20, launch=0.8, parts=0.8,
           micro_batch=0.25, accumulation=0.12, interaction=0.08),
-    Trust(prior_weight=0.1, slope=0.0, common=2.0, stage=0.35, knobs=0.25, launch=0.0, parts=0.0,
+    ErrorPrior(prior_weight=0.1, slope=0.0, common=2.0, stage=0.35, knobs=0.25, launch=0.0, parts=0.0,
           micro_batch=0.80, accumulation=0.50, interaction=0.20),
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RatePosterior:
-    """Predicted rates under each `Trust`; all arrays have a column for each configuration of the grid."""
+    """Predicted rates under each `ErrorPrior`; all arrays have a column for each configuration of the grid."""
 
     weights: Floats
     means: Floats
     """Natural logarithms of samples/s: (trusts, configurations), likewise below."""
     deviations: Floats
-    processes: tuple[Process, ...]
+    posteriors: tuple[Posterior, ...]
     """Of the errors, for each trust."""
 
     @property
@@ -138,7 +138,7 @@ class RatePosterior:
             Natural logarithms of samples/s, (about `count`, rows); of each trust as many as it weighs.
         """
         drawn = []
-        for weight, mean, process in zip(self.weights, self.means, self.processes, strict=True):
+        for weight, mean, process in zip(self.weights, self.means, self.posteriors, strict=True):
             share = round(float(weight) * count)
             # What the rows have all in common makes it singular; that much of their own is far below any noise.
             root = np.linalg.cholesky(process.covariance(rows) + 1e-8 * np.eye(len(rows)))
@@ -152,23 +152,23 @@ def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePost
     rows = np.array([each.row for each in timed], dtype=int)
     measured = np.array([each.log_rate for each in timed], dtype=float)
     noise = np.array([RUN_NOISE**2 + each.relative_error**2 for each in timed])
-    evidences, means, processes = [], [], []
-    for trust in TRUSTS:
+    evidences, means, posteriors = [], [], []
+    for prior in ERROR_PRIORS:
         # Without the formulas, what rates are about is not known but for the measurements' own level.
         level = float(np.mean(measured)) if len(rows) else float(np.mean(grid.log_rate))
-        start = grid.log_rate if trust.slope else np.full(len(grid), level)
-        process = condition(_rate_kernel(grid, trust), rows, measured - start[rows], noise)
+        start = grid.log_rate if prior.slope else np.full(len(grid), level)
+        process = condition(_rate_kernel(grid, prior), rows, measured - start[rows], noise)
         means.append(start + process.mean)
-        processes.append(process)
+        posteriors.append(process)
         # Before anything is measured, an answer that starts from nothing has nothing to say.
-        speaks = trust.slope or len(rows)
-        evidences.append(math.log(trust.prior_weight) + process.log_evidence if speaks else -math.inf)
+        speaks = prior.slope or len(rows)
+        evidences.append(math.log(prior.prior_weight) + process.log_evidence if speaks else -math.inf)
     relative = np.exp(np.array(evidences) - max(evidences))
-    deviations = np.sqrt([process.variances for process in processes])
-    return RatePosterior(relative / relative.sum(), np.array(means), deviations, tuple(processes))
+    deviations = np.sqrt([process.variances for process in posteriors])
+    return RatePosterior(relative / relative.sum(), np.array(means), deviations, tuple(posteriors))
 
 
-def _rate_kernel(grid: Grid, trust: Trust) -> Kernel:
+def _rate_kernel(grid: Grid, prior: ErrorPrior) -> Kernel:
     def between(one: Rows, other: Rows) -> Floats:
         stage = _alike_stages(grid, one, other)
         knobs = same(grid.knobs, one, other)
@@ -177,22 +177,22 @@ def _rate_kernel(grid: Grid, trust: Trust) -> Kernel:
         joint = smooth(grid.log2_micro_batch, one, other, length=1.0)
         joint = joint * smooth(grid.log2_accumulation, one, other, length=1.0)
         return np.asarray(
-            trust.common**2
-            + trust.stage**2 * stage
-            + trust.knobs**2 * knobs
-            + trust.launch**2 * outer(grid.launch_share, one, other) * (0.5 + 0.25 * stage + 0.25 * knobs)
-            + trust.parts**2 * outer(grid.communication_share, one, other) * (0.5 + 0.5 * stage)
-            + trust.parts**2 * outer(grid.optimizer_share, one, other) * (0.5 + 0.5 * stage)
+            prior.common**2
+            + prior.stage**2 * stage
+            + prior.knobs**2 * knobs
+            + prior.launch**2 * outer(grid.launch_share, one, other) * (0.5 + 0.25 * stage + 0.25 * knobs)
+            + prior.parts**2 * outer(grid.communication_share, one, other) * (0.5 + 0.5 * stage)
+            + prior.parts**2 * outer(grid.optimizer_share, one, other) * (0.5 + 0.5 * stage)
             # A stage or a knob that is off is off more where launches or communication dominate: small batches.
-            + trust.micro_batch**2 * micro * (0.5 + 0.3 * stage + 0.2 * knobs)
-            + trust.accumulation**2 * accumulation * (0.5 + 0.5 * stage)
-            + trust.interaction**2 * joint * stage * knobs
+            + prior.micro_batch**2 * micro * (0.5 + 0.3 * stage + 0.2 * knobs)
+            + prior.accumulation**2 * accumulation * (0.5 + 0.5 * stage)
+            + prior.interaction**2 * joint * stage * knobs
             + OWN_LAUNCH_SPREAD**2 * outer(grid.launch_share, one, other) * np.equal.outer(one, other)  # its own
         )
 
-    everywhere = (trust.common, trust.stage, trust.knobs, trust.micro_batch, trust.accumulation, trust.interaction)
-    shares = (trust.launch**2 + OWN_LAUNCH_SPREAD**2) * grid.launch_share**2
-    shares += trust.parts**2 * (grid.communication_share**2 + grid.optimizer_share**2)
+    everywhere = (prior.common, prior.stage, prior.knobs, prior.micro_batch, prior.accumulation, prior.interaction)
+    shares = (prior.launch**2 + OWN_LAUNCH_SPREAD**2) * grid.launch_share**2
+    shares += prior.parts**2 * (grid.communication_share**2 + grid.optimizer_share**2)
     return Kernel(between, math.fsum(part**2 for part in everywhere) + shares)
 
 

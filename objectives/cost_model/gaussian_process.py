@@ -25,7 +25,7 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Process:
+class Posterior:
     """A process of mean zero, given noisy values at some rows."""
 
     kernel: Kernel
@@ -48,11 +48,11 @@ class Process:
         return np.asarray(prior - explained.T @ explained)
 
 
-def condition(kernel: Kernel, rows: Rows, residuals: Floats, noise: Floats) -> Process:
+def condition(kernel: Kernel, rows: Rows, residuals: Floats, noise: Floats) -> Posterior:
     """The process given these residuals at these rows, each with its variance of noise."""
     prior = kernel.variances
     if len(rows) == 0:
-        return Process(kernel, rows, np.zeros((0, 0)), np.zeros_like(prior), prior, 0.0)
+        return Posterior(kernel, rows, np.zeros((0, 0)), np.zeros_like(prior), prior, 0.0)
     among = kernel.between(rows, rows) + np.diag(noise)
     lower = np.asarray(np.linalg.cholesky(among))
     weights = np.linalg.solve(among, residuals)
@@ -61,7 +61,7 @@ def condition(kernel: Kernel, rows: Rows, residuals: Floats, noise: Floats) -> P
     evidence = -0.5 * float(residuals @ weights) - float(np.log(np.diag(lower)).sum())
     evidence -= 0.5 * len(rows) * math.log(2 * math.pi)
     variances = np.maximum(prior - (explained**2).sum(axis=0), 1e-9 * prior)
-    return Process(kernel, rows, lower, across.T @ weights, variances, evidence)
+    return Posterior(kernel, rows, lower, across.T @ weights, variances, evidence)
 
 
 def posterior_at(kernel: Kernel, row: int, rows: Rows, residuals: Floats, noise: Floats) -> tuple[float, float]:

@@ -1,19 +1,19 @@
-"""What a machine and a model decide about knobs: the `Site` of a study."""
+"""What a machine and a model decide about knobs: the `KnobContext` of a study."""
 
 import dataclasses
 import importlib.util
 
 from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.workload.huggingface import Workload
 
 
-def site_of(workload: Workload, machine: Machine) -> Site:
+def knob_context_of(workload: Workload, machine: Machine) -> KnobContext:
     """What decides on this machine, for this model, which knobs have a meaning."""
     major, _, minor = (machine.compute_capability or "0.0").partition(".")
-    site = Site(
+    context = KnobContext(
         device=machine.device,
         ranks=machine.ranks,
         flash_attention=int(major) >= 8 and importlib.util.find_spec("flash_attn") is not None,
@@ -25,11 +25,11 @@ def site_of(workload: Workload, machine: Machine) -> Site:
     try:
         architecture = architecture_of(workload)
     except UsageError:
-        return site
+        return context
     width, moments = (4, 8) if workload.dtype == "fp32" else (2, 12)  # bytes of a weight, of its optimizer's states
     states_bytes = architecture.parameters * (width + moments / machine.ranks)
     return dataclasses.replace(
-        site,
+        context,
         states_share=states_bytes / machine.capacity_bytes,
         vocabulary=0 if architecture.is_masked else architecture.vocabulary,
         model_type=architecture.model_type,

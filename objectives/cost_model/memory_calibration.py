@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ds_tune.objectives.cost_model.calibration import Observation
 from ds_tune.objectives.cost_model.gaussian_process import (
     Kernel,
-    Process,
+    Posterior,
     Rows,
     condition,
     normal_cdf,
@@ -62,7 +62,7 @@ class MemoryTrust:
     fixed_bytes: float
 
 
-MEMORY_TRUSTS = (
+PEAK_ERROR_PRIORS = (
     MemoryTrust(prior_weight=0.7, common=0.015, states=0.01, stage=0.01, activations=0.02, knobs=0.02,
                 fixed_bytes=0.2e9),
     MemoryTrust(prior_weight=0.3, common=0.08, states=0.03, stage=0.03, activations=0.12, knobs=0.10,
@@ -153,9 +153,14 @@ def calibrate_memory(
         capacity_bytes: of a rank, after any cap.
         outside_bytes: of these, what tensors cannot have.
     """
-    answers = [_answer(grid, observations, Fragments(capacity_bytes - outside_bytes), each) for each in MEMORY_TRUSTS]
+    answers = [
+        _answer(grid, observations, Fragments(capacity_bytes - outside_bytes), each) for each in PEAK_ERROR_PRIORS
+    ]
     evidences = np.array(
-        [math.log(each.prior_weight) + evidence for each, (_, _, evidence) in zip(MEMORY_TRUSTS, answers, strict=True)]
+        [
+            math.log(each.prior_weight) + evidence
+            for each, (_, _, evidence) in zip(PEAK_ERROR_PRIORS, answers, strict=True)
+        ]
     )
     relative = np.exp(evidences - evidences.max())
     noise = (MEMORY_NOISE * grid.peak_bytes) ** 2
@@ -171,7 +176,7 @@ def calibrate_memory(
 
 def _answer(
     grid: Grid, observations: Sequence[Observation], fragments: Fragments, trust: MemoryTrust
-) -> tuple[Process, Fragments, float]:
+) -> tuple[Posterior, Fragments, float]:
     """The errors of the peaks, what is lost, and the logarithm of how well it explains the observations."""
     kernel = _kernel(grid, trust)
     measured = [each for each in observations if each.peak_bytes is not None]
@@ -180,7 +185,7 @@ def _answer(
     residuals, noise = peaks - grid.peak_bytes[rows], (MEMORY_NOISE * peaks) ** 2
     evidence = condition(kernel, rows, residuals, noise).log_evidence
     for each in measured:
-        if each.is_own:  # an earlier study may have had more memory
+        if each.from_this_study:  # an earlier study may have had more memory
             fragments = fragments.given_fits(float(each.peak_bytes or 0), float(grid.large_bytes[each.row]))
     for each in observations:
         if not each.ran_out:

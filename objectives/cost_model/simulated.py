@@ -18,7 +18,7 @@ from ds_tune.objectives.running.rank_group import OnPhase
 from ds_tune.objectives.timing.intervals import step_ci95, throughput
 from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import StepPlan, is_hopeless
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 
 # Standard deviations of the logarithm of what the machine does over what the formulas say.
 MACHINE_DEVIATION = 0.10
@@ -38,7 +38,7 @@ SETUP_SECONDS = 0.6
 class SimulatedObjective:
     """See `Objective`."""
 
-    figures = Figures.SIMULATED
+    provenance = Provenance.SIMULATED
 
     def __init__(self, model: CostModel, machine: Machine, seed: int, plan: StepPlan | None = None) -> None:
         self._model = model

@@ -38,7 +38,7 @@ CUDA_ERROR_NOT_INITIALIZED = 3
 """https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TYPES.html"""
 
 
-class Template:
+class ForkServer:
     """The waiting process."""
 
     def __init__(self, requests: socket.socket) -> None:
@@ -147,7 +147,7 @@ def main() -> None:
     # Neither this process nor a rank need ever walk what the imports made, and ranks share its pages.
     gc.collect()
     gc.freeze()
-    if not Template(requests).serve():
+    if not ForkServer(requests).serve():
         return
     if cuda_was_touched():
         start_over(name)

@@ -42,13 +42,13 @@ KEYS = {
 are off where a line does not have them."""
 
 TOLERANCE = 0.05
-"""Figures of one line that say the same thing may differ by rounding, not by another number of ranks."""
+"""Provenance of one line that say the same thing may differ by rounding, not by another number of ranks."""
 
 _HARDWARE = re.compile(r"(\d+)x(\S.*)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Surface:
+class Recording:
     """What was recorded, and on what."""
 
     machine: Machine
@@ -83,7 +83,7 @@ def _line(path: Path, number: int) -> Iterator[None]:
         raise UsageError(f"--replay {path}, line {number}: {error}; docs/surfaces.md has the format") from None
 
 
-def read_surface(path: Path) -> Surface:
+def read_recording(path: Path) -> Recording:
     """Reads a file of JSON lines: a header, then a line a configuration.
 
     Raises:
@@ -118,7 +118,7 @@ def read_surface(path: Path) -> Surface:
         raise UsageError(
             f"--replay {path} has no configuration to replay; record some with benchmarks/record_surface.py"
         )
-    return Surface(
+    return Recording(
         machine=machine, workload=workload, versions=versions, outcomes=outcomes, repeated=repeated, crashed=crashed
     )
 

@@ -3,18 +3,18 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ds_tune.objectives.recorded.recording import Surface
+from ds_tune.objectives.recorded.recording import Recording
 from ds_tune.objectives.running.rank_group import OnPhase
-from ds_tune.objectives.trial import Figures, Outcome, TrialConfig
+from ds_tune.objectives.trial import Outcome, Provenance, TrialConfig
 
 
 class ReplayObjective:
     """See `Objective`. It knows the recorded configurations only; a trial takes no time, whatever its outcome says."""
 
-    figures = Figures.REPLAYED
+    provenance = Provenance.REPLAYED
 
-    def __init__(self, surface: Surface) -> None:
-        self._surface = surface
+    def __init__(self, recording: Recording) -> None:
+        self._surface = recording
 
     def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
         """Nothing can be missing: the recording has been read."""

@@ -17,14 +17,14 @@ from ds_tune.objectives.running.rank_group import OnPhase, RankGroup
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import StepPlan
-from ds_tune.objectives.trial import Failure, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 
 
 class DeepSpeedObjective:
-    """See `Objective`. The ranks live on from trial to trial, unless one leaves them unfit or fresh ones are wanted."""
+    """See `Objective`. Ranks live on from trial to trial, unless one leaves them unusable or fresh ones are wanted."""
 
-    figures = Figures.MEASURED
+    provenance = Provenance.MEASURED
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class DeepSpeedObjective:
         best_samples_per_second: float | None = None,
         losses: int = 0,
     ) -> list[dict[str, Any]] | Failure:
-        """Has the ranks run one configuration, and replaces them where it left them unfit."""
+        """Has the ranks run one configuration, and replaces them where it left them unusable."""
         folder = folder.resolve()
         shutil.rmtree(result_file(folder, 0).parent, ignore_errors=True)
         result_file(folder, 0).parent.mkdir(parents=True)
@@ -128,14 +128,14 @@ class DeepSpeedObjective:
                 seconds=self._trial_seconds,
                 on_phase=on_phase,
             )
-            unfit = None if self._fresh_ranks else self._group.unfit()
+            reason = None if self._fresh_ranks else self._group.reason_to_replace()
         except BaseException:
             self.close()
             raise
-        if self._fresh_ranks or unfit is not None:
+        if self._fresh_ranks or reason is not None:
             self.close()
-        if unfit is not None:
-            self._notice(f"New training processes after {config.name}: {unfit}.")
+        if reason is not None:
+            self._notice(f"New training processes after {config.name}: {reason}.")
         return answer
 
     @property

@@ -27,7 +27,7 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running import guard
 
 WORKER_MODULE = "ds_tune.objectives.rank.worker"
-TEMPLATE_MODULE = "ds_tune.objectives.rank.fork_server"
+FORK_SERVER_MODULE = "ds_tune.objectives.rank.fork_server"
 EXIT_LINE = re.compile(rb"^exit (-?\d+)\n", re.MULTILINE)
 
 
@@ -95,7 +95,7 @@ class LocalLauncher:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._template: Template | None = None
+        self._template: ForkServer | None = None
 
     def __enter__(self) -> "LocalLauncher":
         return self
@@ -111,7 +111,7 @@ class LocalLauncher:
             self.close()
         with stdout.open("ab") as out, stderr.open("ab") as err:
             if self._template is None:
-                self._template = Template(environment, out, err)
+                self._template = ForkServer(environment, out, err)
             return LocalRankProcesses(self._machine, self._template, out, err)
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class LocalLauncher:
             self._template = None
 
 
-class Template:
+class ForkServer:
     """The tuner's side of the process that ranks are forked from; `objectives.rank.fork_server` has the protocol."""
 
     def __init__(self, environment: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> None:
@@ -136,7 +136,7 @@ class Template:
         with theirs:
             self._process = subprocess.Popen(
                 # -P: nothing in the user's folder shadows a package
-                [sys.executable, "-P", "-m", TEMPLATE_MODULE, WORKER_MODULE, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", FORK_SERVER_MODULE, WORKER_MODULE, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -169,7 +169,7 @@ class Template:
 class ForkedRank:
     """A rank's process, of which the template is the parent. See `RankExit`."""
 
-    def __init__(self, template: Template, told: IO[bytes]) -> None:
+    def __init__(self, template: ForkServer, told: IO[bytes]) -> None:
         self._template = template
         self._told = told
         self._lines = b""
@@ -197,7 +197,7 @@ class ForkedRank:
 class LocalRankProcesses:
     """See `RankProcesses`."""
 
-    def __init__(self, machine: Machine, template: Template, stdout: IO[bytes], stderr: IO[bytes]) -> None:
+    def __init__(self, machine: Machine, template: ForkServer, stdout: IO[bytes], stderr: IO[bytes]) -> None:
         self.ranks: list[RankProcess] = []
         self._template = template
         self._forked: list[ForkedRank] = []

@@ -133,7 +133,7 @@ class RankGroup:
             return self._failure(time.monotonic() - started, timed_out=timed_out, folder=folder)
         return [json.loads(result_file(folder, rank.started.rank).read_text()) for rank in self._ranks]
 
-    def unfit(self) -> str | None:
+    def reason_to_replace(self) -> str | None:
         """Waits until the ranks gave back what the trial held; why they cannot run another one, or None if they can."""
         if self._dead:
             return "its processes were ended"

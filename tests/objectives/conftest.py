@@ -69,7 +69,11 @@ def started_ranks(started_processes: Callable[[], list[psutil.Process]]) -> Call
         for process in started_processes():
             with contextlib.suppress(psutil.Error):
                 parent = process.parent()
-                if launcher.TEMPLATE_MODULE in process.cmdline() and parent and parent.cmdline() == process.cmdline():
+                if (
+                    launcher.FORK_SERVER_MODULE in process.cmdline()
+                    and parent
+                    and parent.cmdline() == process.cmdline()
+                ):
                     found.append(process)
         return found
 

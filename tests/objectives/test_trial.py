@@ -6,7 +6,15 @@ import json
 import pytest
 
 from ds_tune.objectives.timing.step_parts import StepParts
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig, outcome_from_json
+from ds_tune.objectives.trial import (
+    Failure,
+    FailureKind,
+    Measurement,
+    Outcome,
+    Provenance,
+    TrialConfig,
+    outcome_from_json,
+)
 
 MEASUREMENT = Measurement(
     step_seconds=(0.5, 0.25),
@@ -47,10 +55,10 @@ def test_checkpointing_is_in_the_name_where_it_is_on() -> None:
     assert config.name == "z1_ac3_gas2_tmbspg4"
 
 
-@pytest.mark.parametrize("figures", Figures)
-def test_figures_that_were_not_measured_carry_the_word(figures: Figures) -> None:
-    marked = figures.mark("samples/s")
-    assert marked == ("samples/s" if figures is Figures.MEASURED else f"samples/s, {figures.value}")
+@pytest.mark.parametrize("provenance", Provenance)
+def test_figures_that_were_not_measured_carry_the_word(provenance: Provenance) -> None:
+    marked = provenance.mark("samples/s")
+    assert marked == ("samples/s" if provenance is Provenance.MEASURED else f"samples/s, {provenance.value}")
 
 
 def test_the_global_batch_is_what_all_ranks_take_in_one_optimizer_step() -> None:

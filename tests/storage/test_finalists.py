@@ -102,9 +102,9 @@ def test_stored_interval_without_bound_does_not_overflow() -> None:
 def test_every_statistic_of_a_verification_is_finite_whatever_steps_it_has(steps: Sequence[float]) -> None:
     wild = Finalist(run(1e-9, steps=steps), [run(1e9, half_width=1e9, steps=steps)])
     rate = verified_rate(wild, [finalist(50.0)])
-    figures = [rate.samples_per_second, *rate.samples_per_second_ci95, step_spread(wild.all_runs)]
+    provenance = [rate.samples_per_second, *rate.samples_per_second_ci95, step_spread(wild.all_runs)]
     factor, interval = undisturbed_speedup(wild, finalist(50.0))
-    assert all(map(math.isfinite, [*figures, factor, *interval]))
+    assert all(map(math.isfinite, [*provenance, factor, *interval]))
     for busy in (False, True):
         assert not compare(finalist(50.0), wild, busy=busy).is_level
 

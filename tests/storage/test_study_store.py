@@ -11,7 +11,7 @@ import pytest
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.trial import FailureKind, Figures, Measurement, TrialConfig
+from ds_tune.objectives.trial import FailureKind, Measurement, Provenance, TrialConfig
 from ds_tune.storage.attributes import set_study_attribute
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import IDENTITY, Identity, StudyStore
@@ -333,7 +333,7 @@ def test_a_study_from_before_there_were_other_figures_is_measured(
     set_study_attribute(store.storage, store.study, IDENTITY, old)
     again = open_store()
     assert len(again.records()) == 1
-    assert again.summary().figures is Figures.MEASURED
+    assert again.summary().provenance is Provenance.MEASURED
 
 
 def test_figures_of_another_kind_are_refused(
@@ -341,17 +341,17 @@ def test_figures_of_another_kind_are_refused(
 ) -> None:
     run(open_store(), make_record("z1_gas1_tmbspg1", 10.0))
     with pytest.raises(UsageError, match=r"measured something else \(figures measured there, simulated here\)"):
-        open_store(dataclasses.replace(identity, figures=Figures.SIMULATED))
+        open_store(dataclasses.replace(identity, provenance=Provenance.SIMULATED))
 
 
 def test_optuna_is_told_of_figures_that_were_not_measured(
     open_store: Callable[..., StudyStore], make_record: MakeRecord, identity: Identity
 ) -> None:
-    store = open_store(dataclasses.replace(identity, figures=Figures.SIMULATED))
+    store = open_store(dataclasses.replace(identity, provenance=Provenance.SIMULATED))
     for record in (make_record("z1_gas1_tmbspg1", 10.0), make_record("z1_gas1_tmbspg64")):
         assert run(store, record).user_attrs["figures"] == "simulated"
     assert store.study.metric_names == ["samples_per_second, simulated"]
-    assert store.summary().figures is Figures.SIMULATED
+    assert store.summary().provenance is Provenance.SIMULATED
 
 
 def test_optuna_is_told_nothing_more_of_measured_ones(store: StudyStore, make_record: MakeRecord) -> None:

@@ -28,7 +28,7 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
 from ds_tune.objectives.running.rank_group import OnPhase
 from ds_tune.objectives.timing.intervals import throughput
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.study_store import StudyStore
 from ds_tune.tuner import backend, cli, study
@@ -54,7 +54,7 @@ def peak_memory_bytes(config: TrialConfig) -> int:
 class AnalyticObjective:
     """See `objectives.objective.Objective`."""
 
-    figures = Figures.MEASURED
+    provenance = Provenance.MEASURED
 
     def __init__(self, machine: Machine, *, answer: str, prepared: Path | None) -> None:
         self._machine = machine
@@ -192,7 +192,7 @@ def leave_writing_to_the_kernel(connection: Any, record: Any) -> None:
 
 
 def serve() -> None:
-    """Answers each line, {"arguments", "folder", "stdout", "stderr"}, with the exit status as subprocess gives it."""
+    """Backend each line, {"arguments", "folder", "stdout", "stderr"}, with the exit status as subprocess gives it."""
     optuna.storages.RDBStorage("sqlite:///:memory:")  # imports what a tuner imports when it opens its study
     for line in sys.stdin:
         command = json.loads(line)

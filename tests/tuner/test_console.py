@@ -8,7 +8,7 @@ import pytest
 import rich.console
 
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.console import Console, _Running, live_line, shortened, trial_heading, trial_line
@@ -62,16 +62,16 @@ def study(outcomes: Sequence[Outcome], configs: Sequence[TrialConfig] = (), **ch
     return dataclasses.replace(summary, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("figures", Figures)
+@pytest.mark.parametrize("provenance", Provenance)
 @pytest.mark.parametrize("outcome", OUTCOMES)
-def test_a_finished_trial_takes_one_line_of_80_columns(outcome: Outcome, figures: Figures) -> None:
-    summary = study([outcome], [LONG], figures=figures)
+def test_a_finished_trial_takes_one_line_of_80_columns(outcome: Outcome, provenance: Provenance) -> None:
+    summary = study([outcome], [LONG], provenance=provenance)
     line = trial_line(summary.records[0], summary, 80).plain
     assert len(line) <= 80 and "\n" not in line
     assert "tmbspg16" in line and "z1_" in line
-    if figures is not Figures.MEASURED:
-        assert figures.value in line
-    assert len(trial_heading(figures, 80).plain) <= 80
+    if provenance is not Provenance.MEASURED:
+        assert provenance.value in line
+    assert len(trial_heading(provenance, 80).plain) <= 80
 
 
 def test_reasons_are_as_long_as_there_is_room() -> None:

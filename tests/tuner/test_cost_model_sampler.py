@@ -18,8 +18,8 @@ import sqlalchemy.event
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.recorded.recording import Surface, read_surface
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.recorded.recording import Recording, read_recording
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.storage.attributes import RECORD
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import Identity, StudyStore
@@ -28,7 +28,7 @@ from ds_tune.tuner.sampler import OWN, CostModelSampler, make_sampler, unvisited
 from ds_tune.tuner.space import Limits, Space
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
-SURFACE: Surface = read_surface(RECORDED)
+SURFACE: Recording = read_recording(RECORDED)
 VERSIONS = {"ds-tune": "0.1.0"}
 CRASH = Failure(kind=FailureKind.CRASH, message="rank 0 was killed by SIGSEGV", phase="forward", log_tail="")
 
@@ -43,7 +43,7 @@ def space_of(configs: Sequence[TrialConfig] = tuple(SURFACE.outcomes)) -> Space:
         max_micro_batch=max(config.micro_batch_size for config in configs),
         max_global_batch=max(config.global_batch_size(1) for config in configs),
     )
-    return Space(limits, only=tuple(configs))
+    return Space(limits, restricted_to=tuple(configs))
 
 
 SPACE = space_of()
@@ -83,7 +83,7 @@ def open_study(database: str) -> Callable[..., StudyStore]:
             workload=SURFACE.workload,
             machine=SURFACE.machine,
             space=space.to_json(),
-            figures=Figures.REPLAYED,
+            provenance=Provenance.REPLAYED,
         )
         return StudyStore.create_or_resume(database, f"{test}-{name}", identity, VERSIONS, sampler)
 

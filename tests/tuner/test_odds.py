@@ -8,18 +8,18 @@ import pytest
 from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.recorded.recording import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Measurement
 from ds_tune.tuner.proposer import AS_GOOD, Proposer
 
 DATA = Path(__file__).parents[2] / "benchmarks" / "data"
-SURFACE = read_surface(DATA / "2xH100.gpt2-xl.jsonl")
+SURFACE = read_recording(DATA / "2xH100.gpt2-xl.jsonl")
 MODEL = CostModel(SURFACE.workload, hardware_of(SURFACE.machine))
 CONFIGS = tuple(SURFACE.outcomes)
 ROW = {config.name: row for row, config in enumerate(CONFIGS)}
 
 
-def observed(surface: Surface, row: int) -> Observation:
+def observed(surface: Recording, row: int) -> Observation:
     found = observation_of(row, surface.outcomes[tuple(surface.outcomes)[row]], surface.machine.capacity_bytes)
     assert found is not None
     return found
@@ -56,7 +56,7 @@ def test_what_rows_have_in_common_is_drawn_once_for_all() -> None:
     [("2xH100.gpt2-xl", 4), ("2xH100.gpt2-xl.32GiB", 3), ("1xH100.gpt2-large-512.24GiB", 2)],
 )
 def test_from_the_baseline_on_few_trials_are_enough_for_what_is_as_good_as_the_best(name: str, trials: int) -> None:
-    surface = read_surface(DATA / f"{name}.jsonl")
+    surface = read_recording(DATA / f"{name}.jsonl")
     configs = tuple(surface.outcomes)
     proposer = Proposer(CostModel(surface.workload, hardware_of(surface.machine)), configs)
     observations: list[Observation] = []

@@ -12,14 +12,14 @@ from ds_tune.objectives.cost_model.calibration import Observation, observation_o
 from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel, Grid
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.recorded.recording import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
 from ds_tune.tuner.space import Limits, Space
 
-SURFACE: Surface = read_surface(Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl")
+SURFACE: Recording = read_recording(Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl")
 XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 RUN_NOISE = 0.01
@@ -29,7 +29,7 @@ LOST = 0.9
 """Of its large tensors, what a configuration loses to fragments under a derived cap: GPT2-xl did in the median."""
 
 
-def under(cap_gib: float | None) -> Surface:
+def under(cap_gib: float | None) -> Recording:
     """The recorded machine as it would be under a memory cap."""
     if cap_gib is None:
         return SURFACE
@@ -46,7 +46,7 @@ def under(cap_gib: float | None) -> Surface:
     return dataclasses.replace(SURFACE, machine=machine, outcomes=outcomes)
 
 
-def proposer_of(surface: Surface) -> Proposer:
+def proposer_of(surface: Recording) -> Proposer:
     return Proposer(CostModel(surface.workload, hardware_of(surface.machine)), tuple(surface.outcomes))
 
 
@@ -76,7 +76,7 @@ def off_by(factor: float) -> Callable[[Grid, int], Grid]:
 class Search:
     """A search on a recorded machine, the untuned configuration first, as a study goes."""
 
-    def __init__(self, surface: Surface, seed: int, prior: Callable[[Grid, int], Grid] = as_it_is) -> None:
+    def __init__(self, surface: Recording, seed: int, prior: Callable[[Grid, int], Grid] = as_it_is) -> None:
         self.surface = surface
         self.proposer = proposer_of(surface)
         self.proposer.grid = prior(self.proposer.grid, seed)

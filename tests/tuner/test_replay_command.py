@@ -15,8 +15,8 @@ import optuna
 import optuna_dashboard
 import pytest
 
-from ds_tune.objectives.recorded.recording import read_surface
-from ds_tune.objectives.trial import Figures
+from ds_tune.objectives.recorded.recording import read_recording
+from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.study_store import StudyStore
 from ds_tune.tuner.arguments import TRAINING_OPTIONS, tune_parser
@@ -106,7 +106,7 @@ def test_a_whole_study_of_recorded_points_takes_seconds(folder: Path) -> None:
         f"({sum(row['oom'] for row in GRID)} out of memory); nothing is run."
     )
     assert lines[1] == "gpt2-xl fp16, sequence length 1024, synthetic tokens on 2 × H200 (80.0 GiB), replayed"
-    recorded = read_surface(folder / "surface.jsonl").outcomes
+    recorded = read_recording(folder / "surface.jsonl").outcomes
     records = store(folder).records()
     assert len({record.config for record in records}) == 9
     for record in records:
@@ -161,8 +161,8 @@ def test_a_report_of_a_replayed_study_tells_the_same(tune: Run, capsys: pytest.C
     _, output, _ = tune("--trials", "3")
     assert main(["report"]) == 0
     reported = capsys.readouterr().out
-    figures = [text for text in output.splitlines() if text.startswith("#")]
-    assert [text for text in reported.splitlines() if text.startswith("#")] == figures
+    provenance = [text for text in output.splitlines() if text.startswith("#")]
+    assert [text for text in reported.splitlines() if text.startswith("#")] == provenance
     assert "Best by ZeRO stage, replayed" in reported
 
 
@@ -264,7 +264,7 @@ def test_a_replayed_study_and_another_never_mix(tune: Run, folder: Path) -> None
     assert status == 2
     assert "(figures replayed there, measured here; " in error
     assert len(store(folder).records()) == 2
-    assert store(folder).summary().figures is Figures.REPLAYED
+    assert store(folder).summary().provenance is Provenance.REPLAYED
 
 
 def test_a_sampler_of_optunas_own_could_hold_every_parameter(tune: Run, folder: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from ds_tune.objectives.cost_model.hardware import machine_of, parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.simulated import SimulatedObjective
-from ds_tune.objectives.recorded.recording import read_surface
+from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Failure, Measurement, Outcome, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
@@ -123,7 +123,7 @@ def test_the_search_stops_when_nothing_is_left_to_gain_and_says_so(tune: Run, an
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_it_stops_with_is_close_to_the_best_there_is(tune: Run, answers: list[str], seed: int) -> None:
     assert tune(*answers, "--trials", "30", "--seed", str(seed))[0] == 0
-    everything = read_surface(RECORDED).outcomes if answers == REPLAY else simulated(answers[1], seed)
+    everything = read_recording(RECORDED).outcomes if answers == REPLAY else simulated(answers[1], seed)
     rates = [outcome.samples_per_second for outcome in everything.values() if isinstance(outcome, Measurement)]
     best = summary().best
     assert best is not None

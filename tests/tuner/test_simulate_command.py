@@ -15,7 +15,7 @@ import optuna_dashboard
 import pytest
 
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.trial import Failure, Figures
+from ds_tune.objectives.trial import Failure, Provenance
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import Source, StudyState, TrialRecord
 from ds_tune.storage.study_store import StudyStore
@@ -80,11 +80,11 @@ def test_a_whole_study_runs_in_a_process_that_loads_nothing_that_trains(folder: 
 def test_every_figure_on_the_console_says_that_it_is_simulated(simulate: Run) -> None:
     status, output, error = simulate("--trials", "9")
     assert (status, error) == (0, "")
-    figures = [
+    provenance = [
         text for text in output.splitlines() if re.match(r"#\d|Speed-up|Tuning took|Best |  samples/s|  peak GiB", text)
     ]
-    assert len(figures) >= 9
-    for text in figures:
+    assert len(provenance) >= 9
+    for text in provenance:
         assert "simulated" in text, text
 
 
@@ -300,7 +300,7 @@ def test_a_measured_study_is_not_gone_on_with_by_simulating(
     assert status == 2
     assert "figures measured there, simulated here" in error
     summary = store(folder).summary()
-    assert (summary.records, summary.figures) == (before, Figures.MEASURED)
+    assert (summary.records, summary.provenance) == (before, Provenance.MEASURED)
     # Under a name of its own it still needs a folder of its own.
     status, _, error = simulate("--trials", "4", "--study", "imagined")
     assert status == 2

@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.tuner.space import PRESETS, Limits, Space, dimensions_of
@@ -38,7 +38,7 @@ def test_large_batch_sizes_are_a_twentieth_and_a_quarter_apart() -> None:
 
 
 def test_beside_other_knobs_the_largest_global_batch_is_in_reach_of_every_micro_batch() -> None:
-    space = Space(limits(max_micro_batch=16, max_global_batch=256), dimensions_of("speed", H200), site=H200)
+    space = Space(limits(max_micro_batch=16, max_global_batch=256), dimensions_of("speed", H200), context=H200)
     most = {
         size: max(config.gradient_accumulation_steps for config in space.legal if config.micro_batch_size == size)
         for size in (1, 3, 12, 16)
@@ -128,7 +128,7 @@ def test_the_core_space_is_stored_as_it_always_was() -> None:
 
 
 def test_a_restricted_space_holds_exactly_what_it_is_given() -> None:
-    space = Space(limits(), only=[*SOME, SOME[0]])
+    space = Space(limits(), restricted_to=[*SOME, SOME[0]])
     assert space.legal == (
         config(1, 1), config(1, 3), config(1, 6, 2), config(1, 1, 4, 2), config(3, 2), config(3, 2, 1, 2),
     )  # fmt: skip
@@ -143,36 +143,38 @@ def test_a_restricted_space_holds_exactly_what_it_is_given() -> None:
 
 
 def test_a_knob_that_is_off_everywhere_is_no_dimension_and_one_that_is_on_is() -> None:
-    assert "activation_checkpointing" not in Space(limits(), only=[config(0, 1), config(1, 2)]).distributions
-    space = Space(limits(), only=[config(0, 1, 1, 1), config(1, 2, 1, 1)])
+    assert "activation_checkpointing" not in Space(limits(), restricted_to=[config(0, 1), config(1, 2)]).distributions
+    space = Space(limits(), restricted_to=[config(0, 1, 1, 1), config(1, 2, 1, 1)])
     assert [TrialConfig(**space.params(legal)) for legal in space.legal] == list(space.legal)
 
 
 def test_a_restricted_space_keeps_to_the_limits_too() -> None:
-    assert Space(limits(max_micro_batch=2), only=SOME).legal == (
+    assert Space(limits(max_micro_batch=2), restricted_to=SOME).legal == (
         config(1, 1), config(1, 1, 4, 2), config(3, 2), config(3, 2, 1, 2),
     )  # fmt: skip
-    assert Space(limits(global_batch=24), only=SOME).legal == (config(1, 6, 2),)
+    assert Space(limits(global_batch=24), restricted_to=SOME).legal == (config(1, 6, 2),)
     with pytest.raises(UsageError, match="none of the 6 configurations that may be tried keeps to the limits"):
-        Space(limits(global_batch=22), only=SOME)
+        Space(limits(global_batch=22), restricted_to=SOME)
 
 
 def test_the_baselines_of_a_restricted_space_are_the_smallest_and_save_memory_last() -> None:
-    assert Space(limits(), only=SOME).baselines == (
+    assert Space(limits(), restricted_to=SOME).baselines == (
         config(1, 1), config(3, 2), config(1, 1, 4, 2), config(3, 2, 1, 2),
     )  # fmt: skip
-    recorded = Space(limits(), only=Space(limits()).legal)
+    recorded = Space(limits(), restricted_to=Space(limits()).legal)
     assert recorded.baselines == Space(limits()).baselines
 
 
 def test_another_restriction_is_another_space() -> None:
-    documents = [Space(limits(), only=only).to_json() for only in (SOME, SOME[:5], SOME[::-1])]
+    documents = [
+        Space(limits(), restricted_to=restricted_to).to_json() for restricted_to in (SOME, SOME[:5], SOME[::-1])
+    ]
     assert documents[0] != documents[1]
     assert documents[0] == documents[2] != Space(limits()).to_json()
 
 
 def test_the_nearest_configuration_is_of_the_same_knobs() -> None:
-    space = Space(limits(), only=SOME)
+    space = Space(limits(), restricted_to=SOME)
     params = space.params(config(1, 4, 3, 2))
     assert space.nearest(params, space.legal) == config(1, 1, 4, 2)
     assert space.nearest(params, [config(3, 2, 1, 2), config(1, 6, 2)]) == config(1, 6, 2)
@@ -202,12 +204,12 @@ def test_other_limits_are_another_space(changes: dict[str, int]) -> None:
 def test_every_preset_enumerates_to_legal_configurations_only(preset: str, device: str, ranks: int) -> None:
     """Legal: each knob that is on does something there, no two are the same, and Optuna can hold each."""
     bounds = Limits(ranks=ranks, max_micro_batch=4, max_global_batch=8 * ranks)
-    site = Site(device=device, ranks=ranks, vocabulary=50257)
-    space = Space(bounds, dimensions_of(preset), site=site)
+    context = KnobContext(device=device, ranks=ranks, vocabulary=50257)
+    space = Space(bounds, dimensions_of(preset), context=context)
     assert len({config.name for config in space.legal}) == len(space.legal)
     for config in space.legal:
         kind = config.to_json()
-        assert all(KNOBS[field].exists(kind, site) for field in config.knobs_on)
+        assert all(KNOBS[field].exists(kind, context) for field in config.knobs_on)
         assert all(value in KNOBS[field].values for field, value in config.knobs_on.items())
         assert bounds.allow(config)
     for name, value in space.params(space.legal[-1]).items():
@@ -216,11 +218,11 @@ def test_every_preset_enumerates_to_legal_configurations_only(preset: str, devic
 
 
 def test_the_presets_are_each_part_of_the_next() -> None:
-    bounds, site = limits(max_global_batch=8), Site(ranks=2, vocabulary=50257)
+    bounds, context = limits(max_global_batch=8), KnobContext(ranks=2, vocabulary=50257)
     core, speed, full = (
         {
             (config.zero_stage, *config.knobs_on.items())
-            for config in Space(bounds, dimensions_of(preset), site=site).legal
+            for config in Space(bounds, dimensions_of(preset), context=context).legal
         }
         for preset in PRESETS
     )
@@ -228,53 +230,53 @@ def test_the_presets_are_each_part_of_the_next() -> None:
 
 
 GPT2_XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
-H200 = Site(compute_capability=(9, 0), vocabulary=50257, model_type="gpt2", liger=True)
-V100 = Site(compute_capability=(7, 0), vocabulary=50257, model_type="gpt2")
+H200 = KnobContext(compute_capability=(9, 0), vocabulary=50257, model_type="gpt2", liger=True)
+V100 = KnobContext(compute_capability=(7, 0), vocabulary=50257, model_type="gpt2")
 
 
 @pytest.mark.parametrize(
-    ("knobs", "stage", "site"),
+    ("knobs", "stage", "context"),
     [
-        ({"compile": "blocks"}, 3, Site(ranks=2)),
-        ({"padded_vocabulary": 64}, 0, Site(vocabulary=50304)),
-        ({"overlap_comm": "on"}, 0, Site(ranks=2)),
-        ({"overlap_comm": "on"}, 2, Site(ranks=1)),
-        ({"offload_optimizer": "cpu"}, 0, Site(ranks=2)),
-        ({"offload_optimizer": "cpu"}, 1, Site(ranks=2, device="cpu")),
-        ({"prefetch_elements": 200_000_000}, 2, Site(ranks=2)),
-        ({"round_robin_gradients": "on"}, 3, Site(ranks=2)),
-        ({"optimizer": "torch_fused"}, 0, Site(device="cpu")),
+        ({"compile": "blocks"}, 3, KnobContext(ranks=2)),
+        ({"padded_vocabulary": 64}, 0, KnobContext(vocabulary=50304)),
+        ({"overlap_comm": "on"}, 0, KnobContext(ranks=2)),
+        ({"overlap_comm": "on"}, 2, KnobContext(ranks=1)),
+        ({"offload_optimizer": "cpu"}, 0, KnobContext(ranks=2)),
+        ({"offload_optimizer": "cpu"}, 1, KnobContext(ranks=2, device="cpu")),
+        ({"prefetch_elements": 200_000_000}, 2, KnobContext(ranks=2)),
+        ({"round_robin_gradients": "on"}, 3, KnobContext(ranks=2)),
+        ({"optimizer": "torch_fused"}, 0, KnobContext(device="cpu")),
         ({"compile": "deepcompile"}, 0, H200),
         ({"compile": "deepcompile"}, 1, H200),
-        ({"compile": "deepcompile"}, 2, Site(device="cpu")),
+        ({"compile": "deepcompile"}, 2, KnobContext(device="cpu")),
         ({"attention": "sdpa_flash"}, 0, V100),
         ({"attention": "sdpa_cudnn"}, 0, V100),
-        ({"attention": "sdpa_cudnn"}, 0, Site(compute_capability=(8, 0))),
-        ({"attention": "sdpa_flash"}, 0, Site(compute_capability=(9, 0), dtype="fp32")),
-        ({"attention": "sdpa_efficient"}, 0, Site(grouped_queries=True)),
+        ({"attention": "sdpa_cudnn"}, 0, KnobContext(compute_capability=(8, 0))),
+        ({"attention": "sdpa_flash"}, 0, KnobContext(compute_capability=(9, 0), dtype="fp32")),
+        ({"attention": "sdpa_efficient"}, 0, KnobContext(grouped_queries=True)),
         ({"attention": "flash_attention_2"}, 0, H200),
         ({"attention": "flash_attention_2"}, 0, dataclasses.replace(H200, flash_attention=True, dtype="fp32")),
-        ({"attention": "sdpa_efficient"}, 0, Site(device="cpu")),
-        ({"loss_computation": "chunked"}, 0, Site(model_type="bert")),
+        ({"attention": "sdpa_efficient"}, 0, KnobContext(device="cpu")),
+        ({"loss_computation": "chunked"}, 0, KnobContext(model_type="bert")),
         ({"loss_computation": "liger"}, 0, H200),
         ({"loss_computation": "liger"}, 0, dataclasses.replace(H200, dtype="bf16", liger=False)),
         ({"loss_computation": "liger"}, 0, dataclasses.replace(V100, dtype="fp32", liger=True)),
-        ({"offload_optimizer": "cpu_half"}, 2, Site(ranks=2)),
-        ({"offload_parameters": "cpu"}, 2, Site(ranks=2)),
-        ({"offload_parameters": "cpu"}, 3, Site(device="cpu", ranks=2)),
-        ({"parameter_group": 2}, 3, Site(ranks=2)),
-        ({"parameter_group": 4}, 3, Site(ranks=6)),
-        ({"parameter_group": 2}, 2, Site(ranks=4)),
+        ({"offload_optimizer": "cpu_half"}, 2, KnobContext(ranks=2)),
+        ({"offload_parameters": "cpu"}, 2, KnobContext(ranks=2)),
+        ({"offload_parameters": "cpu"}, 3, KnobContext(device="cpu", ranks=2)),
+        ({"parameter_group": 2}, 3, KnobContext(ranks=2)),
+        ({"parameter_group": 4}, 3, KnobContext(ranks=6)),
+        ({"parameter_group": 2}, 2, KnobContext(ranks=4)),
     ],
 )
-def test_a_knob_exists_only_where_it_has_a_meaning(knobs: dict[str, object], stage: int, site: Site) -> None:
-    space = Space(Limits(ranks=site.ranks, max_micro_batch=1, max_global_batch=site.ranks), dimensions_of("full"),
-                  site=site)  # fmt: skip
+def test_a_knob_exists_only_where_it_has_a_meaning(knobs: dict[str, object], stage: int, context: KnobContext) -> None:
+    space = Space(Limits(ranks=context.ranks, max_micro_batch=1, max_global_batch=context.ranks), dimensions_of("full"),
+                  context=context)  # fmt: skip
     assert not any(config.zero_stage == stage and knobs.items() <= config.knobs_on.items() for config in space.legal)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "stage", "site"),
+    ("knobs", "stage", "context"),
     [
         ({"attention": "sdpa_flash"}, 0, H200),
         ({"attention": "flash_attention_2"}, 0, dataclasses.replace(H200, flash_attention=True)),
@@ -287,17 +289,17 @@ def test_a_knob_exists_only_where_it_has_a_meaning(knobs: dict[str, object], sta
         ({"compile": "deepcompile"}, 3, H200),
         ({"offload_optimizer": "cpu_half"}, 3, H200),
         ({"offload_parameters": "cpu"}, 3, H200),
-        ({"parameter_group": 4}, 3, Site(ranks=8)),
+        ({"parameter_group": 4}, 3, KnobContext(ranks=8)),
     ],
 )
-def test_a_knob_is_offered_where_it_has_a_meaning(knobs: dict[str, object], stage: int, site: Site) -> None:
-    space = Space(Limits(ranks=site.ranks, max_micro_batch=1, max_global_batch=site.ranks), dimensions_of("full"),
-                  site=site)  # fmt: skip
+def test_a_knob_is_offered_where_it_has_a_meaning(knobs: dict[str, object], stage: int, context: KnobContext) -> None:
+    space = Space(Limits(ranks=context.ranks, max_micro_batch=1, max_global_batch=context.ranks), dimensions_of("full"),
+                  context=context)  # fmt: skip
     assert any(config.zero_stage == stage and knobs == config.knobs_on for config in space.legal)
 
 
 @pytest.mark.parametrize(
-    ("field", "site", "stages"),
+    ("field", "context", "stages"),
     [
         ("precision", H200, {0, 1, 2, 3}),
         ("precision", V100, set()),
@@ -307,14 +309,14 @@ def test_a_knob_is_offered_where_it_has_a_meaning(knobs: dict[str, object], stag
         ("vocabulary", dataclasses.replace(H200, pretrained=True), set()),
         ("quantized_weights", dataclasses.replace(H200, ranks=2), {3}),
         ("quantized_weights", H200, set()),
-        ("quantized_weights", Site(device="cpu", ranks=2), set()),
+        ("quantized_weights", KnobContext(device="cpu", ranks=2), set()),
     ],
 )
 def test_what_changes_the_numbers_exists_only_where_it_has_a_meaning_too(
-    field: str, site: Site, stages: set[int]
+    field: str, context: KnobContext, stages: set[int]
 ) -> None:
-    bounds = Limits(ranks=site.ranks, max_micro_batch=1, max_global_batch=site.ranks)
-    space = Space(bounds, dimensions_of("speed", allowed={field}), site=site)
+    bounds = Limits(ranks=context.ranks, max_micro_batch=1, max_global_batch=context.ranks)
+    space = Space(bounds, dimensions_of("speed", allowed={field}), context=context)
     on = [config for config in space.legal if field in config.knobs_on]
     assert {config.zero_stage for config in on} == stages
     assert not any(config.vocabulary and config.padded_vocabulary for config in on)
@@ -343,24 +345,24 @@ def test_the_optimizer_is_offloaded_where_its_states_crowd_the_memory_and_otherw
     roomy, crowded = (dataclasses.replace(H200, states_share=share) for share in (0.3, 0.7))
     bounds = Limits(ranks=1, max_micro_batch=2, max_global_batch=2)
     offloads = {
-        (preset, site.states_share): {config.offload_optimizer for config in legal(bounds, preset, site)}
+        (preset, context.states_share): {config.offload_optimizer for config in legal(bounds, preset, context)}
         for preset in PRESETS
-        for site in (roomy, crowded)
+        for context in (roomy, crowded)
     }
     assert offloads["core", 0.7] == offloads["speed", 0.3] == {"off"}
     assert offloads["speed", 0.7] == {"off", "cpu"}
     assert offloads["full", 0.3] == offloads["full", 0.7] == {"off", "cpu", "cpu_half"}
 
 
-def legal(bounds: Limits, preset: str, site: Site) -> tuple[TrialConfig, ...]:
-    return Space(bounds, dimensions_of(preset, site), site=site).legal
+def legal(bounds: Limits, preset: str, context: KnobContext) -> tuple[TrialConfig, ...]:
+    return Space(bounds, dimensions_of(preset, context), context=context).legal
 
 
 def test_the_last_baselines_save_as_much_memory_as_the_space_can() -> None:
     bounds = Limits(ranks=1, max_micro_batch=2, max_global_batch=4)
 
-    def fallbacks(preset: str, site: Site) -> list[str]:
-        found = Space(bounds, dimensions_of(preset, site), site=site).baselines
+    def fallbacks(preset: str, context: KnobContext) -> list[str]:
+        found = Space(bounds, dimensions_of(preset, context), context=context).baselines
         assert [config.zero_stage for config in found[:4]] == [0, 1, 2, 3] and not any(c.knobs_on for c in found[:4])
         return [config.name for config in found[4:]]
 

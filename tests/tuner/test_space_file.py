@@ -11,7 +11,7 @@ from typing import TypeAlias
 import pytest
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.tuner.cli import main
 from ds_tune.tuner.space import COARSE_MICRO_BATCHES, Limits, Space
@@ -22,7 +22,7 @@ Write: TypeAlias = Callable[..., Path]
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "knobs.md"
 LIMITS = Limits(ranks=2, max_micro_batch=64, max_global_batch=256)
-SITE = Site(ranks=2, vocabulary=50257)
+SITE = KnobContext(ranks=2, vocabulary=50257)
 SMALL = Limits(ranks=2, max_micro_batch=4, max_global_batch=8)
 
 
@@ -35,8 +35,10 @@ def write(tmp_path: Path) -> Write:
     return to
 
 
-def configurations(path: Path, limits: Limits = LIMITS, *allowed: str, site: Site = SITE) -> tuple[TrialConfig, ...]:
-    return SpaceFile.read(path).configurations(limits, site, allowed)
+def configurations(
+    path: Path, limits: Limits = LIMITS, *allowed: str, context: KnobContext = SITE
+) -> tuple[TrialConfig, ...]:
+    return SpaceFile.read(path).configurations(limits, context, allowed)
 
 
 def test_the_documented_example_is_a_space(write: Write) -> None:
@@ -105,7 +107,7 @@ def test_what_changes_the_numbers_needs_its_permission(write: Write) -> None:
 
 def test_every_configuration_is_one_that_optuna_can_hold(write: Write) -> None:
     path = write('[search]\ncompile = ["off", "blocks"]\nmicro_batch_size = [1, 2, 4]\nbucket_elements = [0, 7]\n')
-    space = Space(SMALL, only=configurations(path, SMALL))
+    space = Space(SMALL, restricted_to=configurations(path, SMALL))
     assert set(space.distributions) == {
         "zero_stage", "micro_batch_size", "gradient_accumulation_steps", "compile", "bucket_elements",
     }  # fmt: skip

@@ -19,7 +19,7 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "study": summary.study,
         "state": summary.state.value,
         "ended": summary.ended,
-        "figures": summary.figures.value,
+        "figures": summary.provenance.value,
         "metric": summary.metric,
         "peak_flops_source": peak_flops_source(summary),
         "model": {**summary.workload.to_json()},

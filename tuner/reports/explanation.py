@@ -5,10 +5,10 @@ import math
 import statistics
 
 from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of
-from ds_tune.objectives.cost_model.knob_context import site_of
+from ds_tune.objectives.cost_model.knob_context import knob_context_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Site
+from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import KNOBS, Measurement, TrialConfig
 from ds_tune.storage.records import StudySummary, TrialRecord
@@ -40,9 +40,9 @@ def explanation_lines(summary: StudySummary) -> list[str]:
     lines += contribution_lines(best, summary)
     if (words := first_steps_words(summary)) is not None:
         lines.append(words)
-    lines = [f"{summary.figures.mark(line.removesuffix('.'))}." for line in lines]
+    lines = [f"{summary.provenance.mark(line.removesuffix('.'))}." for line in lines]
     if model is not None:
-        lines += next_step_lines(best.config, model, site_of(summary.workload, summary.machine))
+        lines += next_step_lines(best.config, model, knob_context_of(summary.workload, summary.machine))
     return lines
 
 
@@ -124,7 +124,7 @@ def first_steps_words(summary: StudySummary) -> str | None:
     )
 
 
-def next_step_lines(config: TrialConfig, model: CostModel, site: Site) -> list[str]:
+def next_step_lines(config: TrialConfig, model: CostModel, context: KnobContext) -> list[str]:
     """What other numbers or other hardware are predicted to bring; nothing of it was run."""
     now = model.predict(config).step.samples_per_second
     lines = []
@@ -132,7 +132,7 @@ def next_step_lines(config: TrialConfig, model: CostModel, site: Site) -> list[s
         if knob.numerics is None or field in config.knobs_on:
             continue
         changed = {value: TrialConfig.from_json({**config.to_json(), field: value}) for value in knob.values}
-        changed = {value: other for value, other in changed.items() if knob.exists(dataclasses.asdict(other), site)}
+        changed = {value: other for value, other in changed.items() if knob.applies(dataclasses.asdict(other), context)}
         if not changed:
             continue
         gains = {value: _rate(other, model) / now - 1 for value, other in changed.items()}

@@ -19,7 +19,7 @@ from ds_tune.objectives.files import write_atomically
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.running.launcher import threads_per_rank
-from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Figures, Measurement, TrialConfig
+from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
@@ -93,7 +93,9 @@ def write_trial_inputs(folder: Path, config: TrialConfig, workload: Workload, ma
     write_atomically(folder / "cmd.txt", shell_line(command, machine))
 
 
-def metrics_document(record: TrialRecord, measured: Measurement, figures: Figures = Figures.MEASURED) -> dict[str, Any]:
+def metrics_document(
+    record: TrialRecord, measured: Measurement, provenance: Provenance = Provenance.MEASURED
+) -> dict[str, Any]:
     """DeepSpeed's metrics.json: times in microseconds a step; `throughput` is end to end.
 
     `latency` is the whole step, not the sum of the three; ds-tune's own figures stand beside DeepSpeed's keys.
@@ -114,7 +116,7 @@ def metrics_document(record: TrialRecord, measured: Measurement, figures: Figure
         "deepspeed_throughput": measured.deepspeed_samples_per_second,
         "peak_memory_bytes": measured.peak_memory_bytes,
         "step_seconds": list(measured.step_seconds),
-        "figures": figures.value,
+        "figures": provenance.value,
     }
 
 
@@ -141,7 +143,7 @@ def trials_csv(summary: StudySummary) -> str:
             "global_batch_size": record.config.global_batch_size(record.machine.ranks),
             "peak_memory_bytes": record.outcome.peak_memory_bytes,
             "wall_seconds": record.outcome.wall_seconds,
-            "figures": summary.figures.value,
+            "figures": summary.provenance.value,
             "reason": record.reason or "",
         }
         if isinstance(record.outcome, Measurement):
@@ -169,7 +171,7 @@ def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
         trial_folder = folder.trial(record.config)
         write_trial_inputs(trial_folder, record.config, summary.workload, record.machine)
         if isinstance(record.outcome, Measurement):
-            write_json(trial_folder / "metrics.json", metrics_document(record, record.outcome, summary.figures))
+            write_json(trial_folder / "metrics.json", metrics_document(record, record.outcome, summary.provenance))
         else:
             (trial_folder / "metrics.json").unlink(missing_ok=True)
         for log, text in (("stdout.log", ""), ("stderr.log", getattr(record.outcome, "log_tail", ""))):
@@ -195,9 +197,11 @@ def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
 
 def _origin(summary: StudySummary) -> str:
     """A comment for a shell: the command below it looks like one that has been run."""
-    if summary.figures is Figures.MEASURED:
+    if summary.provenance is Provenance.MEASURED:
         return ""
-    return f"# The fastest by {summary.figures.value} figures of {summary.machine.description}; it was not run here.\n"
+    return (
+        f"# The fastest by {summary.provenance.value} figures of {summary.machine.description}; it was not run here.\n"
+    )
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

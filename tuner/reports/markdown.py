@@ -7,7 +7,7 @@ import tabulate
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.timing.intervals import is_answer
-from ds_tune.objectives.trial import KNOBS, Figures, Measurement
+from ds_tune.objectives.trial import KNOBS, Measurement, Provenance
 from ds_tune.storage.finalists import LEVEL
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
 from ds_tune.tuner.reports.explanation import explanation_lines
@@ -15,8 +15,8 @@ from ds_tune.tuner.reports.forecasts import forecast_errors
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows
 
 ORIGINS = {
-    Figures.SIMULATED: "All figures are **simulated**: a model of the hardware gave them, with noise; nothing was run.",
-    Figures.REPLAYED: "All figures are **replayed**: a recording of earlier runs gave them; nothing was run.",
+    Provenance.SIMULATED: "All figures are **simulated**: a cost model gave them, with noise; nothing was run.",
+    Provenance.REPLAYED: "All figures are **replayed**: a recording of earlier runs gave them; nothing was run.",
 }
 
 WINNER, IS_LEVEL, UNSETTLED = "★ winner", "level with the winner", "not told from the winner"
@@ -25,8 +25,8 @@ WINNER, IS_LEVEL, UNSETTLED = "★ winner", "level with the winner", "not told f
 def summary_markdown(summary: StudySummary) -> str:
     """The whole report: results, every trial, versions, hardware, and how it was measured."""
     sections = [
-        f"# {summary.figures.mark(summary.workload.model)}\n",
-        *(f"{ORIGINS[figures]}\n" for figures in ORIGINS if figures is summary.figures),
+        f"# {summary.provenance.mark(summary.workload.model)}\n",
+        *(f"{ORIGINS[provenance]}\n" for provenance in ORIGINS if provenance is summary.provenance),
         _environment(summary),
         "## Throughput\n",
         throughput_table(summary),
@@ -60,9 +60,9 @@ def duration_words(seconds: float) -> str:
 def tuning_words(summary: StudySummary) -> str:
     """How long the search took, and where its trials were not run, what they would have taken."""
     words = duration_words(summary.tuning_seconds)
-    if summary.figures is Figures.MEASURED:
+    if summary.provenance is Provenance.MEASURED:
         return words
-    return f"{words} (the trials' own time: {summary.figures.mark(duration_words(summary.trial_seconds))})"
+    return f"{words} (the trials' own time: {summary.provenance.mark(duration_words(summary.trial_seconds))})"
 
 
 def total_words(summary: StudySummary) -> str:
@@ -124,11 +124,11 @@ def improvement_words(summary: StudySummary) -> str:
     if speedup is None:
         return "Inf (the baseline does not run)"
     if summary.best is summary.baseline:
-        return summary.figures.mark("1.00× (nothing tried was faster than the baseline)")
+        return summary.provenance.mark("1.00× (nothing tried was faster than the baseline)")
     low, high = speedup.ci95
     if not is_answer(speedup.ci95):
-        return summary.figures.mark(f"too noisy to tell{_noise_words(summary)}")
-    return summary.figures.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
+        return summary.provenance.mark(f"too noisy to tell{_noise_words(summary)}")
+    return summary.provenance.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
 
 
 def verdict_lines(summary: StudySummary) -> list[str]:
@@ -193,7 +193,7 @@ def numerics_words(name: str, found: NumericsCheck | str) -> str:
 def throughput_table(summary: StudySummary) -> str:
     """The seed's comparison table: the baseline beside the best, with what each trains on a step."""
     # Only what was measured is verified; the column would be a claim.
-    measured = summary.figures is Figures.MEASURED
+    measured = summary.provenance is Provenance.MEASURED
     rows = []
     for title, record in (("baseline", summary.baseline), ("ds-tune", summary.best)):
         if record is None:
@@ -209,8 +209,8 @@ def throughput_table(summary: StudySummary) -> str:
                 _gib(record),
             ]
         )
-    rates = ["samples/s in the search", "verified"] if measured else [summary.figures.mark("samples/s")]
-    headers = ["", "configuration", *rates, "global batch", summary.figures.mark("peak GiB a rank")]
+    rates = ["samples/s in the search", "verified"] if measured else [summary.provenance.mark("samples/s")]
+    headers = ["", "configuration", *rates, "global batch", summary.provenance.mark("peak GiB a rank")]
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
 
 
@@ -246,7 +246,7 @@ def stage_table(summary: StudySummary, *, marked: bool = False) -> str:
 def closing_line(summary: StudySummary) -> str:
     """The sentence that DeepSpeed's autotuner ends its summary with."""
     duration = datetime.timedelta(seconds=summary.tuning_seconds)
-    origin = "" if summary.figures is Figures.MEASURED else f" All figures are {summary.figures.value}."
+    origin = "" if summary.provenance is Provenance.MEASURED else f" All figures are {summary.provenance.value}."
     return f"Tuning completed in {duration}. Total number of experiments: {len(summary.records)}.{origin}"
 
 
@@ -270,7 +270,7 @@ def trial_table(summary: StudySummary) -> str:
         ]
         for record in summary.records
     ]
-    rate, peak = summary.figures.mark("samples/s"), summary.figures.mark("peak GiB")
+    rate, peak = summary.provenance.mark("samples/s"), summary.provenance.mark("peak GiB")
     knobs = ["stage", "mbs", "gas", *(KNOBS[field].short for field in shown)]
     headers = ["#", "name", *knobs, "global batch", rate, peak, "state", "note"]
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
@@ -361,8 +361,8 @@ def _method(summary: StudySummary) -> str:
         "(Student's t over the steps of one run; differences between runs come on top). Steps that fp16 overflow "
         "skipped are left out. Memory is the most that any rank had allocated."
     )
-    if summary.figures is not Figures.MEASURED:
-        return f"{ORIGINS[summary.figures]} What they stand for: {text[0].lower()}{text[1:]}"
+    if summary.provenance is not Provenance.MEASURED:
+        return f"{ORIGINS[summary.provenance]} What they stand for: {text[0].lower()}{text[1:]}"
     text += (
         " Verified figures are means over runs "
         "in fresh processes, interleaved with the other finalists'; their interval also allows for what two runs "

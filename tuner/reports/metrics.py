@@ -30,7 +30,7 @@ def metric_rows(records: Sequence[TrialRecord | None], summary: StudySummary) ->
     ]
     return [
         [
-            summary.figures.mark(metric.unit_on(summary.machine.device)),
+            summary.provenance.mark(metric.unit_on(summary.machine.device)),
             *(metric.words(of_record[name]) for of_record in values),
         ]
         for name, metric in METRICS.items()

@@ -4,7 +4,7 @@ import optuna
 import optuna_dashboard
 
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.trial import Failure, Figures
+from ds_tune.objectives.trial import Failure, Provenance
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.reports.markdown import rate_words, standing_words, summary_markdown, verdict_lines, verified_words
 
@@ -12,10 +12,10 @@ OWN_NOTE = "**{name}**"
 """How a note that ds-tune wrote begins."""
 
 
-def save_trial_note(study: optuna.Study, record: TrialRecord, figures: Figures) -> None:
+def save_trial_note(study: optuna.Study, record: TrialRecord, provenance: Provenance) -> None:
     """Notes beside a trial that has just ended what it measured, while the study goes on."""
     trial = optuna.Trial(study, study.get_trials(deepcopy=False)[record.number]._trial_id)
-    optuna_dashboard.save_note(trial, trial_note(record, figures=figures))
+    optuna_dashboard.save_note(trial, trial_note(record, provenance=provenance))
 
 
 def publish(study: optuna.Study, summary: StudySummary) -> None:
@@ -34,13 +34,15 @@ def publish(study: optuna.Study, summary: StudySummary) -> None:
             optuna_dashboard.save_note(trial, text)
 
 
-def trial_note(record: TrialRecord, summary: StudySummary | None = None, figures: Figures = Figures.MEASURED) -> str:
+def trial_note(
+    record: TrialRecord, summary: StudySummary | None = None, provenance: Provenance = Provenance.MEASURED
+) -> str:
     """The configuration, its figure, how it ended; once there is a summary, whether it is the winner.
 
     Args:
         figures: their origin, where there is no summary yet.
     """
-    figures = figures if summary is None else summary.figures
+    provenance = provenance if summary is None else summary.provenance
     lines = [OWN_NOTE.format(name=record.config.name)]
     if summary is not None and (standing := standing_words(record, summary)):
         lines[0] += f": {standing}"
@@ -58,7 +60,7 @@ def trial_note(record: TrialRecord, summary: StudySummary | None = None, figures
             f"{verified_words(record, summary)} samples/s verified; {rate_words(record)} in the search{memory}"
         )
     else:
-        lines.append(figures.mark(f"{rate_words(record)} samples/s{memory}"))
+        lines.append(provenance.mark(f"{rate_words(record)} samples/s{memory}"))
     return "\n\n".join(lines)
 
 

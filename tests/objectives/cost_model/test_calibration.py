@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ds_tune.objectives.cost_model.calibration import (
+    ERROR_PRIORS,
     RUN_NOISE,
     TIGHT,
-    TRUSTS,
     Observation,
     calibrate_rates,
     observation_of,
@@ -23,11 +23,11 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
 from ds_tune.objectives.cost_model.model import CostModel, Floats, Grid, grid_of
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.recorded.recording import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
-SURFACE: Surface = read_surface(RECORDED)
+SURFACE: Recording = read_recording(RECORDED)
 CONFIGS: tuple[TrialConfig, ...] = tuple(SURFACE.outcomes)
 ROW = {config.name: row for row, config in enumerate(CONFIGS)}
 CAPACITY = SURFACE.machine.capacity_bytes
@@ -97,7 +97,7 @@ def test_before_any_trial_the_formulas_stand_as_they_are() -> None:
     memory, rates = calibrate_memory(GRID, [], CAPACITY), calibrate_rates(GRID, [])
     assert memory.mean_bytes == pytest.approx(GRID.peak_bytes)
     # The answer that starts from nothing has nothing to say yet.
-    speaking = [trust.prior_weight if trust.slope else 0.0 for trust in TRUSTS]
+    speaking = [trust.prior_weight if trust.slope else 0.0 for trust in ERROR_PRIORS]
     assert rates.weights == pytest.approx([weight / sum(speaking) for weight in speaking])
     assert rates.mean == pytest.approx(GRID.log_rate)
     assert rates.means[0] == pytest.approx(GRID.log_rate)
@@ -235,7 +235,7 @@ def test_formulas_that_explain_the_measurements_are_trusted_more(seed: int) -> N
 
 
 def test_formulas_that_do_not_are_given_up_for_the_answer_without_them() -> None:
-    assert TRUSTS[-1].slope == 0
+    assert ERROR_PRIORS[-1].slope == 0
     weights: dict[int, list[float]] = {1: [], 5: [], 9: []}
     for seed in range(20):
         rows = np.random.default_rng(seed).choice(measured_rows(), 9, replace=False)

@@ -13,7 +13,7 @@ from ds_tune.objectives.cost_model.hardware import CATALOGUE, hardware_of, parse
 from ds_tune.objectives.cost_model.memory import LIVE_PARAMETER_ELEMENTS, MemoryEstimate, predict_memory
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.recorded.recording import Surface, read_surface
+from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
 
@@ -50,16 +50,16 @@ def estimate(
 
 
 @pytest.fixture(scope="module")
-def surface() -> Surface:
-    return read_surface(RECORDED)
+def surface() -> Recording:
+    return read_recording(RECORDED)
 
 
 @pytest.fixture(scope="module")
-def model(surface: Surface) -> CostModel:
+def model(surface: Recording) -> CostModel:
     return CostModel(surface.workload, hardware_of(surface.machine))
 
 
-def test_every_recorded_peak_is_predicted_within_two_percent(surface: Surface, model: CostModel) -> None:
+def test_every_recorded_peak_is_predicted_within_two_percent(surface: Recording, model: CostModel) -> None:
     errors = {
         of.name: model.predict(of).memory.peak_bytes / outcome.peak_memory_bytes - 1
         for of, outcome in surface.outcomes.items()
@@ -70,7 +70,7 @@ def test_every_recorded_peak_is_predicted_within_two_percent(surface: Surface, m
     assert statistics.median(map(abs, errors.values())) < 0.01
 
 
-def test_what_ran_out_of_memory_was_predicted_at_the_edge_or_beyond(surface: Surface, model: CostModel) -> None:
+def test_what_ran_out_of_memory_was_predicted_at_the_edge_or_beyond(surface: Recording, model: CostModel) -> None:
     ran_out = [of for of, outcome in surface.outcomes.items() if isinstance(outcome, Failure)]
     assert len(ran_out) == 8
     for of in ran_out:

@@ -12,19 +12,19 @@ from ds_tune.objectives.cost_model.calibration import Observation, observation_o
 from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import (
     LOST_SHARE,
-    MEMORY_TRUSTS,
+    PEAK_ERROR_PRIORS,
     Fragments,
     MemoryPosterior,
     calibrate_memory,
 )
 from ds_tune.objectives.cost_model.model import CostModel, grid_of
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.recorded.recording import read_surface
+from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
-SURFACE = read_surface(DATA / "2xH100.gpt2-xl.24GiB.jsonl")
+SURFACE = read_recording(DATA / "2xH100.gpt2-xl.24GiB.jsonl")
 OUTCOMES = {config.name: outcome for config, outcome in SURFACE.outcomes.items()}
 GRID = grid_of(CostModel(SURFACE.workload, hardware_of(SURFACE.machine)), tuple(SURFACE.outcomes))
 ROW = {config.name: row for row, config in enumerate(GRID.configs)}
@@ -76,7 +76,7 @@ def test_one_measured_peak_says_how_far_the_formulas_can_be_trusted(factor: floa
     memory = calibrate_memory(GRID, [Observation(row=row, peak_bytes=factor * GRID.peak_bytes[row])], 80 * GIB)
     assert memory.weights.sum() == pytest.approx(1)
     assert memory.weights[trusted] > 0.85
-    assert memory.weights[trusted] > MEMORY_TRUSTS[trusted].prior_weight
+    assert memory.weights[trusted] > PEAK_ERROR_PRIORS[trusted].prior_weight
 
 
 def test_an_answer_that_is_refuted_excludes_nothing() -> None:
@@ -100,12 +100,12 @@ def test_of_two_with_the_same_peak_the_one_in_larger_pieces_is_less_likely_to_fi
 
 
 def test_what_ran_with_room_to_spare_says_nothing() -> None:
-    assert beliefs().fragments == (Fragments(CAPACITY),) * len(MEMORY_TRUSTS)
+    assert beliefs().fragments == (Fragments(CAPACITY),) * len(PEAK_ERROR_PRIORS)
 
 
 def test_what_ran_in_an_earlier_study_says_nothing() -> None:
     """It may have had more memory, and no need of fragments."""
-    large = Observation(row=ROW["z1_gas1_tmbspg4"], peak_bytes=1.3 * CAPACITY, is_own=False)
+    large = Observation(row=ROW["z1_gas1_tmbspg4"], peak_bytes=1.3 * CAPACITY, from_this_study=False)
     assert beliefs(large).fragments == beliefs().fragments
 
 

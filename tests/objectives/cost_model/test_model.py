@@ -16,7 +16,7 @@ from ds_tune.objectives.cost_model.model import CostModel, grid_of
 from ds_tune.objectives.cost_model.step_time import StepConstants
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.recorded.recording import read_surface
+from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 
@@ -122,7 +122,7 @@ def test_a_model_without_sizes_is_refused_before_anything_is_predicted(tmp_path:
 
 def test_the_uncorrected_seconds_are_as_wrong_as_the_documentation_says() -> None:
     """A prior: close where compute decides, and never off by a factor of two where launching kernels does."""
-    surface = read_surface(RECORDED)
+    surface = read_recording(RECORDED)
     model = CostModel(surface.workload, hardware_of(surface.machine))
     computing, all_errors = [], []
     for of, outcome in surface.outcomes.items():

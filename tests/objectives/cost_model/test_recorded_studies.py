@@ -13,7 +13,7 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import calibrate_memory
 from ds_tune.objectives.cost_model.model import CostModel, Prediction, grid_of
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.recorded.recording import read_surface
+from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 
@@ -61,7 +61,7 @@ def test_peaks_are_as_near_as_the_documentation_says(
 @pytest.mark.parametrize("path", SURFACES, ids=lambda path: path.stem)
 def test_peaks_of_a_surface_are_as_near_as_the_documentation_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where the recorded models' configurations are found
-    surface = read_surface(path)
+    surface = read_recording(path)
     model = CostModel(surface.workload, hardware_of(surface.machine))
     errors = [
         abs(model.predict(config).memory.peak_bytes / outcome.peak_memory_bytes - 1)
@@ -75,7 +75,7 @@ def test_peaks_of_a_surface_are_as_near_as_the_documentation_says(path: Path, mo
 def test_intervals_hold_what_is_then_measured_on_every_surface(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """95% intervals of what nine trials left open, over 20 random searches."""
     monkeypatch.chdir(ROOT)
-    surface = read_surface(path)
+    surface = read_recording(path)
     configs = [config for config, outcome in surface.outcomes.items() if isinstance(outcome, Measurement)]
     grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
     capacity_bytes = float(surface.machine.capacity_bytes)

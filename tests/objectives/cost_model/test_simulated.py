@@ -13,7 +13,7 @@ from ds_tune.objectives.cost_model.simulated import SimulatedObjective
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.objective import Objective
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
-from ds_tune.objectives.trial import Failure, FailureKind, Figures, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 
 WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
@@ -64,7 +64,7 @@ def test_its_figures_are_simulated_and_nothing_is_run(tmp_path: Path) -> None:
     simulation.objective.prepare()
     simulation.objective.run(config(1, 1), tmp_path, phases.append)
     simulation.objective.close()
-    assert simulation.objective.figures is Figures.SIMULATED
+    assert simulation.objective.provenance is Provenance.SIMULATED
     assert phases == [] and list(tmp_path.iterdir()) == []
 
 

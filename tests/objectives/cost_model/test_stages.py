@@ -9,11 +9,11 @@ from ds_tune.objectives.cost_model import calibration
 from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel, Floats, grid_of
-from ds_tune.objectives.recorded.recording import read_surface
+from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
-SURFACE = read_surface(DATA / "2xH100.gpt2-xl.32GiB.jsonl")
+SURFACE = read_recording(DATA / "2xH100.gpt2-xl.32GiB.jsonl")
 SURFACE_OF_ONE = DATA / "1xH200.gpt2-xl.jsonl"
 GRID = grid_of(CostModel(SURFACE.workload, hardware_of(SURFACE.machine)), tuple(SURFACE.outcomes))
 ROW = {config.name: row for row, config in enumerate(GRID.configs)}
@@ -48,7 +48,7 @@ def test_what_zero_2_shows_is_half_expected_of_zero_1(monkeypatch: pytest.Monkey
 
 def test_on_one_gpu_it_is_nearly_all_expected_of_zero_1() -> None:
     """There is nothing to partition or to reduce."""
-    surface = read_surface(SURFACE_OF_ONE)
+    surface = read_recording(SURFACE_OF_ONE)
     configs = tuple(surface.outcomes)
     grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
     row = {config.name: number for number, config in enumerate(configs)}

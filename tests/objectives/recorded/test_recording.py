@@ -9,7 +9,7 @@ import pytest
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.recorded.recording import KEYS, Surface, read_surface
+from ds_tune.objectives.recorded.recording import KEYS, Recording, read_recording
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, TrialConfig
 
 HEADER: dict[str, Any] = {
@@ -36,23 +36,23 @@ LINE: dict[str, Any] = {
 OUT_OF_MEMORY: dict[str, Any] = {"stage": 0, "mbs": 64, "gas": 1, "ckpt": 0, "oom": True, "trial_s": 1.5}
 CRASH: dict[str, Any] = {**OUT_OF_MEMORY, "oom": False, "failure": "crash", "message": "killed by SIGSEGV"}
 
-Read = Callable[..., Surface]
+Read = Callable[..., Recording]
 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
     """Writes lines, dictionaries or texts, below a header and reads them."""
 
-    def write_and_read(*lines: dict[str, Any] | str, header: dict[str, Any] | str = HEADER) -> Surface:
+    def write_and_read(*lines: dict[str, Any] | str, header: dict[str, Any] | str = HEADER) -> Recording:
         texts = [line if isinstance(line, str) else json.dumps(line) for line in (header, *lines)]
         path = tmp_path / "surface.jsonl"
         path.write_text("\n".join(texts) + "\n")
-        return read_surface(path)
+        return read_recording(path)
 
     return write_and_read
 
 
-def only_outcome(surface: Surface) -> Any:
+def only_outcome(surface: Recording) -> Any:
     [outcome] = surface.outcomes.values()
     return outcome
 
@@ -218,9 +218,9 @@ def test_a_recording_of_nothing_that_ran_is_refused(read: Read) -> None:
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
-        read_surface(tmp_path / "none.jsonl")
+        read_recording(tmp_path / "none.jsonl")
     with pytest.raises(UsageError, match="cannot be read"):
-        read_surface(tmp_path)
+        read_recording(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="is not text"):
-        read_surface(tmp_path / "binary")
+        read_recording(tmp_path / "binary")

@@ -88,13 +88,13 @@ RELEASED = 'send("released", left_bytes={"device": 0, "host": 0}, collectives=[7
 def aftermath(group: Callable[[str], RankGroup], tmp_path: Path) -> Callable[[str], str | None]:
     """Why ranks that do this once they are asked to run a trial cannot run another one."""
 
-    def unfit(script: str) -> str | None:
+    def reason_to_replace(script: str) -> str | None:
         started = group(f"{READY}\n{script}")
         started.setup({})
         started.run(COMMAND, tmp_path, seconds=30, on_phase=lambda phase: None)
-        return started.unfit()
+        return started.reason_to_replace()
 
-    return unfit
+    return reason_to_replace
 
 
 FINISHED = 'result(folder, {}); send("finished")'

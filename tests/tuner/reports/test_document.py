@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from ds_tune.objectives.trial import FailureKind, Figures
+from ds_tune.objectives.trial import FailureKind, Provenance
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.document import study_document
 
@@ -73,9 +73,9 @@ def test_a_study_where_nothing_fits(checked: Checked, nothing_fits: StudySummary
     assert all(trial["samples_per_second"] is None for trial in document["trials"])
 
 
-@pytest.mark.parametrize("figures", Figures)
-def test_it_says_where_the_figures_come_from(checked: Checked, finished: StudySummary, figures: Figures) -> None:
-    assert checked(dataclasses.replace(finished, figures=figures))["figures"] == figures.value
+@pytest.mark.parametrize("provenance", Provenance)
+def test_it_says_where_the_figures_come_from(checked: Checked, finished: StudySummary, provenance: Provenance) -> None:
+    assert checked(dataclasses.replace(finished, provenance=provenance))["figures"] == provenance.value
 
 
 @pytest.mark.parametrize("source", Source)

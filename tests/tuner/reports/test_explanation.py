@@ -10,7 +10,7 @@ import pytest
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.trial import Figures, Measurement, TrialConfig
+from ds_tune.objectives.trial import Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.ablations import Ablation, Contributions
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
@@ -208,7 +208,7 @@ def test_the_next_steps_are_predictions_of_hardware() -> None:
 
 
 def test_figures_that_nobody_measured_say_so_in_every_sentence() -> None:
-    lines = explanation_lines(summary(figures=Figures.SIMULATED))
+    lines = explanation_lines(summary(provenance=Provenance.SIMULATED))
     assert lines and all(line.endswith(", simulated.") or " predicted to " in line for line in lines), lines
 
 

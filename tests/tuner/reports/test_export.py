@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.trial import Figures, Measurement, TrialConfig
+from ds_tune.objectives.trial import Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
@@ -177,19 +177,19 @@ def test_a_command_for_the_cpu_names_the_number_of_ranks(workload: Workload) -> 
     assert training_command(workload, machine, Path("ds.json"), PLAIN)[:3] == ["deepspeed", "--num_gpus", "4"]
 
 
-@pytest.mark.parametrize("figures", [Figures.SIMULATED, Figures.REPLAYED])
+@pytest.mark.parametrize("provenance", [Provenance.SIMULATED, Provenance.REPLAYED])
 def test_figures_that_were_not_measured_carry_the_word_in_every_file(
-    finished: StudySummary, folder: ResultsFolder, figures: Figures
+    finished: StudySummary, folder: ResultsFolder, provenance: Provenance
 ) -> None:
-    export(dataclasses.replace(finished, figures=figures), folder)
+    export(dataclasses.replace(finished, provenance=provenance), folder)
     for name in ("summary.md", "summary.txt", "trials.csv", "summary.json", "z1_gas2_tmbspg8/metrics.json"):
-        assert figures.value in (folder.root / name).read_text(), name
+        assert provenance.value in (folder.root / name).read_text(), name
     *table, _, last = folder.summary_text.read_text().splitlines()
     assert table == summary_text(finished).splitlines()[:-2]
-    assert last.endswith(f" Total number of experiments: 5. All figures are {figures.value}.")
+    assert last.endswith(f" Total number of experiments: 5. All figures are {provenance.value}.")
     # The command still runs as it stands.
     comment, command = folder.optimal_command.read_text().splitlines()
-    assert comment.startswith(f"# The fastest by {figures.value} figures of 2 × NVIDIA H200")
+    assert comment.startswith(f"# The fastest by {provenance.value} figures of 2 × NVIDIA H200")
     assert command in shell_line(shlex.split(command.partition('"$PATH" ')[2]), finished.machine)
 
 
@@ -197,7 +197,7 @@ def test_what_was_not_recorded_is_null(finished: StudySummary) -> None:
     record = finished.records[1]
     assert isinstance(record.outcome, Measurement)
     bare = dataclasses.replace(record.outcome, forward_seconds=0.0, flops_per_sample=0.0)
-    document = metrics_document(record, bare, Figures.REPLAYED)
+    document = metrics_document(record, bare, Provenance.REPLAYED)
     assert (document["fwd"], document["FLOPS_per_gpu"]) == (None, None)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ds_tune.objectives.trial import Figures
+from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.markdown import duration_words, improvement_words, rate_words, summary_markdown
 
@@ -125,20 +125,20 @@ def test_durations_are_read_at_a_glance(seconds: float, words: str) -> None:
     assert duration_words(seconds) == words
 
 
-@pytest.mark.parametrize("figures", [Figures.SIMULATED, Figures.REPLAYED])
+@pytest.mark.parametrize("provenance", [Provenance.SIMULATED, Provenance.REPLAYED])
 def test_figures_that_were_not_measured_carry_the_word_and_are_not_verified(
-    finished: StudySummary, figures: Figures
+    finished: StudySummary, provenance: Provenance
 ) -> None:
-    text = summary_markdown(dataclasses.replace(finished, figures=figures))
-    assert text.startswith(f"# gpt2-xl, {figures.value}\n\nAll figures are **{figures.value}**: ")
+    text = summary_markdown(dataclasses.replace(finished, provenance=provenance))
+    assert text.startswith(f"# gpt2-xl, {provenance.value}\n\nAll figures are **{provenance.value}**: ")
     header, _, *_ = rows(section(text, "Throughput"))
-    rate, peak = f"samples/s, {figures.value}", f"peak GiB a rank, {figures.value}"
+    rate, peak = f"samples/s, {provenance.value}", f"peak GiB a rank, {provenance.value}"
     assert header == ["", "configuration", rate, "global batch", peak]
     assert rate in rows(section(text, "Trials"))[0]
     bullets = section(text, "Detailed result summary")
-    assert f"- Tuning time: 20 min 55 s (the trials' own time: 1 min 15 s, {figures.value})\n" in bullets
-    assert re.search(rf"over baseline: 2\.12× \(95% interval .*\), {figures.value}\n", bullets)
-    assert f"experiments: 5. All figures are {figures.value}." in bullets
+    assert f"- Tuning time: 20 min 55 s (the trials' own time: 1 min 15 s, {provenance.value})\n" in bullets
+    assert re.search(rf"over baseline: 2\.12× \(95% interval .*\), {provenance.value}\n", bullets)
+    assert f"experiments: 5. All figures are {provenance.value}." in bullets
     assert "verif" not in text.lower()
 
 

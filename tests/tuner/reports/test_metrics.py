@@ -13,7 +13,7 @@ import pytest
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import METRICS
-from ds_tune.objectives.trial import Figures, Measurement
+from ds_tune.objectives.trial import Measurement, Provenance
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.identity import Identity
 from ds_tune.storage.records import StudySummary, TrialRecord
@@ -105,7 +105,7 @@ def test_the_report_says_what_was_maximised_and_that_a_peak_is_unknown(on_cpus: 
 
 
 def test_metrics_that_were_not_measured_are_marked(finished: StudySummary) -> None:
-    simulated = dataclasses.replace(finished, figures=Figures.SIMULATED)
+    simulated = dataclasses.replace(finished, provenance=Provenance.SIMULATED)
     assert all(row[0].endswith(", simulated") for row in metric_rows([simulated.best], simulated))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import optuna
 import optuna_dashboard
 
-from ds_tune.objectives.trial import Figures, Measurement
+from ds_tune.objectives.trial import Measurement, Provenance
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.reports.notes import publish, save_trial_note, study_note, trial_note
 
@@ -29,7 +29,7 @@ def verified(finished: StudySummary, make_record: MakeRecord, *, tied: bool) -> 
 def test_a_trial_has_its_configuration_figure_and_state_in_its_note(make_record: MakeRecord) -> None:
     note = trial_note(make_record("z1_gas2_tmbspg8", 58.25, peak_gib=20.5))
     assert note == "**z1_gas2_tmbspg8**\n\ncomplete\n\n58.25 ± 1.14 samples/s, 20.50 GiB peak a rank"
-    note = trial_note(make_record("z1_gas2_tmbspg8", 58.25), figures=Figures.SIMULATED)
+    note = trial_note(make_record("z1_gas2_tmbspg8", 58.25), provenance=Provenance.SIMULATED)
     assert note.endswith("GiB peak a rank, simulated")
 
 
@@ -79,7 +79,7 @@ def test_failed_trial_has_the_end_of_its_log_in_its_note(finished: StudySummary)
     study = optuna.create_study()
     for number, record in enumerate(finished.records):
         study.add_trial(optuna.trial.create_trial(value=float(number)))
-        save_trial_note(study, record, Figures.MEASURED)
+        save_trial_note(study, record, Provenance.MEASURED)
     note = optuna_dashboard.get_note(optuna.Trial(study, study.trials[3]._trial_id))
     assert note.startswith("**z3_gas1_tmbspg64**\n\npruned: out of memory in forward (peak 24.00 of 24.00 GiB)")
     assert "rank 1 in forward: OutOfMemoryError" in note and "the last lines of the log" in note
