@@ -1,4 +1,4 @@
-"""Files that pass between the tuner and its ranks."""
+"""Files that another process may read while they are written."""
 
 import contextlib
 import os
@@ -22,8 +22,3 @@ def write_atomically(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def result_file(folder: Path, rank: int) -> Path:
-    """Where a rank writes the result of the trial whose folder this is."""
-    return folder / "ranks" / f"rank_{rank}.json"

@@ -1,12 +1,14 @@
 """What the search asks of whatever answers its trials."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from ds_tune.objectives.numerics import LossCurve
-from ds_tune.objectives.running.rank_group import OnPhase
 from ds_tune.objectives.trial import Failure, Outcome, Provenance, TrialConfig
+
+OnPhase: TypeAlias = Callable[[str], None]
+"""Told the phase that a running trial enters, for the live line."""
 
 
 class Objective(Protocol):

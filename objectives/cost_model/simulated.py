@@ -14,7 +14,7 @@ import numpy as np
 
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.running.rank_group import OnPhase
+from ds_tune.objectives.objective import OnPhase
 from ds_tune.objectives.timing.intervals import step_ci95, throughput
 from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import StepPlan, is_hopeless

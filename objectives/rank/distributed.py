@@ -46,10 +46,20 @@ def connect_ranks(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
-def slowest(seconds: Sequence[float], device: torch.device) -> list[float]:
-    """The largest of all ranks' values, one by one; the same on every rank. All give as many."""
-    if not seconds:
-        return []
-    values = torch.tensor(seconds, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-    return [float(value) for value in values.tolist()]
+class Peers:
+    """The other ranks of the group, with whom this one agrees on how to go on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def slowest(self, seconds: Sequence[float]) -> list[float]:
+        """The largest of all ranks' values, one by one; the same on every rank. All give as many."""
+        if not seconds:
+            return []
+        values = torch.tensor(seconds, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return [float(value) for value in values.tolist()]
+
+    def barrier(self) -> None:
+        """Returns once all ranks have come here."""
+        torch.distributed.barrier()

@@ -1,8 +1,8 @@
 """Tells the tuner where this rank stands, and remembers it for the case that something fails there."""
 
-import json
 import os
-from typing import Any
+
+from ds_tune.objectives.running.protocol import Event, Notice, Phase, encode
 
 
 class Progress:
@@ -15,18 +15,20 @@ class Progress:
         os.register_at_fork(after_in_child=lambda: os.close(event_fd))
         self.phase = "start"
 
-    def send(self, event: str, **fields: Any) -> None:
-        """Sends one event; a line under PIPE_BUF bytes arrives whole."""
-        os.write(self._event_fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+    def send(self, event: Event) -> None:
+        """Sends one event, however long; only the rank's main thread does."""
+        line = encode(event)
+        while line:
+            line = line[os.write(self._event_fd, line) :]
 
     def announce(self, phase: str, *, seconds: float) -> None:
         """Enters a phase and tells the tuner, for the live line; a phase that outlasts `seconds` is taken for hung."""
         self.enter(phase)
-        self.send("phase", phase=phase, seconds=seconds)
+        self.send(Phase(phase=phase, seconds=seconds))
 
     def notice(self, text: str, *, seconds: float) -> None:
         """Tells the user a line, and the tuner that what follows may take this long."""
-        self.send("notice", text=text, seconds=seconds)
+        self.send(Notice(text=text, seconds=seconds))
 
     def enter(self, phase: str) -> None:
         """Enters a phase that is too short to be worth an event: a part of one step."""

@@ -24,6 +24,7 @@ from ds_tune.objectives.ds_config import dtype_of
 from ds_tune.objectives.rank.data import batches, load_blocks
 from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
+from ds_tune.objectives.rank.loop import TrainingLoop
 from ds_tune.objectives.rank.model import build_model, load_config
 from ds_tune.objectives.workload.huggingface import Workload
 
@@ -107,8 +108,7 @@ def main() -> None:
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     loader = batches(blocks, micro_batch_size, rank=rank, ranks=ranks, pin=device.type == "cuda")
 
-    def steps_taken() -> int:
-        return int(engine.global_steps - engine.skipped_steps)
+    loop = TrainingLoop(engine, loader, device)
 
     def train(steps: int) -> float:
         """Seconds for that many optimizer steps; those that overflow skipped are run again."""
@@ -116,12 +116,9 @@ def main() -> None:
             torch.cuda.synchronize()
         torch.distributed.barrier()
         started = time.perf_counter()
-        goal = steps_taken() + steps
-        while steps_taken() < goal:
-            batch = {key: tensor.to(device, non_blocking=True) for key, tensor in next(loader).items()}
-            loss = engine(**batch).loss
-            engine.backward(loss)
-            engine.step()
+        taken = 0
+        while taken < steps:
+            taken += not loop.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

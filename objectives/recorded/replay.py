@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from ds_tune.objectives.objective import OnPhase
 from ds_tune.objectives.recorded.recording import Recording
-from ds_tune.objectives.running.rank_group import OnPhase
 from ds_tune.objectives.trial import Outcome, Provenance, TrialConfig
 
 

@@ -2,23 +2,24 @@
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from ds_tune.objectives.errors import EnvironmentFault
-from ds_tune.objectives.files import result_file
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
+from ds_tune.objectives.objective import OnPhase
 from ds_tune.objectives.running.launcher import Launcher
-from ds_tune.objectives.running.rank_group import OnPhase, RankGroup
+from ds_tune.objectives.running.protocol import Losses, RankContext, RankResult, Time
+from ds_tune.objectives.running.rank_group import RankGroup
 from ds_tune.objectives.timing.intervals import throughput
-from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
+
+Result = TypeVar("Result", list[RankResult], list[LossCurve])
 
 
 class DeepSpeedObjective:
@@ -49,11 +50,7 @@ class DeepSpeedObjective:
         self._launcher = launcher
         self._log_folder = log_folder
         self._trial_seconds = trial_seconds
-        self._setup: dict[str, Any] = {
-            "workload": workload.to_json(),
-            "machine": machine.to_json(),
-            "optimizers": [],
-        }
+        self._context = RankContext(workload=workload, machine=machine)
         self.plan = plan or StepPlan()
         """How long a trial is timed; another one may be set between trials."""
         self._fresh_ranks = fresh_ranks
@@ -65,7 +62,7 @@ class DeepSpeedObjective:
     def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
         # Optimizers are compiled before the first trial: the first configuration's, and where possible all others.
         of_each = {(config.optimizer, config.offload_optimizer): config for config in configs}
-        self._setup["optimizers"] = [config.to_json() for config in of_each.values()]
+        self._context = dataclasses.replace(self._context, optimizers=tuple(of_each.values()))
         failure = self._start()
         if failure is not None:
             raise EnvironmentFault(f"the training processes do not start: {failure.message}\n{failure.log_tail}")
@@ -79,7 +76,16 @@ class DeepSpeedObjective:
         best_samples_per_second: float | None = None,
     ) -> Outcome:
         started = time.monotonic()
-        answer = self._command(config, folder, on_phase, best_samples_per_second=best_samples_per_second)
+        command = Time(
+            config=config,
+            log_folder=folder.resolve(),
+            plan=self.plan,
+            seconds_per_sample=self._seconds_per_sample,
+            best_samples_per_second=best_samples_per_second,
+        )
+        answer = self._with_group(
+            config, on_phase, lambda group: group.run(command, seconds=self._trial_seconds, on_phase=on_phase)
+        )
         start_seconds, self._start_seconds = self._start_seconds, 0.0
         wall_seconds = time.monotonic() - started
         if isinstance(answer, Failure):
@@ -91,24 +97,18 @@ class DeepSpeedObjective:
 
     def losses(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> LossCurve | Failure:
         """The losses of a configuration's first steps; see `objectives.numerics`."""
-        answer = self._command(config, folder, on_phase, losses=STEPS)
-        return answer if isinstance(answer, Failure) else LossCurve.from_json(answer[0])
+        command = Losses(
+            config=config, log_folder=folder.resolve(), steps=STEPS, seconds_per_sample=self._seconds_per_sample
+        )
+        answer = self._with_group(
+            config, on_phase, lambda group: group.run(command, seconds=self._trial_seconds, on_phase=on_phase)
+        )
+        return answer if isinstance(answer, Failure) else answer[0]
 
-    def _command(
-        self,
-        config: TrialConfig,
-        folder: Path,
-        on_phase: OnPhase,
-        *,
-        best_samples_per_second: float | None = None,
-        losses: int = 0,
-    ) -> list[dict[str, Any]] | Failure:
-        """Has the ranks run one configuration, and replaces them where it left them unusable."""
-        folder = folder.resolve()
-        shutil.rmtree(result_file(folder, 0).parent, ignore_errors=True)
-        result_file(folder, 0).parent.mkdir(parents=True)
-        for log in ("stdout.log", "stderr.log"):
-            (folder / log).write_bytes(b"")
+    def _with_group(
+        self, config: TrialConfig, on_phase: OnPhase, run: Callable[[RankGroup], Result | Failure]
+    ) -> Result | Failure:
+        """Has the ranks run a configuration, starts them where there are none, and ends those it left unusable."""
         if self._group is None:
             on_phase("start")
             failure = self._start()
@@ -116,18 +116,7 @@ class DeepSpeedObjective:
                 return failure
         assert self._group is not None
         try:
-            answer = self._group.run(
-                {
-                    "config": config.to_json(),
-                    "seconds_per_sample": self._seconds_per_sample,
-                    "best_samples_per_second": best_samples_per_second,
-                    "plan": dataclasses.asdict(self.plan),
-                    "losses": losses,
-                },
-                folder,
-                seconds=self._trial_seconds,
-                on_phase=on_phase,
-            )
+            answer = run(self._group)
             reason = None if self._fresh_ranks else self._group.reason_to_replace()
         except BaseException:
             self.close()
@@ -156,47 +145,46 @@ class DeepSpeedObjective:
             log.write_bytes(b"")
         self._group = RankGroup(self._launcher, stdout=stdout, stderr=stderr, notice=self._notice)
         try:
-            answer = self._group.setup(self._setup)
+            failure = self._group.setup(self._context)
         except BaseException:
             self.close()
             raise
         self._start_seconds = time.monotonic() - started
-        if isinstance(answer, Failure):
+        if failure is not None:
             self.close()
-            return answer
-        return None
+        return failure
 
 
 def combine_ranks(
-    ranks: Sequence[dict[str, Any]], *, config: TrialConfig, start_seconds: float, wall_seconds: float
+    ranks: Sequence[RankResult], *, config: TrialConfig, start_seconds: float, wall_seconds: float
 ) -> Measurement:
-    """One measurement from the result documents of all ranks.
+    """One measurement from the results of all ranks.
 
     Times are the slowest rank's, by its total (taking the slowest of each single step would add up the jitter
     of different ranks); memory figures are the highest of any rank.
     """
-    slowest = max(ranks, key=lambda document: math.fsum(document["step_seconds"]))
+    slowest = max(ranks, key=lambda result: math.fsum(result.step_seconds))
     samples = config.global_batch_size(len(ranks))
-    rate, interval = throughput(slowest["step_seconds"], samples, tuple(slowest["step_ci95_seconds"]))
+    rate, interval = throughput(slowest.step_seconds, samples, slowest.step_ci95_seconds)
     return Measurement(
-        step_seconds=tuple(slowest["step_seconds"]),
+        step_seconds=slowest.step_seconds,
         samples_per_second=rate,
         samples_per_second_ci95=interval,
-        forward_seconds=slowest["forward_seconds"],
-        backward_seconds=slowest["backward_seconds"],
-        optimizer_seconds=slowest["optimizer_seconds"],
-        deepspeed_samples_per_second=ranks[0]["deepspeed_samples_per_second"],
-        warmup_step_seconds=tuple(slowest["warmup_step_seconds"]),
-        first_steps_seconds=slowest["first_steps_seconds"],
-        skipped_steps=slowest["skipped_steps"],
-        stopped_early=slowest["stopped_early"],
-        from_parts=StepParts.from_json(slowest["from_parts"]) if slowest["from_parts"] else None,
-        drifting=slowest["drifting"],
-        peak_memory_bytes=max(document["peak_memory_bytes"] for document in ranks),
-        reserved_memory_bytes=max(document["reserved_memory_bytes"] for document in ranks),
-        alloc_retries=max(document["alloc_retries"] for document in ranks),
-        setup_seconds=start_seconds + max(document["setup_seconds"] for document in ranks),
+        forward_seconds=slowest.forward_seconds,
+        backward_seconds=slowest.backward_seconds,
+        optimizer_seconds=slowest.optimizer_seconds,
+        deepspeed_samples_per_second=ranks[0].deepspeed_samples_per_second,
+        warmup_step_seconds=slowest.warmup_step_seconds,
+        first_steps_seconds=slowest.first_steps_seconds,
+        skipped_steps=slowest.skipped_steps,
+        stopped_early=slowest.stopped_early,
+        from_parts=slowest.from_parts,
+        drifting=slowest.drifting,
+        peak_memory_bytes=max(result.peak_memory_bytes for result in ranks),
+        reserved_memory_bytes=max(result.reserved_memory_bytes for result in ranks),
+        alloc_retries=max(result.alloc_retries for result in ranks),
+        setup_seconds=start_seconds + max(result.setup_seconds for result in ranks),
         wall_seconds=wall_seconds,
-        model_parameters=ranks[0]["model_parameters"],
-        flops_per_sample=ranks[0]["flops_per_sample"],
+        model_parameters=ranks[0].model_parameters,
+        flops_per_sample=ranks[0].flops_per_sample,
     )

@@ -3,11 +3,9 @@
 Three kinds of evidence: the exception a rank caught, the way a rank died, and the deadline that passed.
 """
 
-import dataclasses
 import re
 import signal
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from ds_tune.objectives.trial import Failure, FailureKind
 
@@ -102,25 +100,11 @@ def failure_of_deadline(seconds: float, *, phases: Sequence[str], log_tail: str)
     return Failure(kind=FailureKind.TIMEOUT, message=message, phase=phases[0], log_tail=log_tail)
 
 
-def root_cause(failures: Iterable[Failure], *, log_tail: str) -> Failure:
-    """The one failure of several ranks that explains the others, with the log beside it.
+def root_cause(failures: Iterable[Failure]) -> Failure:
+    """The one failure of several ranks that explains the others.
 
     When one rank runs out of memory or dies, its peers see a broken connection: memory comes first, then what
     DeepSpeed refused; among equals one that saw no broken connection, then the lowest rank.
     """
     order = [FailureKind.OUT_OF_MEMORY, FailureKind.INVALID_CONFIG, FailureKind.CRASH, FailureKind.TIMEOUT]
-    cause = min(
-        failures, key=lambda failure: (order.index(failure.kind), bool(_PEER_GONE_TEXT.search(failure.message)))
-    )
-    return dataclasses.replace(cause, log_tail=log_tail)
-
-
-def host_oom_kills() -> int:
-    """Processes that the kernel has killed for memory since boot; 0 where it does not say."""
-    try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return 0
+    return min(failures, key=lambda failure: (order.index(failure.kind), bool(_PEER_GONE_TEXT.search(failure.message))))

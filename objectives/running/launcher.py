@@ -28,6 +28,13 @@ from ds_tune.objectives.running import guard
 
 WORKER_MODULE = "ds_tune.objectives.rank.worker"
 FORK_SERVER_MODULE = "ds_tune.objectives.rank.fork_server"
+LOGS = ("stderr.log", "stdout.log")
+"""Log files of a trial, the one that tells most first."""
+
+EVIDENCE_LINES = 400
+EVIDENCE_CHARACTERS = 40_000
+"""How far back the last words of a rank are looked for, after which its peers wrote their tracebacks."""
+
 EXIT_LINE = re.compile(rb"^exit (-?\d+)\n", re.MULTILINE)
 
 
@@ -48,10 +55,27 @@ class RankProcess:
     events: IO[bytes]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a rank's host knows of why the rank failed."""
+
+    log_end: str
+    """The last lines that the host's ranks wrote: standard error, or standard output where that is empty."""
+    oom_kills: int
+    """Processes that the host's kernel killed for memory since the ranks were last told to log elsewhere."""
+
+
 class RankProcesses(Protocol):
-    """The started processes of a group."""
+    """The started processes of a group. Whatever is local to a rank's host is read here, and nowhere else."""
 
     ranks: list[RankProcess]
+
+    def log_to(self, folder: Path) -> None:
+        """Begins new log files, `stdout.log` and `stderr.log`, in a folder on each rank's host, and makes the folder
+        where it is missing. Ranks send their output there themselves, when a command names the folder."""
+
+    def evidence(self, rank: int) -> Evidence:
+        """Returns what is known on the host of a rank."""
 
     def kill(self) -> None:
         """Ends every process of the group at once and waits until none is left; may be called again."""
@@ -112,7 +136,9 @@ class LocalLauncher:
         with stdout.open("ab") as out, stderr.open("ab") as err:
             if self._template is None:
                 self._template = ForkServer(environment, out, err)
-            return LocalRankProcesses(self._machine, self._template, out, err)
+            processes = LocalRankProcesses(self._machine, self._template, out, err)
+        processes.logs = (stderr, stdout)
+        return processes
 
     def close(self) -> None:
         """Ends what the next group would have been forked from; may be called again, and so may `launch`."""
@@ -199,6 +225,9 @@ class LocalRankProcesses:
 
     def __init__(self, machine: Machine, template: ForkServer, stdout: IO[bytes], stderr: IO[bytes]) -> None:
         self.ranks: list[RankProcess] = []
+        self.logs: tuple[Path, ...] = ()
+        """Files that ranks write to now, the one that tells most first."""
+        self._oom_kills_before = host_oom_kills()
         self._template = template
         self._forked: list[ForkedRank] = []
         self._group = GuardedGroup()
@@ -241,6 +270,16 @@ class LocalRankProcesses:
                 )
             )
 
+    def log_to(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = tuple(folder / name for name in LOGS)
+        for log in self.logs:
+            log.write_bytes(b"")
+        self._oom_kills_before = host_oom_kills()
+
+    def evidence(self, rank: int) -> Evidence:
+        return Evidence(log_end=_log_end(self.logs), oom_kills=host_oom_kills() - self._oom_kills_before)
+
     def kill(self) -> None:
         waiting = [process for process in self._forked if process.returncode is None]
         if not all(process.is_forked() for process in waiting):
@@ -252,6 +291,27 @@ class LocalRankProcesses:
                 rank.commands.close()
             rank.events.close()
         self._group.reap()
+
+
+def _log_end(logs: Sequence[Path]) -> str:
+    """The last lines of the first log file that has any."""
+    for path in logs:
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace").strip()
+            if text:
+                return "\n".join(text.splitlines()[-EVIDENCE_LINES:])[-EVIDENCE_CHARACTERS:]
+    return ""
+
+
+def host_oom_kills() -> int:
+    """Processes that the kernel has killed for memory since boot; 0 where it does not say."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return 0
 
 
 def group_environment(machine: Machine) -> dict[str, str]:

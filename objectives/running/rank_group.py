@@ -1,28 +1,42 @@
 """The tuner's side of a group of ranks: start them, tell them what to run, watch them, end them.
 
-The protocol, one JSON document a line. To each rank: first `{"command": "setup", …}`, then any number of
-`{"command": "run", "config": …, "folder": …}`. From each rank: `{"event": "ready", …}` once it could run a trial,
-or `{"event": "refused", …}` with a sentence for the user; during a trial `{"event": "phase", "phase": …}`; and at
-its end `{"event": "finished"}` or `{"event": "failed"}`, after it wrote its result file; then
-`{"event": "released", …}` once it gave back what the trial held. At any time `{"event": "notice", "text": …}`, a line
-for the user. Waiting costs no CPU: the parent sleeps in `select` until a pipe has something or closes.
+`objectives.running.protocol` has the messages. Waiting costs no CPU: the tuner sleeps in `select` until a pipe has
+something or closes.
 """
 
 import contextlib
 import dataclasses
-import json
 import math
 import selectors
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, overload
 
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
-from ds_tune.objectives.files import result_file
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.running.failures import failure_of_deadline, failure_of_exit, host_oom_kills, root_cause
+from ds_tune.objectives.numerics import LossCurve
+from ds_tune.objectives.objective import OnPhase
+from ds_tune.objectives.running.failures import failure_of_deadline, failure_of_exit, root_cause
 from ds_tune.objectives.running.launcher import Launcher, RankProcess
+from ds_tune.objectives.running.protocol import (
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Losses,
+    Notice,
+    Phase,
+    RankContext,
+    RankResult,
+    Ready,
+    Refused,
+    Released,
+    Setup,
+    Time,
+    decode_event,
+    encode,
+)
 from ds_tune.objectives.trial import Failure, FailureKind
 
 START_SECONDS = 180.0
@@ -40,11 +54,7 @@ LEFT_LIMIT_BYTES = {"device": GIB // 4, "host": GIB}
 LOG_TAIL_LINES = 25
 LOG_TAIL_CHARACTERS = 4000
 
-EVIDENCE_LINES = 400
-EVIDENCE_CHARACTERS = 40_000
-"""How far back the last words of a rank are looked for, behind which its peers wrote their tracebacks."""
-
-OnPhase = Callable[[str], None]
+E = TypeVar("E", Ready, Refused, Finished, Failed, Released)
 
 
 def ignore(text: str) -> None:
@@ -60,16 +70,22 @@ class _Rank:
     """The beginning of a line whose end has not arrived."""
     phase: str = "start"
     phase_deadline: float = math.inf
-    said: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """The last event of each name since the last command."""
+    said: dict[type[Event], Event] = dataclasses.field(default_factory=dict)
+    """The last event of each kind since the last command."""
     gone: bool = False
 
-    def has_ended(self, endings: Collection[str]) -> bool:
-        return self.gone or any(event in self.said for event in endings)
+    def last(self, kind: type[E]) -> E | None:
+        """The last event of a kind since the last command."""
+        event = self.said.get(kind)
+        assert event is None or isinstance(event, kind)
+        return event
+
+    def has_ended(self, endings: Collection[type[Event]]) -> bool:
+        return self.gone or any(kind in self.said for kind in endings)
 
     @property
     def has_failed(self) -> bool:
-        return self.gone or "failed" in self.said or "refused" in self.said
+        return self.gone or Failed in self.said or Refused in self.said
 
 
 class RankGroup:
@@ -80,72 +96,74 @@ class RankGroup:
     ) -> None:
         """
         Args:
+            stdout, stderr: files for what ranks write before their first command.
             notice: told what a rank has to say to the user, in one line.
         """
         self._notice = notice
-        self._stderr = stderr
-        self._stdout = stdout
         self._processes = launcher.launch(stdout=stdout, stderr=stderr)
         self._ranks = [_Rank(started) for started in self._processes.ranks]
         self._dead = False
         self.left_bytes: Mapping[str, int] = dict.fromkeys(LEFT_LIMIT_BYTES, 0)
         """What the rank that holds most holds beyond what it held after its first trial, on device and host."""
         self._deadline = math.inf
-        self._oom_kills = host_oom_kills()
 
-    def setup(self, setup: Mapping[str, Any], *, seconds: float = START_SECONDS) -> dict[str, Any] | Failure:
+    def setup(self, context: RankContext, *, seconds: float = START_SECONDS) -> Failure | None:
         """Has every rank import, connect and check what it will need.
 
         Returns:
-            What rank 0 found out about the model and the machine; or why the ranks never got ready.
+            Why the ranks never got ready, if they didn't.
 
         Raises:
             UsageError: a rank could not use what the user asked for.
             EnvironmentFault: a rank cannot run on this machine with this software.
         """
-        self._send({"command": "setup", **setup})
-        timed_out = self._wait({"ready", "refused"}, seconds=seconds)
+        self._send(Setup(context=context))
+        timed_out = self._wait({Ready, Refused}, seconds=seconds)
         for rank in self._ranks:
-            if (refusal := rank.said.get("refused")) is not None:
-                raise (UsageError if refusal["usage"] else EnvironmentFault)(refusal["message"])
+            if (refusal := rank.last(Refused)) is not None:
+                raise (UsageError if refusal.usage else EnvironmentFault)(refusal.message)
         if timed_out or any(rank.gone for rank in self._ranks):
-            return self._failure(seconds, timed_out=timed_out, folder=None)
-        return self._ranks[0].said["ready"]
+            return self._failure(seconds, timed_out=timed_out)
+        return None
 
+    @overload
+    def run(self, command: Time, *, seconds: float, on_phase: OnPhase) -> list[RankResult] | Failure: ...
+    @overload
+    def run(self, command: Losses, *, seconds: float, on_phase: OnPhase) -> list[LossCurve] | Failure: ...
     def run(
-        self, command: Mapping[str, Any], folder: Path, *, seconds: float, on_phase: OnPhase
-    ) -> list[dict[str, Any]] | Failure:
-        """Runs one trial on all ranks.
+        self, command: Time | Losses, *, seconds: float, on_phase: OnPhase
+    ) -> list[RankResult] | list[LossCurve] | Failure:
+        """Has all ranks carry out a command.
 
         Args:
-            command: what the ranks' `run` takes, less its folder.
-            seconds: the longest that the trial may take; its ranks bound each phase more closely.
+            seconds: longest that it may take; ranks bound each phase more closely.
 
         Returns:
-            Each rank's result document, by rank; or the failure that explains why there are none.
+            Each rank's result, by rank; or the failure that explains why there are none.
         """
-        self._stdout, self._stderr = folder / "stdout.log", folder / "stderr.log"
-        self._oom_kills = host_oom_kills()
-        self._send({"command": "run", **command, "folder": str(folder)})
+        self._processes.log_to(command.log_folder)
+        self._send(command)
         started = time.monotonic()
-        timed_out = self._wait({"finished", "failed"}, seconds=seconds, on_phase=on_phase)
-        if timed_out or not all("finished" in rank.said for rank in self._ranks):
-            return self._failure(time.monotonic() - started, timed_out=timed_out, folder=folder)
-        return [json.loads(result_file(folder, rank.started.rank).read_text()) for rank in self._ranks]
+        timed_out = self._wait({Finished, Failed}, seconds=seconds, on_phase=on_phase)
+        finished = [event for rank in self._ranks if (event := rank.last(Finished)) is not None]
+        if timed_out or len(finished) < len(self._ranks):
+            return self._failure(time.monotonic() - started, timed_out=timed_out)
+        results = [event.result for event in finished]
+        return [result for result in results if isinstance(result, RankResult)] or [
+            result for result in results if isinstance(result, LossCurve)
+        ]
 
     def reason_to_replace(self) -> str | None:
         """Waits until the ranks gave back what the trial held; why they cannot run another one, or None if they can."""
         if self._dead:
             return "its processes were ended"
-        timed_out = self._wait({"released"}, seconds=RELEASE_SECONDS)
+        timed_out = self._wait({Released}, seconds=RELEASE_SECONDS)
+        released = [event for rank in self._ranks if (event := rank.last(Released)) is not None]
         if timed_out or any(rank.gone for rank in self._ranks):
             return "a rank did not give back what the trial held"
-        released = [rank.said["released"] for rank in self._ranks]
-        if any(document["collectives"] != released[0]["collectives"] for document in released):
+        if any(event.collectives != released[0].collectives for event in released):
             return "its ranks failed at different points"
-        self.left_bytes = {
-            kind: max(document["left_bytes"][kind] for document in released) for kind in LEFT_LIMIT_BYTES
-        }
+        self.left_bytes = {kind: max(event.left_bytes[kind] for event in released) for kind in LEFT_LIMIT_BYTES}
         for kind, limit in LEFT_LIMIT_BYTES.items():
             if self.left_bytes[kind] > limit:
                 return f"the trial left {self.left_bytes[kind] / GIB:.2f} GiB of {kind} memory behind"
@@ -156,8 +174,8 @@ class RankGroup:
         self._dead = True
         self._processes.kill()
 
-    def _send(self, command: Mapping[str, Any]) -> None:
-        line = json.dumps(command).encode() + b"\n"
+    def _send(self, command: Command) -> None:
+        line = encode(command)
         for rank in self._ranks:
             rank.said.clear()
             rank.phase = "start"
@@ -167,7 +185,7 @@ class RankGroup:
                 rank.started.commands.write(line)
                 rank.started.commands.flush()
 
-    def _wait(self, endings: Collection[str], *, seconds: float, on_phase: OnPhase = ignore) -> bool:
+    def _wait(self, endings: Collection[type[Event]], *, seconds: float, on_phase: OnPhase = ignore) -> bool:
         """Handles events until every rank has said one of `endings` or is gone; True when time ran out."""
         self._deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
@@ -195,46 +213,49 @@ class RankGroup:
             return False
         *lines, rank.unread = (rank.unread + chunk).split(b"\n")
         for line in lines:
-            document = json.loads(line)
-            rank.said[document["event"]] = document
-            if document["event"] == "phase":
-                if rank is self._ranks[0] and rank.phase != document["phase"]:
-                    on_phase(document["phase"])
-                rank.phase = document["phase"]
-                rank.phase_deadline = time.monotonic() + document.get("seconds", math.inf)
-            elif document["event"] == "notice":
-                self._notice(document["text"])
-                self._deadline = max(self._deadline, time.monotonic() + document.get("seconds", 0))
+            event = decode_event(line)
+            rank.said[type(event)] = event
+            match event:
+                case Phase():
+                    if rank is self._ranks[0] and rank.phase != event.phase:
+                        on_phase(event.phase)
+                    rank.phase = event.phase
+                    longest = math.inf if event.seconds is None else event.seconds
+                    rank.phase_deadline = time.monotonic() + longest
+                case Notice():
+                    self._notice(event.text)
+                    self._deadline = max(self._deadline, time.monotonic() + event.seconds)
         return True
 
-    def _failure(self, seconds: float, *, timed_out: bool, folder: Path | None) -> Failure:
+    def _failure(self, seconds: float, *, timed_out: bool) -> Failure:
         """The one failure that explains what happened. The group lives on only where every rank ran out of memory."""
-        tail = self._log_end(LOG_TAIL_LINES, LOG_TAIL_CHARACTERS)
+        evidence = {rank.started.rank: self._processes.evidence(rank.started.rank) for rank in self._ranks}
         if timed_out:
             self.kill()
+            tail = _tail(evidence[self._ranks[0].started.rank].log_end)
             return failure_of_deadline(seconds, phases=[rank.phase for rank in self._ranks], log_tail=tail)
-        evidence = self._log_end(EVIDENCE_LINES, EVIDENCE_CHARACTERS)
-        kills = host_oom_kills() - self._oom_kills
         failures = []
         for rank in self._ranks:
             number = rank.started.rank
-            if "failed" in rank.said and folder is not None:
-                failures.append(Failure.from_json(json.loads(result_file(folder, number).read_text())))
+            if (event := rank.last(Failed)) is not None:
+                failures.append(event.failure)
             elif rank.gone:
-                returncode = rank.started.process.wait()
                 failures.append(
-                    failure_of_exit(returncode, rank=number, phase=rank.phase, log_tail=evidence, host_oom_kills=kills)
+                    failure_of_exit(
+                        rank.started.process.wait(),
+                        rank=number,
+                        phase=rank.phase,
+                        log_tail=evidence[number].log_end,
+                        host_oom_kills=evidence[number].oom_kills,
+                    )
                 )
         reported = [failure for failure in failures if failure.kind is FailureKind.OUT_OF_MEMORY]
         if len(reported) < len(self._ranks) or any(rank.gone for rank in self._ranks):
             self.kill()
-        return root_cause(failures, log_tail=tail)
+        cause = root_cause(failures)
+        return dataclasses.replace(cause, log_tail=_tail(evidence[cause.rank or 0].log_end))
 
-    def _log_end(self, lines: int, characters: int) -> str:
-        """The last lines that the ranks wrote: standard error, or standard output where that is empty."""
-        for path in (self._stderr, self._stdout):
-            with contextlib.suppress(OSError):
-                text = path.read_text(errors="replace").strip()
-                if text:
-                    return "\n".join(text.splitlines()[-lines:])[-characters:]
-        return ""
+
+def _tail(log_end: str) -> str:
+    """So much of a log's end as a person wants to see."""
+    return "\n".join(log_end.splitlines()[-LOG_TAIL_LINES:])[-LOG_TAIL_CHARACTERS:]

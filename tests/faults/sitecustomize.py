@@ -143,10 +143,10 @@ def wrap(progress: ModuleType, fault: dict[str, str]) -> None:
         if phase not in announced:
             strike(phase)
 
-    def send_and_strike(self: Any, event: str, **fields: Any) -> None:
-        send(self, event, **fields)
-        if event == "phase":
-            strike(fields["phase"])
+    def send_and_strike(self: Any, event: Any) -> None:
+        send(self, event)
+        if event.tag == "phase":
+            strike(event.phase)
 
     progress.Progress.enter = enter_and_strike
     progress.Progress.send = send_and_strike

@@ -26,7 +26,7 @@ import sqlalchemy.event
 from ds_tune.objectives.files import result_file, write_atomically
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
-from ds_tune.objectives.running.rank_group import OnPhase
+from ds_tune.objectives.objective import OnPhase
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload

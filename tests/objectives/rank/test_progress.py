@@ -7,6 +7,7 @@ import sys
 import time
 
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.running.protocol import Ready
 
 
 def test_an_announced_phase_is_told_and_one_that_is_only_entered_is_remembered() -> None:
@@ -17,12 +18,12 @@ def test_an_announced_phase_is_told_and_one_that_is_only_entered_is_remembered()
     assert progress.phase == "engine"
     progress.enter("forward")
     assert progress.phase == "forward"
-    progress.send("finished")
+    progress.send(Ready())
     os.close(write_end)
     with os.fdopen(read_end) as events:
         assert [json.loads(line) for line in events] == [
             {"event": "phase", "phase": "engine", "seconds": 60},
-            {"event": "finished"},
+            {"event": "ready"},
         ]
 
 
@@ -30,8 +31,9 @@ def test_the_pipe_ends_with_the_rank_although_processes_that_it_forked_or_starte
     code = """
 import os, sys, time
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.running.protocol import Ready
 progress = Progress(int(sys.argv[1]))
-progress.send("ready")
+progress.send(Ready())
 if os.fork() == 0:
     time.sleep(3600)
 os.system("sleep 3600 &")

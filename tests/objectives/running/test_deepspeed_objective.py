@@ -12,6 +12,7 @@ import pytest
 from ds_tune.objectives.machine import Machine, detect_machine, visible_gpus
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective, combine_ranks
 from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.protocol import RankResult
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
@@ -125,43 +126,23 @@ def test_prepare_starts_the_ranks_that_the_first_trial_uses(
     assert measurement.setup_seconds > measurement.wall_seconds  # the start was before the trial
     assert {rank.pid for rank in started_ranks()} == {rank.pid for rank in ranks}
     assert (tmp_path / "stderr.log").exists()
-    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank_0.json", "rank_1.json"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["stderr.log", "stdout.log"]
     ready.close()
     assert started_ranks() == []
 
 
-RANK = {
-    "step_seconds": [1.0, 1.0],
-    "step_ci95_seconds": [0.9, 1.1],
-    "first_steps_seconds": 0.5,
-    "stopped_early": False,
-    "from_parts": None,
-    "drifting": False,
-    "forward_seconds": 0.25,
-    "backward_seconds": 0.5,
-    "optimizer_seconds": 0.125,
-    "warmup_step_seconds": [2.0],
-    "skipped_steps": 0,
-    "deepspeed_samples_per_second": 3.0,
-    "peak_memory_bytes": 10,
-    "reserved_memory_bytes": 20,
-    "alloc_retries": 0,
-    "setup_seconds": 4.0,
-    "model_parameters": 100,
-    "flops_per_sample": 600.0,
-}
-
-
-def test_the_slowest_rank_s_times_and_the_highest_memory_make_the_measurement(config: TrialConfig) -> None:
-    slow = {
-        **RANK,
-        "step_seconds": [2.0, 1.5],
-        "step_ci95_seconds": [1.5, 2.0],
-        "forward_seconds": 0.75,
-        "setup_seconds": 3.0,
-    }
-    hungry = {**RANK, "peak_memory_bytes": 30, "reserved_memory_bytes": 40, "alloc_retries": 2}
-    measurement = combine_ranks([RANK, slow, hungry], config=config, start_seconds=5.0, wall_seconds=20.0)
+def test_the_slowest_rank_s_times_and_the_highest_memory_make_the_measurement(
+    config: TrialConfig, rank_result: RankResult
+) -> None:
+    slow = dataclasses.replace(
+        rank_result,
+        step_seconds=(2.0, 1.5),
+        step_ci95_seconds=(1.5, 2.0),
+        forward_seconds=0.75,
+        setup_seconds=3.0,
+    )
+    hungry = dataclasses.replace(rank_result, peak_memory_bytes=30, reserved_memory_bytes=40, alloc_retries=2)
+    measurement = combine_ranks([rank_result, slow, hungry], config=config, start_seconds=5.0, wall_seconds=20.0)
     assert measurement.step_seconds == (2.0, 1.5)
     assert measurement.forward_seconds == 0.75
     assert measurement.samples_per_second == pytest.approx(3 / 1.75)

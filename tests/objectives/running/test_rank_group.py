@@ -11,13 +11,29 @@ from typing import Any
 import pytest
 
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.protocol import Losses, RankContext
 from ds_tune.objectives.running.rank_group import RankGroup
 from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
+from ds_tune.objectives.workload.huggingface import Workload
 
-READY = 'receive(); send("ready"); folder = receive()["folder"];'
-CONFIG = TrialConfig(zero_stage=1, micro_batch_size=1, gradient_accumulation_steps=1)
-COMMAND = {"config": CONFIG.to_json()}
+READY = 'receive(); send("ready"); folder = receive()["log_folder"];'
+
+
+def losses_of(folder: Path, micro_batch_size: int = 1) -> Losses:
+    config = TrialConfig(zero_stage=1, micro_batch_size=micro_batch_size, gradient_accumulation_steps=1)
+    return Losses(config=config, log_folder=folder, steps=1, seconds_per_sample=None)
+
+
+def curves(*losses: float) -> list[LossCurve]:
+    return [LossCurve(losses=(loss,), skipped_steps=0) for loss in losses]
+
+
+@pytest.fixture
+def context(workload: Workload, machine: Machine) -> RankContext:
+    return RankContext(workload=workload, machine=machine)
 
 
 @pytest.fixture
@@ -43,14 +59,16 @@ def group(
 
 
 @pytest.fixture
-def outcome(group: Callable[[str], RankGroup], tmp_path: Path) -> Callable[..., list[dict[str, Any]] | Failure]:
+def outcome(
+    group: Callable[[str], RankGroup], context: RankContext, tmp_path: Path
+) -> Callable[..., list[LossCurve] | Failure]:
     """What a trial ends in whose ranks do this once they are asked to run it."""
 
-    def run(script: str, *, seconds: float = 30, phases: list[str] | None = None) -> list[dict[str, Any]] | Failure:
+    def run(script: str, *, seconds: float = 30, phases: list[str] | None = None) -> list[LossCurve] | Failure:
         started = group(f"{READY}\n{script}")
-        assert not isinstance(started.setup({}), Failure)
+        assert started.setup(context) is None
         on_phase = (lambda phase: None) if phases is None else phases.append
-        return started.run(COMMAND, tmp_path, seconds=seconds, on_phase=on_phase)
+        return started.run(losses_of(tmp_path), seconds=seconds, on_phase=on_phase)
 
     return run
 
@@ -60,48 +78,44 @@ Outcome = Callable[..., Any]
 
 def test_a_trial_gives_each_rank_s_document_and_tells_rank_0_s_phases(outcome: Outcome) -> None:
     phases: list[str] = []
-    script = 'send("phase", phase=f"phase of {rank}"); result(folder, {"rank": rank}); send("finished")'
-    assert outcome(script, phases=phases) == [{"rank": 0}, {"rank": 1}]
+    script = 'send("phase", phase=f"phase of {rank}"); finish()'
+    assert outcome(script, phases=phases) == curves(0.0, 1.0)
     assert phases == ["phase of 0"]
 
 
-def test_a_group_can_run_one_trial_after_another(group: Callable[[str], RankGroup], tmp_path: Path) -> None:
+def test_a_group_can_run_one_trial_after_another(
+    group: Callable[[str], RankGroup], context: RankContext, tmp_path: Path
+) -> None:
     started = group("""
 receive()
 send("ready")
 while True:
-    command = receive()
-    result(command["folder"], command["config"])
-    send("finished")
+    finish(receive()["config"]["micro_batch_size"])
 """)
-    started.setup({})
+    started.setup(context)
     for size in (1, 2, 4):
-        config = TrialConfig(zero_stage=0, micro_batch_size=size, gradient_accumulation_steps=1)
-        answer = started.run({"config": config.to_json()}, tmp_path, seconds=30, on_phase=lambda phase: None)
-        assert answer == [config.to_json()] * 2
+        answer = started.run(losses_of(tmp_path, size), seconds=30, on_phase=lambda phase: None)
+        assert answer == curves(size, size)
 
 
 RELEASED = 'send("released", left_bytes={"device": 0, "host": 0}, collectives=[7])'
 
 
 @pytest.fixture
-def aftermath(group: Callable[[str], RankGroup], tmp_path: Path) -> Callable[[str], str | None]:
+def aftermath(group: Callable[[str], RankGroup], context: RankContext, tmp_path: Path) -> Callable[[str], str | None]:
     """Why ranks that do this once they are asked to run a trial cannot run another one."""
 
     def reason_to_replace(script: str) -> str | None:
         started = group(f"{READY}\n{script}")
-        started.setup({})
-        started.run(COMMAND, tmp_path, seconds=30, on_phase=lambda phase: None)
+        started.setup(context)
+        started.run(losses_of(tmp_path), seconds=30, on_phase=lambda phase: None)
         return started.reason_to_replace()
 
     return reason_to_replace
 
 
-FINISHED = 'result(folder, {}); send("finished")'
-OUT_OF_MEMORY = """
-failure = {"type": "failure", "kind": "out_of_memory", "message": "gone", "phase": "forward", "rank": rank}
-result(folder, failure); send("failed")
-"""
+FINISHED = "finish()"
+OUT_OF_MEMORY = 'fail("out_of_memory", "gone", "forward")'
 
 
 @pytest.mark.parametrize("ending", [FINISHED, OUT_OF_MEMORY], ids=["finished", "all out of memory"])
@@ -139,7 +153,7 @@ def test_a_phase_that_outlasts_its_own_deadline_is_a_timeout_long_before_the_tri
 
 
 def test_a_notice_is_passed_on_and_gives_the_ranks_more_time(
-    scripted: Callable[[str], LocalLauncher], tmp_path: Path
+    scripted: Callable[[str], LocalLauncher], context: RankContext, tmp_path: Path
 ) -> None:
     notices: list[str] = []
     script = (
@@ -149,7 +163,7 @@ def test_a_notice_is_passed_on_and_gives_the_ranks_more_time(
         scripted(script), stdout=tmp_path / "stdout.log", stderr=tmp_path / "stderr.log", notice=notices.append
     )
     try:
-        assert not isinstance(group.setup({}, seconds=0.5), Failure)
+        assert group.setup(context, seconds=0.5) is None
     finally:
         group.kill()
     assert set(notices) == {"compiling"}
@@ -159,36 +173,37 @@ def test_events_that_arrive_in_pieces_or_together_are_understood(outcome: Outcom
     script = """
 import time
 fd = int(os.environ["DS_TUNE_EVENT_FD"])
-result(folder, {"rank": rank})
 os.write(fd, b'{"event": "ph')
 time.sleep(0.1)
 os.write(fd, b'ase", "phase": "a"}\\n{"event": "phase", "phase": "b"}\\n{"event": "fin')
 time.sleep(0.1)
-os.write(fd, b'ished"}\\n')
+os.write(fd, b'ished", "curve": {"losses": [5.0], "skipped_steps": 0}}\\n')
 """
     phases: list[str] = []
-    assert outcome(script, phases=phases) == [{"rank": 0}, {"rank": 1}]
+    assert outcome(script, phases=phases) == curves(5.0, 5.0)
     assert phases == ["a", "b"]
 
 
 @pytest.mark.parametrize(("usage", "error"), [(True, UsageError), (False, EnvironmentFault)])
 def test_a_rank_that_refuses_is_raised_with_its_sentence(
-    group: Callable[[str], RankGroup], usage: bool, error: type[Exception]
+    group: Callable[[str], RankGroup], context: RankContext, usage: bool, error: type[Exception]
 ) -> None:
     script = f'receive(); send("refused", usage={usage}, message="this cannot be") if rank else receive()'
     with pytest.raises(error, match=r"^this cannot be$"):
-        group(script).setup({})
+        group(script).setup(context)
 
 
-def test_ranks_that_die_while_they_start_are_a_failure_with_the_log(group: Callable[[str], RankGroup]) -> None:
-    failure = group('raise SystemExit("no module named torch")').setup({})
+def test_ranks_that_die_while_they_start_are_a_failure_with_the_log(
+    group: Callable[[str], RankGroup], context: RankContext
+) -> None:
+    failure = group('raise SystemExit("no module named torch")').setup(context)
     assert isinstance(failure, Failure)
     assert (failure.kind, failure.phase, failure.rank) == (FailureKind.CRASH, "start", 0)
     assert "no module named torch" in failure.log_tail
 
 
-def test_ranks_that_never_get_ready_are_a_timeout(group: Callable[[str], RankGroup]) -> None:
-    failure = group("receive(); import time; time.sleep(3600)").setup({}, seconds=1)
+def test_ranks_that_never_get_ready_are_a_timeout(group: Callable[[str], RankGroup], context: RankContext) -> None:
+    failure = group("receive(); import time; time.sleep(3600)").setup(context, seconds=1)
     assert isinstance(failure, Failure)
     assert failure.kind == FailureKind.TIMEOUT
 
@@ -220,15 +235,11 @@ def test_a_rank_that_dies_is_a_crash_that_says_how_and_its_waiting_peers_are_kil
 def test_peers_that_see_a_broken_connection_do_not_hide_the_rank_that_ran_out_of_memory(outcome: Outcome) -> None:
     script = """
 import time
-def failure(kind, message):
-    document = {"type": "failure", "kind": kind, "message": message, "phase": "backward", "rank": rank}
-    result(folder, {**document, "peak_memory_bytes": 7, "log_tail": "", "wall_seconds": 0.0})
-    send("failed")
 if rank:
-    time.sleep(0.5)  # behind its peer, which fails first because of it
-    failure("out_of_memory", "no memory")
+    time.sleep(0.5)  # after its peer, which fails first because of it
+    fail("out_of_memory", "no memory", "backward")
 else:
-    failure("crash", "connection closed by peer")
+    fail("crash", "connection closed by peer", "backward")
 """
     failure = outcome(script)
     assert (failure.kind, failure.rank, failure.peak_memory_bytes) == (FailureKind.OUT_OF_MEMORY, 1, 7)
@@ -242,8 +253,7 @@ def test_a_group_that_hangs_is_killed_at_its_deadline_and_says_where_each_rank_s
 
 
 def test_a_rank_that_finished_waits_for_its_peer(outcome: Outcome) -> None:
-    script = 'import time; time.sleep(rank); result(folder, {"rank": rank}); send("finished")'
-    assert outcome(script) == [{"rank": 0}, {"rank": 1}]
+    assert outcome("import time; time.sleep(rank); finish()") == curves(0.0, 1.0)
 
 
 def test_the_log_s_tail_is_its_end_and_no_more(outcome: Outcome, tmp_path: Path) -> None:
@@ -273,29 +283,26 @@ if rank:
     os.abort()
 time.sleep(0.5)
 print(*["a line of the traceback"] * 100, sep="\\n", file=log, flush=True)
-document = {"type": "failure", "kind": "crash", "message": "Connection closed by peer", "phase": "step", "rank": 0}
-result(folder, {**document, "peak_memory_bytes": 7, "log_tail": "", "wall_seconds": 0.0})
-send("failed")
+fail("crash", "Connection closed by peer", "step")
 """
     failure = outcome(script)
     assert (failure.kind, failure.rank) == (FailureKind.OUT_OF_MEMORY, 1)
 
 
 def test_what_a_rank_was_doing_before_does_not_appear_in_the_next_trial(
-    group: Callable[[str], RankGroup], tmp_path: Path
+    group: Callable[[str], RankGroup], context: RankContext, tmp_path: Path
 ) -> None:
     started = group("""
 receive()
 send("ready")
-folder = receive()["folder"]
+receive()
 send("phase", phase="timed steps")
-result(folder, {})
-send("finished")
+finish()
 receive()
 os._exit(3)
 """)
-    started.setup({})
-    assert started.run(COMMAND, tmp_path, seconds=30, on_phase=lambda phase: None) == [{}, {}]
-    failure = started.run(COMMAND, tmp_path, seconds=30, on_phase=lambda phase: None)
+    started.setup(context)
+    assert started.run(losses_of(tmp_path), seconds=30, on_phase=lambda phase: None) == curves(0.0, 1.0)
+    failure = started.run(losses_of(tmp_path), seconds=30, on_phase=lambda phase: None)
     assert isinstance(failure, Failure)
     assert failure.phase == "start"

@@ -71,7 +71,6 @@ def from_parts(outcome: Outcome, stage: int) -> Measurement:
 def test_each_stage_is_timed_by_short_steps_and_the_ranks_go_on(
     study: Callable[..., tuple[list[Outcome], list[str]]],
     started_ranks: Callable[[], list[psutil.Process]],
-    tmp_path: Path,
 ) -> None:
     *long, few = [config(stage) for stage in (3, 0, 2, 1)] + [config(3, gas=3)]
     outcomes, notices = study(*long, few)
@@ -80,10 +79,7 @@ def test_each_stage_is_timed_by_short_steps_and_the_ranks_go_on(
         assert not from_parts(outcome, each.zero_stage).stopped_early
     assert isinstance(outcomes[-1], Measurement)
     assert (outcomes[-1].from_parts, len(outcomes[-1].step_seconds)) == (None, 2), "whole steps were timed"
-    ranks = [json.loads((tmp_path / long[0].name / "ranks" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    counts = [{name: len(rank["from_parts"][f"{name}_seconds"]) for name in ("first", "plain")} for rank in ranks]
-    assert counts[0] == counts[1]
-    assert len(started_ranks()) == 2
+    assert len(started_ranks()) == 2, "ranks that decide differently wait for each other for ever"
 
 
 def test_a_trial_that_is_clearly_slower_than_the_best_ends_after_one_short_step(

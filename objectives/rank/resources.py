@@ -1,0 +1,28 @@
+"""What a rank keeps from trial to trial."""
+
+import dataclasses
+
+import datasets
+import torch
+import transformers
+
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.rank.device import Meter
+from ds_tune.objectives.rank.distributed import Peers
+from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.workload.huggingface import Workload
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RankResources:
+    """A rank that is ready to run trials: what it trains, where, and whom it tells."""
+
+    workload: Workload
+    machine: Machine
+    model_config: transformers.PretrainedConfig
+    blocks: datasets.Dataset
+    """Rows of `seq_len` tokens in the column `input_ids`."""
+    device: torch.device
+    meter: Meter
+    peers: Peers
+    progress: Progress

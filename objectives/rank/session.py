@@ -1,0 +1,150 @@
+"""The timing of a trial's optimizer steps, pushed by whoever owns the training loop."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from ds_tune.objectives.rank.device import Meter
+from ds_tune.objectives.rank.distributed import Peers
+from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.timing.schedule import Run, Step, Timed, Timing
+from ds_tune.objectives.timing.step_parts import FEWEST_MICRO_STEPS, whole_step
+
+Marks: TypeAlias = list[tuple[str, Any]]
+"""Parts of a micro-step, each with the point in the device's time at which it begins; the last one is its end."""
+
+MAX_SKIPPED_STEPS = 24
+"""fp16's dynamic loss scale halves at each overflow; from 2^16 it cannot halve more often and still be one."""
+
+
+class OverflowedError(RuntimeError):
+    """Every step overflowed, so no whole optimizer step could be timed."""
+
+    def __init__(self) -> None:
+        super().__init__(f"{MAX_SKIPPED_STEPS} steps overflowed in fp16; try bf16 or a lower loss scale")
+
+
+class TimingSession:
+    """Timing of one trial.
+
+    The owner of the loop says what it is about to do (`enter`), when a micro-step has ended (`micro_step_done`) and
+    when an optimizer step has (`step_done`), and trains on until that returns False. A step lasts from the end of the
+    one before it, so that all the owner does in between, data loading too, is in it. Marks are points in the device's
+    time; they are read only after as many steps as the schedule asked for, when the ranks agree on how to go on: timing
+    adds no synchronization within those.
+    """
+
+    def __init__(self, timing: Timing, meter: Meter, peers: Peers, progress: Progress) -> None:
+        """Begins at once: the owner is about to take the first optimizer step."""
+        self.skipped_steps = 0
+        """Steps that fp16 overflow skipped: they have no optimizer in them, and are left out."""
+        self._gradient_accumulation_steps = timing.gradient_accumulation_steps
+        self._schedule = timing.schedule()
+        self._meter = meter
+        self._peers = peers
+        self._progress = progress
+        self._timed: Timed | None = None
+        self._taken: list[bool] = []
+        self._marks: list[list[Marks]] = []
+        """Of the steps since times were last read: a list a step, with an entry a micro-step."""
+        self._micro_step: Marks = []
+        self._begin(next(self._schedule))
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps that the next optimizer step should have; an owner who cannot close one early takes all."""
+        return self._run.micro_steps
+
+    @property
+    def phase(self) -> str:
+        """Phase of the trial: warm-up or timed steps."""
+        return self._run.phase
+
+    def enter(self, part: str) -> None:
+        """Says which part of a micro-step begins: data, forward, backward or step."""
+        self._progress.enter(part)
+        if part != "data":  # begins where the micro-step before ended
+            self._micro_step.append((part, self._meter.mark()))
+
+    def micro_step_done(self) -> None:
+        """Says that a micro-step has ended, all of its parts included."""
+        self._micro_step.append(("end", self._meter.mark()))
+        self._marks[-1].append(self._micro_step)
+        self._micro_step = []
+
+    def step_done(self, *, skipped: bool) -> bool:
+        """Says that an optimizer step has ended: after its last micro-step.
+
+        Args:
+            skipped: overflow kept the optimizer from running.
+
+        Returns:
+            Whether to train on.
+
+        Raises:
+            OverflowedError: the loss scale never settled.
+        """
+        self._taken.append(not skipped)
+        self.skipped_steps += skipped
+        if self.skipped_steps > MAX_SKIPPED_STEPS:
+            raise OverflowedError
+        if self._taken.count(True) < self._run.steps:
+            self._marks.append([])
+            return True
+        self._meter.synchronize()
+        try:
+            run = self._schedule.send(self._steps())
+        except StopIteration as ended:
+            self._timed = ended.value
+            return False
+        self._begin(run)
+        return True
+
+    @property
+    def timed(self) -> Timed:
+        """Result, once `step_done` has returned False."""
+        assert self._timed is not None
+        return self._timed
+
+    def _begin(self, run: Run) -> None:
+        self._run = run
+        self._progress.announce(run.phase, seconds=run.deadline_seconds)
+        self._meter.synchronize()
+        self._peers.barrier()
+        self._start = self._meter.mark()
+        self._taken, self._marks, self._micro_step = [], [[]], []
+
+    def _steps(self) -> list[Step]:
+        """Times of the steps that were not skipped."""
+        starts = [self._start, *(step[-1][-1][1] for step in self._marks)]
+        return [
+            self._step(start, micro_steps)
+            for start, micro_steps, is_taken in zip(starts, self._marks, self._taken, strict=False)
+            if is_taken
+        ]
+
+    def _step(self, start: Any, micro_steps: Sequence[Marks]) -> Step:
+        ends = [start, *(micro_step[-1][1] for micro_step in micro_steps)]
+        return Step(
+            seconds=self._meter.seconds(ends[0], ends[-1]),
+            forward_seconds=self._part_seconds(micro_steps, "forward"),
+            backward_seconds=self._part_seconds(micro_steps, "backward"),
+            optimizer_seconds=self._part_seconds(micro_steps, "step"),
+            micro_step_seconds=tuple(self._meter.seconds(one, other) for one, other in itertools.pairwise(ends)),
+        )
+
+    def _part_seconds(self, micro_steps: Sequence[Marks], part: str) -> float:
+        """Seconds of a part in a whole step, of which some micro-steps may not have been run."""
+        seconds = [
+            math.fsum(
+                self._meter.seconds(begin, end)
+                for (name, begin), (_, end) in itertools.pairwise(micro_step)
+                if name == part
+            )
+            for micro_step in micro_steps
+        ]
+        whole = self._gradient_accumulation_steps
+        if len(seconds) >= whole or len(seconds) < FEWEST_MICRO_STEPS:
+            return math.fsum(seconds)
+        return whole_step(seconds[0] + seconds[-1], seconds[1:-1], whole)
