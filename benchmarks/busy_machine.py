@@ -30,7 +30,7 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.timing.intervals import is_answer, step_ci95, throughput, warmup_length
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.verification import judge, next_runs
 
@@ -179,7 +179,7 @@ def study(make: Callable[[np.random.Generator], Slowdown], seed: int) -> Result:
             )
         )
     summary = StudySummary(
-        study="busy", workload=Workload(model="gpt2", seq_len=1, dtype="fp32"), machine=MACHINE, versions={},
+        study="busy", workload=HuggingFaceWorkload(model="gpt2", seq_len=1, dtype="fp32"), machine=MACHINE, versions={},
         trials_total=9, tuning_seconds=machine.seconds, ended=None, records=records,
     )  # fmt: skip
     runs: dict[str, list[Measurement]] = {}

@@ -47,7 +47,7 @@ from ds_tune.objectives.machine import Machine, detect_machine, software_version
 from ds_tune.objectives.running import guard
 from ds_tune.objectives.running.launcher import threads_per_rank
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload, check_workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload, check_workload
 from ds_tune.tuner.spec import DEFAULTS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -108,7 +108,7 @@ class Bench:
     """The folder in which the autotuner works, and what it tunes there."""
 
     folder: Path
-    workload: Workload
+    workload: HuggingFaceWorkload
     machine: Machine
     stage: str
     """`default`, which leaves the ZeRO stage to the autotuner (it then tries stage 0 only), or `all`."""
@@ -190,7 +190,9 @@ class Bench:
         return float(json.loads(figures.read_text())["samples_per_second"])
 
 
-def user_config(workload: Workload, machine: Machine, stage: str, global_batch: int | None = None) -> dict[str, Any]:
+def user_config(
+    workload: HuggingFaceWorkload, machine: Machine, stage: str, global_batch: int | None = None
+) -> dict[str, Any]:
     """What a user would hand to the autotuner: the settings of ds-tune's trials, less what is to be tuned."""
     config = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
     document = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
@@ -287,7 +289,7 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=None)
     check_visible(machine)
     defaults = DEFAULTS[machine.device]
-    workload = Workload(
+    workload = HuggingFaceWorkload(
         model=arguments.model or defaults.model,
         seq_len=arguments.seq_len or defaults.seq_len,
         dtype=arguments.dtype or defaults.dtype,

@@ -48,7 +48,7 @@ from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.running.rank_group import ignore
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Measurement
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, check_workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload, check_workload
 from ds_tune.tuner.arguments import positive
 from ds_tune.tuner.spec import DEFAULT_TRIAL_SECONDS, DEFAULTS, parse_memory
 
@@ -300,7 +300,7 @@ def prepare(arguments: argparse.Namespace) -> HeadToHead:
     model = arguments.model or defaults.model
     if model not in SHIPPED_MODELS and Path(model).exists():
         model = str(Path(model).resolve())  # contestants work in folders of their own
-    workload = Workload(
+    workload = HuggingFaceWorkload(
         model=model,
         seq_len=arguments.seq_len or defaults.seq_len,
         dtype=arguments.dtype or defaults.dtype,

@@ -27,7 +27,7 @@ from ds_tune.objectives.machine import GIB, Machine, detect_machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.spec import DEFAULTS
 
 FACTORS = (1.0, 1.18)
@@ -60,7 +60,9 @@ def lost_shares(path: Path) -> list[float]:
         device="cuda", name=head["hardware"].partition("x")[2], ranks=head["ranks"],
         memory_bytes=int(head["memory_cap_gib"] * GIB),
     )  # fmt: skip
-    model = CostModel(Workload(**{key: head[key] for key in ("model", "seq_len", "dtype")}), hardware_of(machine))
+    model = CostModel(
+        HuggingFaceWorkload(**{key: head[key] for key in ("model", "seq_len", "dtype")}), hardware_of(machine)
+    )
     found = []
     for _, group in itertools.groupby(lines, key=lambda row: row["name"]):
         rows = list(group)
@@ -85,7 +87,7 @@ def main() -> int:
     started = time.monotonic()
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=None)
     defaults = DEFAULTS[machine.device]
-    workload = Workload(model=arguments.model, seq_len=defaults.seq_len, dtype=defaults.dtype)
+    workload = HuggingFaceWorkload(model=arguments.model, seq_len=defaults.seq_len, dtype=defaults.dtype)
     model = CostModel(workload, hardware_of(machine))
     if not arguments.file.exists():
         arguments.file.write_text(json.dumps(header(workload, machine)) + "\n")

@@ -29,7 +29,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.proposer import Proposer
 from ds_tune.tuner.space import Limits, Space, dimensions_of
 
@@ -78,7 +78,7 @@ def memory_row(name: str, surface: Recording, seeds: int) -> list[str]:
 def proposal_seconds() -> float:
     """The median of five proposals, with 50 trials all over the space."""
     hardware = parse_hardware("8xH200")
-    model = CostModel(Workload(model="gpt2-xl", seq_len=1024, dtype="fp16"), hardware)
+    model = CostModel(HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16"), hardware)
     limits = Limits(ranks=8, max_micro_batch=128, max_global_batch=128 * 8)
     context = KnobContext(ranks=8, vocabulary=50257, model_type="gpt2", compute_capability=(9, 0))
     configs = Space(limits, dimensions_of("full"), context=context).legal

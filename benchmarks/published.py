@@ -28,7 +28,7 @@ from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.step_time import StepConstants
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def cost_model(row: Published, activation_factor: float = 1.0, constants: StepCo
     architecture: Architecture = architecture_from_config(row.config, row.model)
     if not row.causal:
         architecture = dataclasses.replace(architecture, vocabulary=3)
-    workload = Workload(model=row.model, seq_len=row.seq_len, dtype=row.dtype)
+    workload = HuggingFaceWorkload(model=row.model, seq_len=row.seq_len, dtype=row.dtype)
     return CostModel(
         workload,
         parse_hardware(HARDWARE),

@@ -25,7 +25,7 @@ from ds_tune.objectives.cost_model.step_time import StepConstants
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 DATA = Path(__file__).parent / "data"
 FITTED = ("efficiency", "traffic", "compiled_traffic", "gap_seconds")
@@ -53,7 +53,7 @@ def of_study(path: Path) -> list[Rate]:
     study = json.loads(path.read_text())
     machine = Machine.from_json({key: value for key, value in study["hardware"].items() if key != "description"})
     model = CostModel(
-        Workload(**{key: study["model"][key] for key in ("model", "seq_len", "dtype")}), hardware_of(machine)
+        HuggingFaceWorkload(**{key: study["model"][key] for key in ("model", "seq_len", "dtype")}), hardware_of(machine)
     )
     return [
         (model, TrialConfig.from_json(trial["config"]), trial["samples_per_second"])

@@ -24,7 +24,7 @@ from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.spec import DEFAULTS, parse_memory
 
 PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005, short_step_seconds=0.0)
@@ -33,7 +33,7 @@ PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precis
 BEYOND_OOM = 1.5
 
 
-def header(workload: Workload, machine: Machine) -> dict[str, Any]:
+def header(workload: HuggingFaceWorkload, machine: Machine) -> dict[str, Any]:
     """The line that says what the rest was measured on."""
     name = machine.name.replace("NVIDIA ", "") if machine.device == "cuda" else "CPU"
     return {
@@ -159,7 +159,7 @@ def main() -> int:
     cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=cap)
     defaults = DEFAULTS[machine.device]
-    workload = Workload(
+    workload = HuggingFaceWorkload(
         model=arguments.model or defaults.model,
         seq_len=arguments.seq_len or defaults.seq_len,
         dtype=arguments.dtype or defaults.dtype,

@@ -24,7 +24,7 @@ from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.spec import DEFAULTS
 
 
@@ -71,7 +71,7 @@ def main() -> int:
     arguments = parser.parse_args()
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=2, memory_cap_bytes=None)
     defaults = DEFAULTS[machine.device]
-    workload = Workload(
+    workload = HuggingFaceWorkload(
         model=arguments.model or defaults.model,
         seq_len=arguments.seq_len or defaults.seq_len,
         dtype=arguments.dtype or defaults.dtype,

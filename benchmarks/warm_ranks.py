@@ -30,7 +30,7 @@ from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.intervals import mean_ci95
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.spec import DEFAULTS
 
 PARTS = ("overhead", "fresh", "memory")
@@ -67,7 +67,7 @@ class Bench:
         self._plan = plan
         self._launcher = launcher
         defaults = DEFAULTS[machine.device]
-        self._workload = Workload(model=defaults.model, seq_len=defaults.seq_len, dtype=defaults.dtype)
+        self._workload = HuggingFaceWorkload(model=defaults.model, seq_len=defaults.seq_len, dtype=defaults.dtype)
         self._machine = machine
         self._folder = Path(tempfile.mkdtemp(prefix="warm-ranks-"))
         self.recorder = recorder

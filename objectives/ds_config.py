@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_tune.objectives.trial import KNOBS, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 
 # DeepSpeed's default bucket of 5e8 elements is 2 GB of fp32 per rank: on CPU that is slower and crowds out the model.
 CPU_BUCKET_ELEMENTS = 5_000_000

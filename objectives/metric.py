@@ -12,7 +12,7 @@ from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.cost_model.hardware import TERA, hardware_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,8 @@ class MetricContext:
     """The constants that turn samples/s into a metric."""
 
     ranks: int
-    seq_len: int
+    tokens_per_sample: int | None
+    """None where samples differ in length."""
     flops_per_sample: float | None
     """Model FLOPs of a sample's forward and backward pass; None where the model's sizes are not known."""
     peak_flops: float | None
@@ -55,6 +56,14 @@ class Metric:
         return self.unit.replace("a GPU", "a rank") if device == "cpu" else self.unit
 
 
+def _tokens_per_second(rate: float, context: MetricContext) -> float | None:
+    return None if context.tokens_per_sample is None else rate * context.tokens_per_sample
+
+
+def _per_rank(value: float | None, context: MetricContext) -> float | None:
+    return None if value is None else value / context.ranks
+
+
 def _tflops_per_gpu(rate: float, context: MetricContext) -> float | None:
     if context.flops_per_sample is None:
         return None
@@ -77,11 +86,11 @@ METRICS = {
         ),
         Metric(
             name="tokens_per_second", unit="tokens/s", better="higher", shown=".0f",
-            of=lambda rate, context: rate * context.seq_len,
+            of=_tokens_per_second,
         ),
         Metric(
             name="tokens_per_second_per_gpu", unit="tokens/s a GPU", better="higher", shown=".0f",
-            of=lambda rate, context: rate * context.seq_len / context.ranks,
+            of=lambda rate, context: _per_rank(_tokens_per_second(rate, context), context),
         ),
         Metric(name="tflops_per_gpu", unit="TFLOP/s a GPU", better="higher", shown=".4g", of=_tflops_per_gpu),
         Metric(name="mfu", unit="MFU", better="higher", shown=".1%", of=_mfu),
@@ -110,7 +119,7 @@ def metric_context(workload: Workload, machine: Machine, flops_per_sample: float
         source = f"{peak / TERA:.4g} TFLOP/s, data sheet of {hardware.accelerator.name}, {workload.dtype}"
     return MetricContext(
         ranks=machine.ranks,
-        seq_len=workload.seq_len,
+        tokens_per_sample=workload.tokens_per_sample,
         flops_per_sample=flops_per_sample or _flops_per_sample(workload),
         peak_flops=peak,
         peak_source=source,
@@ -119,9 +128,11 @@ def metric_context(workload: Workload, machine: Machine, flops_per_sample: float
 
 def _flops_per_sample(workload: Workload) -> float | None:
     try:
-        return architecture_of(workload).flops_per_sample(workload.seq_len)
+        architecture = architecture_of(workload)
     except UsageError:  # its sizes are not known
         return None
+    tokens = workload.tokens_per_sample
+    return None if tokens is None else architecture.flops_per_sample(tokens)
 
 
 def check_metric(name: str, workload: Workload, machine: Machine) -> None:
@@ -135,7 +146,7 @@ def check_metric(name: str, workload: Workload, machine: Machine) -> None:
     if METRICS[name].of(1.0, context) is not None:
         return
     known = [metric.name for metric in METRICS.values() if metric.of(1.0, context) is not None]
-    unknown = f"the FLOPs of {workload.model} are"
+    unknown = f"the FLOPs of {workload.title} are"
     if context.flops_per_sample is not None:
         unknown = f"the peak FLOP/s of {'a CPU' if machine.device == 'cpu' else machine.name} is"
     raise UsageError(f"--metric {name}: {unknown} not known; use --metric {known[-1]}")

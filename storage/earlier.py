@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 
 from ds_tune.objectives.trial import Provenance
-from ds_tune.storage.identity import Identity
+from ds_tune.storage.identity import Identity, completed
 from ds_tune.storage.records import TrialRecord
 from ds_tune.storage.study_store import IDENTITY, StudyStore
 
@@ -26,7 +26,7 @@ def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:
             continue
         other = StudyStore(optuna.load_study(study_name=name, storage=store.storage), store.storage)
         stored = other.attributes.get(IDENTITY)
-        if stored is not None and _comparable(stored) == wanted:
+        if stored is not None and _comparable(completed(stored)) == wanted:
             found += other.records()
     return found
 
@@ -34,5 +34,5 @@ def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:
 def _comparable(identity: Mapping[str, Any]) -> str:
     """What must be the same in two studies, as text."""
     hardware = {key: value for key, value in identity["hardware"].items() if key != "memory_cap_bytes"}
-    same = [identity["objective"], identity["workload"], hardware, identity.get("figures", Provenance.MEASURED.value)]
+    same = [identity["objective"], identity["workload"], hardware, identity["figures"]]
     return json.dumps(same, sort_keys=True)

@@ -8,10 +8,15 @@ from typing import Any
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC
 from ds_tune.objectives.trial import Provenance
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload, workload_from_json
 
 # A study from before there were other figures than measured ones, or other metrics, does not name them.
-IDENTITY_DEFAULTS = {"figures": Provenance.MEASURED.value, "metric": DEFAULT_METRIC}
+_DEFAULTS = {"figures": Provenance.MEASURED.value, "metric": DEFAULT_METRIC}
+
+
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored identity, with what studies of earlier versions leave out."""
+    return {**_DEFAULTS, **stored, "workload": workload_from_json(stored["workload"]).to_json()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from ds_tune.objectives.trial import (
     TrialConfig,
     outcome_from_json,
 )
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.finalists import (
     Finalist,

@@ -21,11 +21,11 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.metric import METRICS, all_metrics, metric_context
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Failure, Measurement, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import workload_from_json
 from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.attributes import record_of, save_record, set_study_attribute, study_attributes
 from ds_tune.storage.database import open_storage
-from ds_tune.storage.identity import IDENTITY_DEFAULTS, Identity, differences
+from ds_tune.storage.identity import Identity, completed, differences
 from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialState
 from ds_tune.storage.urls import check_storage_url, masked
 
@@ -84,7 +84,7 @@ class StudyStore:
                 raise UsageError(
                     f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
                 )
-            known = stored and {**IDENTITY_DEFAULTS, **stored}
+            known = stored and completed(stored)
             found = differences(known, identity.to_json())
             if found and any(record.counts for record in store.records()):
                 raise UsageError(
@@ -141,7 +141,7 @@ class StudyStore:
     @property
     def identity(self) -> dict[str, Any]:
         """What the study measures; see `Identity.to_json`."""
-        return {**IDENTITY_DEFAULTS, **self.attributes[IDENTITY]}
+        return completed(self.attributes[IDENTITY])
 
     def _set(self, key: str, value: Any) -> None:
         set_study_attribute(self.storage, self.study, key, value)
@@ -158,10 +158,10 @@ class StudyStore:
 
     def summary(self) -> StudySummary:
         attributes = self.attributes
-        identity = {**IDENTITY_DEFAULTS, **attributes[IDENTITY]}
+        identity = completed(attributes[IDENTITY])
         return StudySummary(
             study=self.study.study_name,
-            workload=Workload.from_json(identity["workload"]),
+            workload=workload_from_json(identity["workload"]),
             machine=Machine.from_json(identity["hardware"]),
             provenance=Provenance(identity["figures"]),
             metric=identity["metric"],
@@ -290,7 +290,7 @@ class StudyStore:
         provenance = Provenance(identity["figures"])
         match record.outcome:
             case Measurement() as measured:
-                workload = Workload.from_json(identity["workload"])
+                workload = workload_from_json(identity["workload"])
                 context = metric_context(workload, record.machine, measured.flops_per_sample)
                 metrics = all_metrics(measured.samples_per_second, context)
                 rate = metrics[identity["metric"]]

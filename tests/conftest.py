@@ -18,7 +18,7 @@ import pytest
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.identity import Identity
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 
@@ -64,13 +64,13 @@ def machine() -> Machine:
 
 
 @pytest.fixture
-def identity(workload: Workload, machine: Machine) -> Identity:
+def identity(workload: HuggingFaceWorkload, machine: Machine) -> Identity:
     return Identity(objective="samples_per_second", workload=workload, machine=machine, space={"global_batch": None})
 
 
 @pytest.fixture
-def workload() -> Workload:
-    return Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+def workload() -> HuggingFaceWorkload:
+    return HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 
 def named_config(name: str) -> TrialConfig:
@@ -151,7 +151,7 @@ def make_record(machine: Machine) -> Callable[..., TrialRecord]:
 
 
 @pytest.fixture
-def make_summary(machine: Machine, workload: Workload) -> Callable[..., StudySummary]:
+def make_summary(machine: Machine, workload: HuggingFaceWorkload) -> Callable[..., StudySummary]:
     def make(records: Sequence[TrialRecord], *, total: int | None = None, **changes: Any) -> StudySummary:
         summary: dict[str, Any] = {
             "study": "ds-tune",

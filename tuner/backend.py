@@ -22,7 +22,12 @@ from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, TrialConfig
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, check_workload, load_base_ds_config
+from ds_tune.objectives.workload.huggingface import (
+    SHIPPED_MODELS,
+    HuggingFaceWorkload,
+    check_workload,
+    load_base_ds_config,
+)
 from ds_tune.tuner.arguments import TRAINING_OPTIONS, given
 from ds_tune.tuner.finals import Verification
 from ds_tune.tuner.spec import DEFAULTS, StudySpec, parse_memory
@@ -36,7 +41,7 @@ class Backend:
     """The machine and the training that trials are of, and who answers them."""
 
     machine: Machine
-    workload: Workload
+    workload: HuggingFaceWorkload
     max_micro_batch: int
     """Unless the user says otherwise, as is the next."""
     max_global_batch: int
@@ -75,7 +80,7 @@ def _measured(arguments: argparse.Namespace) -> Backend:
         raise UsageError(f"--gpus {arguments.gpus}: a number of GPUs, or 0 for the CPU")
     machine = detect_machine(gpus=arguments.gpus, cpu_ranks=arguments.ranks or DEFAULT_CPU_RANKS, memory_cap_bytes=cap)
     defaults = DEFAULTS[machine.device]
-    workload = Workload(
+    workload = HuggingFaceWorkload(
         model=_as_path(arguments.model) if arguments.model else defaults.model,
         seq_len=arguments.seq_len or defaults.seq_len,
         dtype=arguments.dtype or defaults.dtype,
@@ -90,7 +95,7 @@ def _measured(arguments: argparse.Namespace) -> Backend:
         if workload.dtype == "fp16":
             raise UsageError("--dtype fp16 needs a GPU: DeepSpeed on a CPU trains in fp32 or bf16")
         notes.append(
-            f"No GPU in use: real DeepSpeed on {machine.ranks} CPU ranks with {workload.model}; "
+            f"No GPU in use: real DeepSpeed on {machine.ranks} CPU ranks with {workload.title}; "
             "what is fastest here need not be on a GPU."
         )
 
@@ -157,7 +162,7 @@ def _simulated(arguments: argparse.Namespace) -> Backend:
     )
 
 
-def imagined_workload(arguments: argparse.Namespace, hardware: Hardware) -> Workload:
+def imagined_workload(arguments: argparse.Namespace, hardware: Hardware) -> HuggingFaceWorkload:
     """The training job of `--simulate` and of `tune plan`, where there is no data.
 
     Raises:
@@ -165,7 +170,7 @@ def imagined_workload(arguments: argparse.Namespace, hardware: Hardware) -> Work
     """
     defaults = DEFAULTS[hardware.device]
     ds_config = getattr(arguments, "ds_config", None)
-    workload = Workload(
+    workload = HuggingFaceWorkload(
         model=_as_path(arguments.model) if arguments.model else defaults.model,
         seq_len=arguments.seq_len or defaults.seq_len,
         dtype=arguments.dtype or defaults.dtype,

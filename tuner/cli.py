@@ -20,7 +20,7 @@ from ds_tune.objectives.errors import DsTuneError, UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import check_metric
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.database import storage_faults
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.ownership import check_owner

@@ -15,7 +15,7 @@ from ds_tune.objectives.cost_model.memory_calibration import Fragments
 from ds_tune.objectives.cost_model.model import CostModel, Prediction
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.tuner.proposer import Proposer
 from ds_tune.tuner.space import Space
 

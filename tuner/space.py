@@ -19,7 +19,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext, Scalar
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.trial import KNOBS, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 
 ZERO_STAGES = (0, 1, 2, 3)
 

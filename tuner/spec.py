@@ -10,7 +10,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.space import Limits
 

@@ -5,12 +5,11 @@ other decoder or encoder of the usual shape.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, model_config_path
+from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.objectives.workload.model_sizes import (
     BERT_LIKE,
     FAMILIES,
@@ -77,24 +76,10 @@ def architecture_of(workload: Workload) -> Architecture:
     Raises:
         UsageError: its configuration cannot be had here, or lacks the sizes.
     """
-    if workload.model in SHIPPED_MODELS:
-        return architecture_from_config(SHIPPED_MODELS[workload.model], workload.model)
-    path = model_config_path(workload.model)
-    document = json.loads(path.read_text()) if path is not None else _from_hub(workload.model)
-    return architecture_from_config(document, workload.model)
-
-
-def _from_hub(model: str) -> Any:
-    # Imported late: it takes a third of a second, and only hub ids need it.
-    import huggingface_hub
-
-    try:
-        return json.loads(open(huggingface_hub.hf_hub_download(model, "config.json")).read())
-    except Exception as error:  # the library raises a dozen kinds, for network, login and missing files
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"--model {model}: its config.json cannot be had from the hub ({said}); name a local folder"
-        ) from error
+    document = workload.model_document()
+    if document is None:
+        raise UsageError(f"the sizes of {workload.title} are not known")
+    return architecture_from_config(document, workload.title)
 
 
 def architecture_from_config(document: Mapping[str, Any], model: str) -> Architecture:

@@ -7,7 +7,7 @@ from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 
 
 def knob_context_of(workload: Workload, machine: Machine) -> KnobContext:
@@ -20,7 +20,7 @@ def knob_context_of(workload: Workload, machine: Machine) -> KnobContext:
         liger=importlib.util.find_spec("liger_kernel") is not None,
         compute_capability=(int(major), int(minor)),
         dtype=workload.dtype,
-        pretrained=workload.pretrained,
+        pretrained=workload.weights_are_loaded,
     )
     try:
         architecture = architecture_of(workload)

@@ -16,8 +16,9 @@ from ds_tune.objectives.cost_model.memory import (
 )
 from ds_tune.objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
 from ds_tune.objectives.ds_config import CPU_BUCKET_ELEMENTS
+from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 
 Floats = npt.NDArray[np.float64]
 
@@ -50,11 +51,16 @@ class CostModel:
             attention: see `predict_memory`.
 
         Raises:
-            UsageError: the model's configuration cannot be had, or has no sizes.
+            UsageError: the model's configuration cannot be had or has no sizes, or samples differ in length.
         """
         self.workload = workload
         self.hardware = hardware
         self.architecture = architecture or architecture_of(workload)
+        tokens = workload.tokens_per_sample
+        if tokens is None:
+            raise UsageError(f"the samples of {workload.title} differ in length")
+        self.seq_len = tokens
+        """Tokens of a sample."""
         self._attention = attention
         self._memory_constants = memory_constants
         self._step_constants = step_constants
@@ -72,7 +78,7 @@ class CostModel:
                 config,
                 self.architecture,
                 ranks=self.hardware.ranks,
-                seq_len=self.workload.seq_len,
+                seq_len=self.seq_len,
                 dtype=dtype,
                 device=self.hardware.device,
                 attention=self._attention,
@@ -83,7 +89,7 @@ class CostModel:
                 config,
                 self.architecture,
                 self.hardware,
-                seq_len=self.workload.seq_len,
+                seq_len=self.seq_len,
                 dtype=dtype,
                 constants=self._step_constants,
             ),

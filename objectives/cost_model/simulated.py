@@ -134,7 +134,7 @@ class SimulatedObjective:
             setup_seconds=SETUP_SECONDS,
             wall_seconds=SETUP_SECONDS + math.fsum(warmup) + math.fsum(map(math.fsum, run)),
             model_parameters=self._model.architecture.parameters,
-            flops_per_sample=self._model.architecture.flops_per_sample(self._model.workload.seq_len),
+            flops_per_sample=self._model.architecture.flops_per_sample(self._model.seq_len),
         )
 
     def _random(self, what: object) -> np.random.Generator:

@@ -10,13 +10,18 @@ import torch
 import transformers
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, dataset_files, model_config_path
+from ds_tune.objectives.workload.huggingface import (
+    SHIPPED_MODELS,
+    HuggingFaceWorkload,
+    dataset_files,
+    model_config_path,
+)
 
 TOKEN_BLOCKS = 512
 """Enough for every global batch to differ from the last; the stream starts over behind it."""
 
 
-def load_blocks(workload: Workload, vocab_size: int) -> datasets.Dataset:
+def load_blocks(workload: HuggingFaceWorkload, vocab_size: int) -> datasets.Dataset:
     """A dataset with the column `input_ids`, rows of `seq_len` tokens.
 
     Raises:
@@ -53,7 +58,7 @@ def _open(name: str) -> datasets.Dataset:
         raise UsageError(f"--dataset {name} cannot be read: {said[0]}") from error
 
 
-def _token_stream(rows: datasets.Dataset, workload: Workload, vocab_size: int) -> Iterator[int]:
+def _token_stream(rows: datasets.Dataset, workload: HuggingFaceWorkload, vocab_size: int) -> Iterator[int]:
     """Every token of the dataset, one after the other: its own `input_ids`, or its text, tokenized."""
     columns = rows.column_names
     if "input_ids" in columns:
@@ -71,7 +76,7 @@ def _token_stream(rows: datasets.Dataset, workload: Workload, vocab_size: int) -
         yield from (token % vocab_size for token in encode(row[text_column] or ""))  # None where a cell is empty
 
 
-def _encoder(workload: Workload) -> Any:
+def _encoder(workload: HuggingFaceWorkload) -> Any:
     """Text to token ids. A shipped model has no tokenizer on disk: its text is read as bytes.
 
     How fast a model trains does not depend on which ids it sees, so bytes measure the same.

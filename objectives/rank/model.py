@@ -11,13 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ds_tune.objectives.ds_config import dtype_of
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload, model_config_path
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload, model_config_path
 from ds_tune.objectives.workload.model_sizes import check_sizes
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_config(workload: Workload) -> transformers.PretrainedConfig:
+def load_config(workload: HuggingFaceWorkload) -> transformers.PretrainedConfig:
     """The model's configuration: shipped, from a local file or folder, or from the hub.
 
     Raises:
@@ -60,7 +60,7 @@ def model_class(config: transformers.PretrainedConfig) -> Any:
 
 
 def build_model(
-    workload: Workload,
+    workload: HuggingFaceWorkload,
     config: transformers.PretrainedConfig,
     ds_config: Mapping[str, Any],
     device: torch.device,

@@ -10,14 +10,14 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
 from ds_tune.objectives.rank.progress import Progress
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankResources:
     """A rank that is ready to run trials: what it trains, where, and whom it tells."""
 
-    workload: Workload
+    workload: HuggingFaceWorkload
     machine: Machine
     model_config: transformers.PretrainedConfig
     blocks: datasets.Dataset

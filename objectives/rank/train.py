@@ -26,7 +26,7 @@ from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
 from ds_tune.objectives.rank.loop import TrainingLoop
 from ds_tune.objectives.rank.model import build_model, load_config
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,7 +91,7 @@ def main() -> None:
     deepspeed.init_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    workload = Workload(
+    workload = HuggingFaceWorkload(
         model=arguments.model,
         seq_len=arguments.seq_len,
         dtype=dtype_of(ds_config),

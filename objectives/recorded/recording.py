@@ -17,7 +17,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import DTYPES, Workload
+from ds_tune.objectives.workload.huggingface import DTYPES, HuggingFaceWorkload
 
 LARGEST = 2**20
 """Beyond it a whole number is a slip of the pen; no such batch, and no such number of ranks."""
@@ -53,7 +53,7 @@ class Recording:
 
     machine: Machine
     """Its memory is what a rank was allowed."""
-    workload: Workload
+    workload: HuggingFaceWorkload
     versions: Mapping[str, str]
     outcomes: Mapping[TrialConfig, Outcome]
     """In the order of the file: measurements, and configurations that ran out of memory."""
@@ -123,7 +123,7 @@ def read_recording(path: Path) -> Recording:
     )
 
 
-def _header(line: Mapping[str, Any]) -> tuple[Machine, Workload, Mapping[str, str]]:
+def _header(line: Mapping[str, Any]) -> tuple[Machine, HuggingFaceWorkload, Mapping[str, str]]:
     hardware = _text(line, "hardware")
     ranks = _integer(line, "ranks", lowest=1)
     match = _HARDWARE.fullmatch(hardware)
@@ -145,7 +145,7 @@ def _header(line: Mapping[str, Any]) -> tuple[Machine, Workload, Mapping[str, st
         device_ids=() if on_cpu else tuple(range(ranks)),
         memory_bytes=round(_positive(line, "memory_cap_gib") * GIB),
     )
-    workload = Workload(model=_text(line, "model"), seq_len=_integer(line, "seq_len", lowest=2), dtype=dtype)
+    workload = HuggingFaceWorkload(model=_text(line, "model"), seq_len=_integer(line, "seq_len", lowest=2), dtype=dtype)
     return machine, workload, versions
 
 

@@ -17,7 +17,7 @@ from ds_tune.objectives.running.rank_group import RankGroup
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, Outcome, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 
 Result = TypeVar("Result", list[RankResult], list[LossCurve])
 

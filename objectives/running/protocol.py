@@ -17,7 +17,7 @@ from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload, workload_from_json
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class RankContext:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
         return cls(
-            workload=Workload.from_json(document["workload"]),
+            workload=workload_from_json(document["workload"]),
             machine=Machine.from_json(document["machine"]),
             optimizers=tuple(TrialConfig.from_json(config) for config in document["optimizers"]),
         )

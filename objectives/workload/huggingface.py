@@ -1,6 +1,6 @@
-"""What is trained: the model, its precision and its data, as plain values that need no torch.
+"""A built-in training: a Hugging Face model, its precision and its data, as plain values that need no torch.
 
-`objectives.rank.model` and `objectives.rank.data` turn a `Workload` into the real thing inside a rank.
+`objectives.rank.model` and `objectives.rank.data` turn it into the real thing inside a rank.
 """
 
 import dataclasses
@@ -8,12 +8,15 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.workload.model_sizes import check_sizes
 
 DTYPES = ("fp16", "bf16", "fp32")
+
+TRAINING_MODULE = "ds_tune.objectives.rank.train"
+"""Script that trains it outside of a study."""
 
 SHIPPED_MODELS: dict[str, dict[str, Any]] = {
     # Published sizes of the GPT-2 family: Radford et al. 2019, as in the hub's config.json files.
@@ -37,9 +40,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """One training job, less what the search decides."""
+class HuggingFaceWorkload:
+    """Training of a Hugging Face model by ds-tune's own loop, less what the search decides."""
 
+    kind: ClassVar[str] = "hugging_face"
     model: str
     """A key of `SHIPPED_MODELS`, a folder or file with a Hugging Face configuration, or a hub id."""
     seq_len: int
@@ -53,19 +57,51 @@ class Workload:
     """The user's own DeepSpeed settings; `objectives.ds_config` lays each trial's over them."""
 
     @property
+    def title(self) -> str:
+        return self.model
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.seq_len
+
+    @property
+    def weights_are_loaded(self) -> bool:
+        return self.pretrained
+
+    @property
     def description(self) -> str:
         data = self.dataset or "synthetic tokens"
         return f"{self.model} {self.dtype}, sequence length {self.seq_len}, {data}"
 
+    def model_document(self) -> Mapping[str, Any]:
+        """Configuration of the model in transformers' JSON form.
+
+        Raises:
+            UsageError: it cannot be had here.
+        """
+        if self.model in SHIPPED_MODELS:
+            return SHIPPED_MODELS[self.model]
+        path = model_config_path(self.model)
+        document: Mapping[str, Any] = _from_hub(self.model) if path is None else json.loads(path.read_text())
+        return document
+
+    def training_words(self) -> list[str]:
+        words = ["--module", TRAINING_MODULE, "--model", self.model, "--seq-len", str(self.seq_len)]
+        if self.dataset is not None:
+            words += ["--dataset", self.dataset]
+        if self.tokenizer is not None:
+            words += ["--tokenizer", self.tokenizer]
+        return [*words, "--pretrained"] if self.pretrained else words
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {"type": self.kind, **dataclasses.asdict(self)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
         return cls(**document)
 
 
-def check_workload(workload: Workload) -> None:
+def check_workload(workload: HuggingFaceWorkload) -> None:
     """Finds what can be known to be wrong without loading anything.
 
     Raises:
@@ -87,7 +123,7 @@ def check_workload(workload: Workload) -> None:
             raise UsageError(f"--dataset {workload.dataset} is empty; name files with text or token ids in them")
 
 
-def _check_model(workload: Workload) -> None:
+def _check_model(workload: HuggingFaceWorkload) -> None:
     model = workload.model
     if model in SHIPPED_MODELS:
         limit = SHIPPED_MODELS[model].get("n_positions", 1024)
@@ -113,6 +149,19 @@ def _check_model(workload: Workload) -> None:
     if not isinstance(config, dict) or "model_type" not in config:
         raise UsageError(f"--model {model}: {path} is no Hugging Face configuration (it has no model_type)")
     check_sizes(config, model)
+
+
+def _from_hub(model: str) -> Any:
+    # Imported late: it takes a third of a second, and only hub ids need it.
+    import huggingface_hub
+
+    try:
+        return json.loads(open(huggingface_hub.hf_hub_download(model, "config.json")).read())
+    except Exception as error:  # the library raises a dozen kinds, for network, login and missing files
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"--model {model}: its config.json cannot be had from the hub ({said}); name a local folder"
+        ) from error
 
 
 def model_config_path(model: str) -> Path | None:

@@ -13,7 +13,7 @@ import pytest
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "deepspeed_autotuner.py"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -116,7 +116,7 @@ GPUS = Machine(device="cuda", name="NVIDIA H200", ranks=2, device_ids=(0, 1), me
 
 @pytest.mark.parametrize("stage", ["default", "all"])
 def test_the_autotuner_gets_ds_tune_s_settings_without_those_that_are_tuned(script: ModuleType, stage: str) -> None:
-    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
     zero = {} if stage == "default" else {"zero_optimization": {"stage": "all"}}
     assert script.user_config(workload, GPUS, stage) == {
         "fp16": {"enabled": True},
@@ -129,7 +129,7 @@ def test_the_autotuner_gets_ds_tune_s_settings_without_those_that_are_tuned(scri
 
 
 def test_a_global_batch_is_the_largest_that_the_autotuner_may_use(script: ModuleType) -> None:
-    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
     assert script.user_config(workload, GPUS, "all", 64)["autotuning"] == {
         "enabled": True,
         "fast": True,
@@ -140,7 +140,7 @@ def test_a_global_batch_is_the_largest_that_the_autotuner_may_use(script: Module
 def test_a_memory_cap_holds_for_the_experiments_and_for_what_the_autotuner_believes(
     script: ModuleType, tmp_path: Path
 ) -> None:
-    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
     capped = dataclasses.replace(GPUS, memory_cap_bytes=80 * GIB)
     bench = script.Bench(folder=tmp_path, workload=workload, machine=capped, stage="all")
     bench.write_files()
@@ -152,7 +152,7 @@ def test_a_memory_cap_holds_for_the_experiments_and_for_what_the_autotuner_belie
 
 
 def test_it_clears_its_folder_unless_it_is_to_go_on(script: ModuleType, tmp_path: Path) -> None:
-    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
     bench = script.Bench(folder=tmp_path, workload=workload, machine=GPUS, stage="all")
     done = tmp_path / "autotuning_results" / "z0_gas1_tmbspg1" / "metrics.json"
     done.parent.mkdir(parents=True)

@@ -16,7 +16,7 @@ from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -141,7 +141,7 @@ GPU_WINNER = {
 def written(comparison: ModuleType, ds_config: dict[str, Any], dtype: str, device: str) -> dict[str, Any]:
     """What a rank is given of a winner that went through a TrialConfig."""
     config, base = comparison.trial_of(ds_config, device)
-    workload = Workload(model="gpt2-nano", seq_len=32, dtype=dtype, base_ds_config=base)
+    workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype=dtype, base_ds_config=base)
     return deepspeed_config(config, workload, ranks=2, device=device)
 
 

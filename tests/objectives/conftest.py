@@ -19,7 +19,7 @@ from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 FAULTS = Path(__file__).parents[1] / "faults"
 QUICK = StepPlan(warmup_steps=1, zero3_extra_warmup_steps=0, min_timed_steps=2, max_timed_steps=2)
@@ -32,8 +32,8 @@ def machine() -> Machine:
 
 
 @pytest.fixture
-def workload() -> Workload:
-    return Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
+def workload() -> HuggingFaceWorkload:
+    return HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def nothing_is_left(started_processes: Callable[[], list[psutil.Process]]) -> It
 
 @pytest.fixture
 def objective(
-    workload: Workload, machine: Machine, tmp_path: Path, open_files: Callable[[], int]
+    workload: HuggingFaceWorkload, machine: Machine, tmp_path: Path, open_files: Callable[[], int]
 ) -> Iterator[Callable[..., DeepSpeedObjective]]:
     """Makes objectives that train the nano model on two CPU ranks, unless told otherwise; no file may stay open."""
     made: list[DeepSpeedObjective] = []
@@ -114,7 +114,7 @@ def objective(
 
     def make(
         *,
-        workload: Workload = workload,
+        workload: HuggingFaceWorkload = workload,
         machine: Machine = machine,
         plan: StepPlan = QUICK,
         trial_seconds: float = 120,

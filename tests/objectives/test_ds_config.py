@@ -5,13 +5,13 @@ from typing import Any
 
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 CONFIG = TrialConfig(zero_stage=2, micro_batch_size=4, gradient_accumulation_steps=3)
 
 
 def made(base: dict[str, Any] | None = None, *, dtype: str = "bf16", device: str = "cuda") -> dict[str, Any]:
-    workload = Workload(model="gpt2-nano", seq_len=32, dtype=dtype, base_ds_config=base or {})
+    workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype=dtype, base_ds_config=base or {})
     return deepspeed_config(CONFIG, workload, ranks=2, device=device)
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from ds_tune.objectives.ds_config import deepspeed_config, dtype_of
 from ds_tune.objectives.trial import KNOBS, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 PLAIN = {"zero_stage": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 2}
-WORKLOAD = Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
+WORKLOAD = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
 PAGE = (Path(__file__).parents[2] / "docs" / "knobs.md").read_text()
 
 
@@ -36,7 +36,7 @@ def test_every_value_is_documented_and_comes_back_from_json(field: str, value: i
 
 def test_a_knob_is_laid_over_the_users_own_settings_and_keeps_the_rest() -> None:
     own = {"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 123, "sub_group_size": 7}}
-    workload = Workload(model="gpt2-nano", seq_len=32, dtype="fp32", base_ds_config=own)
+    workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32", base_ds_config=own)
     config = TrialConfig(**PLAIN, overlap_comm="on", bucket_elements=50_000_000)
     zero = deepspeed_config(config, workload, ranks=2, device="cuda")["zero_optimization"]
     assert zero == {"overlap_comm": True, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000,
@@ -74,7 +74,7 @@ def test_torchs_fused_adam_is_asked_for_beside_the_learning_rate() -> None:
 
 
 def test_the_throughput_timer_is_switched_off_beside_the_users_other_timers() -> None:
-    workload = Workload(model="gpt2-nano", seq_len=32, dtype="fp32", base_ds_config={"timers": {"other": 1}})
+    workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32", base_ds_config={"timers": {"other": 1}})
     config = TrialConfig(**PLAIN, throughput_timer="off")
     document = deepspeed_config(config, workload, ranks=1, device="cuda")
     assert document["timers"] == {"other": 1, "throughput": {"enabled": False}}
@@ -82,7 +82,7 @@ def test_the_throughput_timer_is_switched_off_beside_the_users_other_timers() ->
 
 def test_bf16_is_written_in_place_of_fp16_whatever_the_user_set_for_it() -> None:
     own = {"fp16": {"enabled": True, "initial_scale_power": 8}}
-    workload = Workload(model="gpt2-nano", seq_len=32, dtype="fp16", base_ds_config=own)
+    workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp16", base_ds_config=own)
     assert dtype_of(deepspeed_config(TrialConfig(**PLAIN), workload, ranks=1, device="cuda")) == "fp16"
     config = TrialConfig(**PLAIN, precision="bf16")
     document = deepspeed_config(config, workload, ranks=1, device="cuda")

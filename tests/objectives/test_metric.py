@@ -9,10 +9,10 @@ from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.metric import METRICS, Metric, MetricContext, all_metrics, check_metric, metric_context
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
-CONTEXT = MetricContext(ranks=4, seq_len=1024, flops_per_sample=1e13, peak_flops=989e12)
-WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+CONTEXT = MetricContext(ranks=4, tokens_per_sample=1024, flops_per_sample=1e13, peak_flops=989e12)
+WORKLOAD = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 H100 = Machine(
     device="cuda",
     name="NVIDIA H100 80GB HBM3",
@@ -77,7 +77,7 @@ def test_a_known_gpus_peak_is_that_of_the_workloads_precision_and_named() -> Non
     half, single = (metric_context(dataclasses.replace(WORKLOAD, dtype=dtype), H100) for dtype in ("fp16", "fp32"))
     assert (half.peak_flops, half.peak_source) == (989e12, "989 TFLOP/s, data sheet of H100, fp16")
     assert (single.peak_flops, single.peak_source) == (67e12, "67 TFLOP/s, data sheet of H100, fp32")
-    assert (half.ranks, half.seq_len) == (2, 1024)
+    assert (half.ranks, half.tokens_per_sample) == (2, 1024)
 
 
 @pytest.mark.parametrize("machine", [CPU, UNKNOWN], ids=["CPU", "unknown GPU"])

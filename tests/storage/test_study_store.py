@@ -329,7 +329,7 @@ def test_a_study_from_before_there_were_other_figures_is_measured(
     store = open_store()
     run(store, make_record("z1_gas1_tmbspg1", 10.0))
     old = store.attributes[IDENTITY]
-    del old["figures"], old["recording"]
+    del old["figures"], old["recording"], old["workload"]["type"]
     set_study_attribute(store.storage, store.study, IDENTITY, old)
     again = open_store()
     assert len(again.records()) == 1

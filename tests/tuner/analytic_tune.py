@@ -23,13 +23,12 @@ import optuna
 import sqlalchemy.engine
 import sqlalchemy.event
 
-from ds_tune.objectives.files import result_file, write_atomically
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
 from ds_tune.objectives.objective import OnPhase
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.study_store import StudyStore
 from ds_tune.tuner import backend, cli, study
 
@@ -80,10 +79,8 @@ class AnalyticObjective:
         if self._answer == "hang":
             time.sleep(600)
         outcome = self._outcome(config)
-        for rank in range(self._machine.ranks):
-            path = result_file(folder, rank)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "{}")
+        for log in ("stdout.log", "stderr.log"):
+            (folder / log).write_bytes(b"")
         return outcome
 
     def losses(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> LossCurve | Failure:
@@ -221,7 +218,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--prepared", type=Path)
     arguments, rest = parser.parse_known_args(words)
 
-    def objective(workload: Workload, machine: Machine, **unused: Any) -> AnalyticObjective:
+    def objective(workload: HuggingFaceWorkload, machine: Machine, **unused: Any) -> AnalyticObjective:
         return AnalyticObjective(machine, answer=arguments.answer, prepared=arguments.prepared)
 
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", leave_writing_to_the_kernel)

@@ -4,14 +4,14 @@ import pytest
 
 from ds_tune.objectives.cost_model.hardware import parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.proposer import Proposer
 from ds_tune.tuner.space import Limits, Space
 
-XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 
-def baselines_on(hardware: str, workload: Workload = XL) -> list[str]:
+def baselines_on(hardware: str, workload: HuggingFaceWorkload = XL) -> list[str]:
     model = CostModel(workload, parse_hardware(hardware))
     space = Space(Limits(ranks=model.hardware.ranks, max_micro_batch=8, max_global_batch=256))
     return [config.name for config in Proposer(model, space.legal).baselines(space.baselines, [])]

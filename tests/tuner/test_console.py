@@ -9,13 +9,13 @@ import rich.console
 
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.console import Console, _Running, live_line, shortened, trial_heading, trial_line
 from ds_tune.tuner.time_left import RunsLeft
 
 MACHINE = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB)
-WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+WORKLOAD = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 LONG = TrialConfig(
     zero_stage=1, micro_batch_size=16, gradient_accumulation_steps=12, activation_checkpointing=1, compile="blocks"
 )

@@ -14,7 +14,7 @@ import pytest
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import LossCurve, NumericsCheck
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.finalists import Finalist
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
@@ -52,7 +52,7 @@ def summary(baseline: TrialConfig, *others: TrialConfig) -> StudySummary:
         )
         for number, each in enumerate((baseline, *others))
     ]
-    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
     return StudySummary(
         study="s", workload=workload, machine=MACHINE, versions={}, trials_total=len(records), tuning_seconds=1.0,
         ended=None, records=records,

@@ -15,12 +15,12 @@ from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
 from ds_tune.tuner.space import Limits, Space
 
 SURFACE: Recording = read_recording(Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl")
-XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 RUN_NOISE = 0.01
 """Two runs of one configuration differ by so much."""

@@ -18,7 +18,7 @@ from ds_tune.objectives.cost_model.simulated import SimulatedObjective
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Failure, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.attributes import RECORD
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
@@ -101,7 +101,7 @@ def report(results: str = "autotuning_results") -> str:
 def simulated(hardware: str, seed: int) -> dict[TrialConfig, Outcome]:
     """What every configuration of the space does on a simulated machine, closely timed."""
     known = parse_hardware(hardware)
-    model = CostModel(Workload(model="gpt2-xl", seq_len=1024, dtype="fp16"), known)
+    model = CostModel(HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16"), known)
     objective = SimulatedObjective(model, machine_of(known), seed, plan=PRECISE)
     space = Space(Limits(ranks=known.ranks, max_micro_batch=64, max_global_batch=128 * known.ranks))
     return {config: objective.run(config, Path("nowhere"), lambda phase: None) for config in space.legal}

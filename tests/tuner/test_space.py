@@ -10,7 +10,7 @@ import pytest
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.space import PRESETS, Limits, Space, dimensions_of
 
 
@@ -229,7 +229,7 @@ def test_the_presets_are_each_part_of_the_next() -> None:
     assert core < speed < full
 
 
-GPT2_XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+GPT2_XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 H200 = KnobContext(compute_capability=(9, 0), vocabulary=50257, model_type="gpt2", liger=True)
 V100 = KnobContext(compute_capability=(7, 0), vocabulary=50257, model_type="gpt2")
 

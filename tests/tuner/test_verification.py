@@ -10,7 +10,7 @@ import pytest
 
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, judge, next_runs
 
@@ -64,7 +64,7 @@ def summary(*rates: float, **changes: Any) -> StudySummary:
     """A finished study whose trial 0, the baseline, has the first rate."""
     return StudySummary(
         study="test",
-        workload=Workload(model="gpt2-nano", seq_len=32, dtype="fp32"),
+        workload=HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32"),
         machine=MACHINE,
         versions={},
         trials_total=len(rates),

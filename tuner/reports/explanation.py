@@ -62,7 +62,7 @@ def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel)
     words = f"{part} of a step of {best.config.name}, about {shares[largest]:.0%}, goes to {BOTTLENECKS[largest]}"
     if model.hardware.device == "cuda" and model.hardware.is_known:
         # A recording does not tell it.
-        flops = measured.flops_per_sample or model.architecture.flops_per_sample(model.workload.seq_len)
+        flops = measured.flops_per_sample or model.architecture.flops_per_sample(model.seq_len)
         reached = measured.samples_per_second * flops / model.hardware.ranks
         peak = model.hardware.accelerator.peak_flops(model.workload.dtype)
         words += f"; each GPU does {reached / 1e12:.0f} of its {peak / 1e12:.0f} TFLOP/s"

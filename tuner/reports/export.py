@@ -20,14 +20,13 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.running.launcher import threads_per_rank
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Measurement, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.markdown import closing_line, stage_table, summary_markdown
 from ds_tune.tuner.reports.metrics import metric_values
 
-TRAINING_MODULE = "ds_tune.objectives.rank.train"
 MICROSECONDS = 1e6
 
 CSV_COLUMNS = (
@@ -49,13 +48,7 @@ def training_command(workload: Workload, machine: Machine, ds_config: Path, conf
         command += ["--num_gpus", str(machine.ranks)]
     else:
         command += ["--include", "localhost:" + ",".join(str(index) for index in machine.device_ids)]
-    command += ["--module", TRAINING_MODULE, "--model", workload.model, "--seq-len", str(workload.seq_len)]
-    if workload.dataset is not None:
-        command += ["--dataset", workload.dataset]
-    if workload.tokenizer is not None:
-        command += ["--tokenizer", workload.tokenizer]
-    if workload.pretrained:
-        command += ["--pretrained"]
+    command += workload.training_words()
     for knob, value in config.model_knobs.items():
         command += ["--knob", f"{knob}={value}"]
     return [*command, "--deepspeed", "--deepspeed_config", str(ds_config.resolve())]

@@ -25,7 +25,7 @@ WINNER, IS_LEVEL, UNSETTLED = "★ winner", "level with the winner", "not told f
 def summary_markdown(summary: StudySummary) -> str:
     """The whole report: results, every trial, versions, hardware, and how it was measured."""
     sections = [
-        f"# {summary.provenance.mark(summary.workload.model)}\n",
+        f"# {summary.provenance.mark(summary.workload.title)}\n",
         *(f"{ORIGINS[provenance]}\n" for provenance in ORIGINS if provenance is summary.provenance),
         _environment(summary),
         "## Throughput\n",

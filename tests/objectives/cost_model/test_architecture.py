@@ -8,7 +8,7 @@ import pytest
 
 from ds_tune.objectives.cost_model.architecture import FAMILIES, architecture_from_config, architecture_of
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "n_positions": 64},
@@ -71,7 +71,7 @@ def test_a_block_has_as_many_matrices_as_the_real_models(model_type: str) -> Non
 @pytest.mark.parametrize("model", SHIPPED_MODELS)
 def test_the_shipped_models_are_counted_exactly(model: str) -> None:
     fields = dict(SHIPPED_MODELS[model])
-    counted = architecture_of(Workload(model=model, seq_len=128, dtype="fp16"))
+    counted = architecture_of(HuggingFaceWorkload(model=model, seq_len=128, dtype="fp16"))
     assert counted.parameters == real_count(fields.pop("model_type"), fields)
 
 
@@ -86,7 +86,7 @@ def test_an_unknown_family_of_the_usual_shape_is_guessed_within_a_tenth() -> Non
 
 def test_a_local_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SMALL["gpt2"]}))
-    counted = architecture_of(Workload(model=str(tmp_path), seq_len=32, dtype="fp32"))
+    counted = architecture_of(HuggingFaceWorkload(model=str(tmp_path), seq_len=32, dtype="fp32"))
     assert counted.layers == 3
     assert counted.flops_per_sample(32) == 32 * (6 * counted.parameters + 12 * 3 * 64 * 32)
 

@@ -6,18 +6,22 @@ import pytest
 
 from ds_tune.objectives.cost_model.knob_context import knob_context_of
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
-GPT2_XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+GPT2_XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 
 def test_the_site_is_read_from_the_machine_and_the_model() -> None:
     machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=GIB, compute_capability="9.0")
-    context = knob_context_of(Workload(model="gpt2-xl", seq_len=1024, dtype="bf16", pretrained=True), machine)
+    context = knob_context_of(
+        HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="bf16", pretrained=True), machine
+    )
     assert (context.compute_capability, context.dtype, context.pretrained) == ((9, 0), "bf16", True)
     assert (context.model_type, context.vocabulary, context.grouped_queries) == ("gpt2", 50257, False)
     unknown = dataclasses.replace(machine, compute_capability=None)
-    assert knob_context_of(Workload(model="gpt2-xl", seq_len=1024, dtype="bf16"), unknown).compute_capability == (0, 0)
+    assert knob_context_of(
+        HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="bf16"), unknown
+    ).compute_capability == (0, 0)
 
 
 def test_what_the_states_take_of_a_rank_s_memory() -> None:

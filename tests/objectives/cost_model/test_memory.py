@@ -15,7 +15,7 @@ from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 
@@ -272,6 +272,6 @@ def test_an_enlarged_vocabulary_has_more_logits_and_more_parameters() -> None:
 
 
 def test_bf16_needs_what_fp16_needs() -> None:
-    fp16 = CostModel(Workload(model="gpt2-xl", seq_len=1024, dtype="fp16"), parse_hardware("1xH200"))
+    fp16 = CostModel(HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16"), parse_hardware("1xH200"))
     plain, other = fp16.predict(knobs(1, 8)), fp16.predict(knobs(1, 8, precision="bf16"))
     assert other.memory == plain.memory and other.step == plain.step

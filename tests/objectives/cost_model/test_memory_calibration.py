@@ -21,7 +21,7 @@ from ds_tune.objectives.cost_model.model import CostModel, grid_of
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
 SURFACE = read_recording(DATA / "2xH100.gpt2-xl.24GiB.jsonl")
@@ -121,7 +121,9 @@ def runs(model: str) -> list[tuple[float, bool]]:
     head, *rows = [json.loads(text) for text in (DATA / "fragments" / f"1xH100.{model}.jsonl").read_text().splitlines()]
     found = []
     for row in rows:
-        costs = CostModel(Workload(**{key: head[key] for key in ("model", "seq_len", "dtype")}), capped(head, row))
+        costs = CostModel(
+            HuggingFaceWorkload(**{key: head[key] for key in ("model", "seq_len", "dtype")}), capped(head, row)
+        )
         config = TrialConfig(
             zero_stage=row["stage"],
             micro_batch_size=row["mbs"],

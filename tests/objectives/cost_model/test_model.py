@@ -18,14 +18,14 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 SCRIPT = ROOT / "benchmarks" / "published.py"
 CLAIMS = ROOT / "docs" / "cost-model.md"
 
-XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 GPT2_ROWS = ("GPT2", "GPT2-medium", "GPT2-large", "GPT2-xl")
 
 
@@ -87,7 +87,9 @@ def test_knobs_are_numbered_by_the_combinations_that_occur() -> None:
 def test_the_users_bucket_size_is_taken_from_their_deepspeed_configuration(
     setting: dict[str, object], bucket_bytes: float
 ) -> None:
-    workload = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16", base_ds_config={"zero_optimization": setting})
+    workload = HuggingFaceWorkload(
+        model="gpt2-xl", seq_len=1024, dtype="fp16", base_ds_config={"zero_optimization": setting}
+    )
     assert CostModel(workload, parse_hardware("2xH200")).predict(config(3)).memory.buckets == bucket_bytes
 
 
@@ -107,7 +109,7 @@ def test_attention_and_constants_are_the_callers() -> None:
 
 def test_two_cpu_ranks_are_predicted_too() -> None:
     machine = Machine(device="cpu", name="AMD EPYC", ranks=2, memory_bytes=8 * GIB)
-    model = CostModel(Workload(model="gpt2-nano", seq_len=128, dtype="fp32"), hardware_of(machine))
+    model = CostModel(HuggingFaceWorkload(model="gpt2-nano", seq_len=128, dtype="fp32"), hardware_of(machine))
     for stage in range(4):
         found = model.predict(config(stage, 4))
         assert 0.1 * GIB < found.memory.peak_bytes < 2 * GIB
@@ -117,7 +119,7 @@ def test_two_cpu_ranks_are_predicted_too() -> None:
 def test_a_model_without_sizes_is_refused_before_anything_is_predicted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(UsageError, match="does not say its hidden"):
-        CostModel(Workload(model=str(tmp_path), seq_len=128, dtype="fp16"), parse_hardware("1xH200"))
+        CostModel(HuggingFaceWorkload(model=str(tmp_path), seq_len=128, dtype="fp16"), parse_hardware("1xH200"))
 
 
 def test_the_uncorrected_seconds_are_as_wrong_as_the_documentation_says() -> None:

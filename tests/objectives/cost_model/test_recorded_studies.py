@@ -15,7 +15,7 @@ from ds_tune.objectives.cost_model.model import CostModel, Prediction, grid_of
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 ROOT = Path(__file__).parents[3]
 STUDIES = sorted((ROOT / "benchmarks" / "data" / "studies").glob("*.json"))
@@ -32,7 +32,7 @@ def machine_of_study(study: dict[str, Any]) -> Machine:
 
 
 def model_of_study(study: dict[str, Any]) -> CostModel:
-    workload = Workload(**{key: study["model"][key] for key in ("model", "seq_len", "dtype")})
+    workload = HuggingFaceWorkload(**{key: study["model"][key] for key in ("model", "seq_len", "dtype")})
     return CostModel(workload, hardware_of(machine_of_study(study)))
 
 

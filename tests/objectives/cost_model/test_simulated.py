@@ -14,9 +14,9 @@ from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.objective import Objective
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
-WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+WORKLOAD = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 SEEDS = range(20)
 
 

@@ -16,7 +16,7 @@ from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model
 from ds_tune.objectives.rank.model import build_model
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 
 @pytest.fixture(scope="package")
@@ -65,7 +65,7 @@ def engine_of(one_rank: None, made: list[deepspeed.DeepSpeedEngine]) -> Callable
         begins: bool = True,
         **knobs: Any,
     ) -> deepspeed.DeepSpeedEngine:
-        workload = Workload(model="gpt2-nano", seq_len=16, dtype=dtype)
+        workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=16, dtype=dtype)
         config = TrialConfig(
             zero_stage=zero_stage, micro_batch_size=2, gradient_accumulation_steps=accumulation, **knobs
         )

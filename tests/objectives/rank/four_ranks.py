@@ -17,7 +17,7 @@ from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_model, configure_model
 from ds_tune.objectives.rank.model import build_model
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 RANKS = 4
 
@@ -29,7 +29,7 @@ def main(rendezvous: str, result: str, knobs: str) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     skip_unused_ops()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    workload = Workload(model="gpt2-nano", seq_len=16, dtype="fp32")
+    workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=16, dtype="fp32")
     config = TrialConfig(zero_stage=3, micro_batch_size=2, gradient_accumulation_steps=1, **json.loads(knobs))
     ds_config = deepspeed_config(config, workload, ranks=RANKS, device="cpu")
     # By default parameters as small as these stay gathered, and nothing would be seen of gathering them.

@@ -12,9 +12,9 @@ import transformers
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.rank.data import TOKEN_BLOCKS, batches, load_blocks
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
-NANO = Workload(model="gpt2-nano", seq_len=8, dtype="fp32")
+NANO = HuggingFaceWorkload(model="gpt2-nano", seq_len=8, dtype="fp32")
 TEXT = "the quick brown fox"
 
 

@@ -15,10 +15,10 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.rank.knobs import apply_to_model, configure_model
 from ds_tune.objectives.rank.model import build_model
 from ds_tune.objectives.trial import KNOBS
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 VOCABULARY = 501
-WORKLOAD = Workload(model="gpt2-nano", seq_len=16, dtype="fp32")
+WORKLOAD = HuggingFaceWorkload(model="gpt2-nano", seq_len=16, dtype="fp32")
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 

@@ -11,13 +11,13 @@ import transformers
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.rank.model import build_model, count_parameters, flops_per_sample, load_config, model_class
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, Workload
+from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload
 
-NANO = Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
+NANO = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
 STAGE_0 = {"zero_optimization": {"stage": 0}}
 
 
-def local(folder: Path, **fields: Any) -> Workload:
+def local(folder: Path, **fields: Any) -> HuggingFaceWorkload:
     """A workload whose model is a configuration in a folder."""
     (folder / "config.json").write_text(json.dumps(fields))
     return dataclasses.replace(NANO, model=str(folder))

@@ -12,11 +12,11 @@ import pytest
 
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 
 def test_deepspeed_s_launcher_runs_it_with_a_configuration_of_a_trial(
-    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workload: HuggingFaceWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrialConfig(zero_stage=1, micro_batch_size=2, gradient_accumulation_steps=2)
     (tmp_path / "ds.json").write_text(json.dumps(deepspeed_config(config, workload, ranks=2, device="cpu")))

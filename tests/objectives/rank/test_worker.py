@@ -16,7 +16,7 @@ from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.trial import Failure, FailureKind, Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 Train = Callable[..., Outcome]
 Fault = Callable[[str], Path]
@@ -56,7 +56,7 @@ def test_running_out_of_memory_is_told_as_that_with_phase_and_peak_wherever_it_s
 
 
 def test_running_out_of_memory_for_a_batch_is_told_as_that_with_phase_and_peak(
-    train: Train, fault: Fault, workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, fault: Fault, workload: HuggingFaceWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A batch of 64 MiB, made of rows that take as much, for a model of less than one.
     fields = {"model_type": "gpt2", "vocab_size": 32, "n_positions": 16384, "n_embd": 8, "n_layer": 1, "n_head": 1}
@@ -123,7 +123,7 @@ def test_a_rank_that_hangs_is_killed_at_the_deadline_and_the_others_with_it(trai
     ids=["unknown key", "unknown optimizer"],
 )
 def test_a_deepspeed_setting_that_cannot_be_is_an_invalid_configuration_that_names_it(
-    train: Train, workload: Workload, base: dict[str, Any], word: str
+    train: Train, workload: HuggingFaceWorkload, base: dict[str, Any], word: str
 ) -> None:
     failure = failed(train(workload=dataclasses.replace(workload, base_ds_config=base)))
     assert failure.kind == FailureKind.INVALID_CONFIG, failure
@@ -146,7 +146,7 @@ def test_a_machine_that_torch_cannot_use_is_told_before_any_trial(
 
 
 def test_what_only_a_rank_can_know_to_be_wrong_is_the_user_s_error_before_any_trial(
-    objective: Callable[..., DeepSpeedObjective], workload: Workload, tmp_path: Path
+    objective: Callable[..., DeepSpeedObjective], workload: HuggingFaceWorkload, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short")

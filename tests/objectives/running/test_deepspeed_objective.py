@@ -15,7 +15,7 @@ from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.running.protocol import RankResult
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 Train = Callable[..., Outcome]
 Fault = Callable[[str], Path]
@@ -36,7 +36,7 @@ def noted(note: Path, *, ranks: int = 2) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_a_trial_in_each_zero_stage_is_really_run_and_timed(
-    train: Train, fault: Fault, workload: Workload, zero_stage: int, dtype: str
+    train: Train, fault: Fault, workload: HuggingFaceWorkload, zero_stage: int, dtype: str
 ) -> None:
     note = fault("rank=* phase=forward kind=inspect")
     config = TrialConfig(zero_stage=zero_stage, micro_batch_size=2, gradient_accumulation_steps=3)
@@ -78,7 +78,7 @@ TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "in
 
 @pytest.mark.parametrize(("model_type", "architecture"), [("llama", "LlamaForCausalLM"), ("bert", "BertForMaskedLM")])
 def test_any_local_causal_or_masked_model_is_trained(
-    train: Train, fault: Fault, workload: Workload, tmp_path: Path, model_type: str, architecture: str
+    train: Train, fault: Fault, workload: HuggingFaceWorkload, tmp_path: Path, model_type: str, architecture: str
 ) -> None:
     fields = {"model_type": model_type, "architectures": [architecture], "vocab_size": 512, **TINY}
     (tmp_path / "model").mkdir()
@@ -89,7 +89,7 @@ def test_any_local_causal_or_masked_model_is_trained(
 
 
 def test_pretrained_weights_and_the_user_s_text_are_what_is_trained(
-    train: Train, fault: Fault, workload: Workload, tmp_path: Path
+    train: Train, fault: Fault, workload: HuggingFaceWorkload, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "saved"
@@ -154,7 +154,7 @@ def test_the_slowest_rank_s_times_and_the_highest_memory_make_the_measurement(
 
 
 @pytest.mark.gpu
-def test_a_trial_on_a_gpu_is_measured(workload: Workload, config: TrialConfig, tmp_path: Path) -> None:
+def test_a_trial_on_a_gpu_is_measured(workload: HuggingFaceWorkload, config: TrialConfig, tmp_path: Path) -> None:
     machine = detect_machine(gpus=1, cpu_ranks=2, memory_cap_bytes=None)
     measurement = measured(run_on(machine, dataclasses.replace(workload, dtype="fp16"), config, tmp_path))
     assert measurement.samples_per_second > 0
@@ -162,7 +162,7 @@ def test_a_trial_on_a_gpu_is_measured(workload: Workload, config: TrialConfig, t
 
 
 @pytest.mark.gpu
-def test_a_memory_cap_on_a_gpu_is_what_a_trial_really_has(workload: Workload, tmp_path: Path) -> None:
+def test_a_memory_cap_on_a_gpu_is_what_a_trial_really_has(workload: HuggingFaceWorkload, tmp_path: Path) -> None:
     cap = 2**30
     machine = detect_machine(gpus=1, cpu_ranks=2, memory_cap_bytes=cap)
     config = TrialConfig(zero_stage=1, micro_batch_size=4096, gradient_accumulation_steps=1)
@@ -191,7 +191,7 @@ def test_a_memory_cap_on_a_gpu_is_what_a_trial_really_has(workload: Workload, tm
     ids=str,
 )
 def test_each_knob_that_a_cpu_cannot_show_trains_on_a_gpu(
-    knobs: dict[str, Any], workload: Workload, tmp_path: Path
+    knobs: dict[str, Any], workload: HuggingFaceWorkload, tmp_path: Path
 ) -> None:
     machine = detect_machine(gpus=1, cpu_ranks=2, memory_cap_bytes=None)
     config = TrialConfig(**{"zero_stage": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 1} | knobs)
@@ -201,7 +201,7 @@ def test_each_knob_that_a_cpu_cannot_show_trains_on_a_gpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("knobs", "gpus"), [({"quantized_weights": "on"}, 2), ({"parameter_group": 2}, 4)], ids=str)
 def test_each_knob_that_needs_several_gpus_trains_on_them(
-    knobs: dict[str, Any], gpus: int, workload: Workload, tmp_path: Path
+    knobs: dict[str, Any], gpus: int, workload: HuggingFaceWorkload, tmp_path: Path
 ) -> None:
     if len(visible_gpus()) < gpus:
         pytest.skip(f"needs {gpus} GPUs")
@@ -210,7 +210,7 @@ def test_each_knob_that_needs_several_gpus_trains_on_them(
     measured(run_on(machine, dataclasses.replace(workload, dtype="fp16"), config, tmp_path))
 
 
-def run_on(machine: Machine, workload: Workload, config: TrialConfig, folder: Path) -> Outcome:
+def run_on(machine: Machine, workload: HuggingFaceWorkload, config: TrialConfig, folder: Path) -> Outcome:
     launcher = LocalLauncher(machine)
     objective = DeepSpeedObjective(
         workload,

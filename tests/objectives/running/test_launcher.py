@@ -37,12 +37,12 @@ from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 folder = Path({folder!r})
 machine = Machine(device="cpu", name="test", ranks=2, memory_bytes=2**33)
 objective = DeepSpeedObjective(
-    Workload(model="gpt2-nano", seq_len=32, dtype="fp32"),
+    HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32"),
     machine,
     launcher=LocalLauncher(machine),
     log_folder=folder,

@@ -11,7 +11,7 @@ import pytest
 from ds_tune.objectives.numerics import STEPS, LossCurve, NumericsCheck
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.trial import Failure, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ REFERENCE = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_
 
 @pytest.fixture
 def check(
-    objective: Callable[..., DeepSpeedObjective], workload: Workload, tmp_path: Path
+    objective: Callable[..., DeepSpeedObjective], workload: HuggingFaceWorkload, tmp_path: Path
 ) -> Callable[..., list[NumericsCheck]]:
     """Compares configurations with `REFERENCE`, in the same ranks."""
 
@@ -75,7 +75,7 @@ TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "in
     ids=lambda fields: fields["model_type"],
 )  # fmt: skip
 def test_models_of_other_kinds_begin_and_learn_partitioned_as_they_do_whole(
-    fields: dict[str, Any], objective: Callable[..., DeepSpeedObjective], workload: Workload, tmp_path: Path
+    fields: dict[str, Any], objective: Callable[..., DeepSpeedObjective], workload: HuggingFaceWorkload, tmp_path: Path
 ) -> None:
     """ZeRO-3 comes first, when nothing of the model has been imported yet."""
     (tmp_path / "config.json").write_text(json.dumps({**TINY, **fields}))

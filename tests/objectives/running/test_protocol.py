@@ -30,12 +30,12 @@ from ds_tune.objectives.running.protocol import (
 from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 CONFIG = TrialConfig(zero_stage=3, micro_batch_size=2, gradient_accumulation_steps=4, compile="deepcompile")
 
 
-def commands(workload: Workload, machine: Machine) -> list[Command]:
+def commands(workload: HuggingFaceWorkload, machine: Machine) -> list[Command]:
     return [
         Setup(context=RankContext(workload=workload, machine=machine, optimizers=(CONFIG,))),
         Time(
@@ -66,7 +66,7 @@ def events(result: RankResult) -> list[Event]:
     ]
 
 
-def test_commands_survive_their_line(workload: Workload, machine: Machine) -> None:
+def test_commands_survive_their_line(workload: HuggingFaceWorkload, machine: Machine) -> None:
     for command in commands(workload, machine):
         line = encode(command)
         assert line.count(b"\n") == 1 and line.endswith(b"\n")
@@ -81,7 +81,7 @@ def test_events_survive_their_line(rank_result: RankResult) -> None:
 
 
 def test_every_message_is_plain_json_with_its_name(
-    workload: Workload, machine: Machine, rank_result: RankResult
+    workload: HuggingFaceWorkload, machine: Machine, rank_result: RankResult
 ) -> None:
     names = [json.loads(encode(command))["command"] for command in commands(workload, machine)]
     assert names == ["setup", "time", "losses"]

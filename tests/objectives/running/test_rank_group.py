@@ -17,7 +17,7 @@ from ds_tune.objectives.running.launcher import LocalLauncher
 from ds_tune.objectives.running.protocol import Losses, RankContext
 from ds_tune.objectives.running.rank_group import RankGroup
 from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 READY = 'receive(); send("ready"); folder = receive()["log_folder"];'
 
@@ -32,7 +32,7 @@ def curves(*losses: float) -> list[LossCurve]:
 
 
 @pytest.fixture
-def context(workload: Workload, machine: Machine) -> RankContext:
+def context(workload: HuggingFaceWorkload, machine: Machine) -> RankContext:
     return RankContext(workload=workload, machine=machine)
 
 

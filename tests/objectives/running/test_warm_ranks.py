@@ -13,7 +13,7 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 MIB = 2**20
 ONE_STEP = StepPlan(warmup_steps=1, zero3_extra_warmup_steps=0, min_timed_steps=2, max_timed_steps=2)
@@ -138,7 +138,7 @@ def test_a_trial_that_is_clearly_slower_than_the_best_is_stopped(
 
 
 @pytest.fixture
-def own_adam(workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workload:
+def own_adam(workload: HuggingFaceWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HuggingFaceWorkload:
     """Trains with DeepSpeed's Adam, of which nothing is compiled yet."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     optimizer = {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": False}}
@@ -148,7 +148,7 @@ def own_adam(workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_an_optimizer_that_only_some_trials_need_is_compiled_before_the_first(
     objective: Callable[..., DeepSpeedObjective],
-    own_adam: Workload,
+    own_adam: HuggingFaceWorkload,
     tmp_path: Path,
 ) -> None:
     """DeepSpeed's CPUAdam, really compiled: for no trial yet, and told in a line."""
@@ -163,7 +163,7 @@ def test_an_optimizer_that_only_some_trials_need_is_compiled_before_the_first(
 
 def test_an_optimizer_that_cannot_be_compiled_does_not_keep_others_from_training(
     objective: Callable[..., DeepSpeedObjective],
-    own_adam: Workload,
+    own_adam: HuggingFaceWorkload,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,14 +9,15 @@ import pytest
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.workload.huggingface import (
-    Workload,
+    HuggingFaceWorkload,
     check_workload,
     dataset_files,
     load_base_ds_config,
     model_config_path,
 )
+from ds_tune.objectives.workload.kinds import workload_from_json
 
-NANO = Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
+NANO = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
 
 
 def refusal(**changes: Any) -> str:
@@ -34,7 +35,7 @@ def test_a_shipped_model_is_fine_as_it_is() -> None:
 
 def test_a_workload_survives_json() -> None:
     workload = dataclasses.replace(NANO, dataset="corpus.txt", base_ds_config={"zero_optimization": {"stage": 1}})
-    assert Workload.from_json(json.loads(json.dumps(workload.to_json()))) == workload
+    assert workload_from_json(json.loads(json.dumps(workload.to_json()))) == workload
 
 
 def test_an_unknown_model_is_told_what_there_is() -> None:

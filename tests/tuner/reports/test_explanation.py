@@ -11,13 +11,13 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Measurement, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.ablations import Ablation, Contributions
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.explanation import bottleneck_words, explanation_lines, first_steps_words, gain_words
 
 H200 = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB, compute_capability="9.0")
-WORKLOAD = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+WORKLOAD = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 
 
 def measurement(rate: float, samples: int, *, first_steps_seconds: float = 0.0) -> Measurement:
@@ -57,7 +57,7 @@ def summary(
     best: TrialConfig = BEST,
     first_steps_seconds: float = 0.0,
     machine: Machine = H200,
-    workload: Workload = WORKLOAD,
+    workload: HuggingFaceWorkload = WORKLOAD,
     **changes: object,
 ) -> StudySummary:
     records = [
@@ -181,7 +181,7 @@ def test_a_compilation_found_in_a_cache_later_still_counts() -> None:
 
 
 def test_numbers_are_advised_where_allowing_them_offers_something() -> None:
-    def advised(workload: Workload) -> set[str]:
+    def advised(workload: HuggingFaceWorkload) -> set[str]:
         lines = explanation_lines(summary(workload=workload))
         return {found[1] for line in lines if (found := re.match(r"--allow numerics:(\w+) ", line))}
 
@@ -196,7 +196,9 @@ def test_a_vocabulary_that_is_a_multiple_already_is_not_advised_to_grow(tmp_path
     advice = []
     for vocabulary in (128256, 128257):
         (tmp_path / "config.json").write_text(json.dumps({**fields, "vocab_size": vocabulary}))
-        lines = explanation_lines(summary(workload=Workload(model=str(tmp_path), seq_len=2048, dtype="bf16")))
+        lines = explanation_lines(
+            summary(workload=HuggingFaceWorkload(model=str(tmp_path), seq_len=2048, dtype="bf16"))
+        )
         advice.append([line for line in lines if "vocabulary" in line])
     assert (advice[0], len(advice[1])) == ([], 1)
 

@@ -13,7 +13,7 @@ import pytest
 
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Measurement, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.reports.export import export, metrics_document, shell_line, summary_text, training_command
@@ -157,13 +157,15 @@ def test_commands_start_deepspeed_with_a_file(exported: ResultsFolder) -> None:
 
 
 def test_a_command_names_all_of_the_workload(machine: Machine) -> None:
-    workload = Workload(model="m", seq_len=64, dtype="bf16", dataset="d.txt", tokenizer="t", pretrained=True)
+    workload = HuggingFaceWorkload(model="m", seq_len=64, dtype="bf16", dataset="d.txt", tokenizer="t", pretrained=True)
     command = training_command(workload, machine, Path("ds.json"), PLAIN)
     options = ["--model", "m", "--seq-len", "64", "--dataset", "d.txt", "--tokenizer", "t", "--pretrained"]
     assert command[command.index("--model") : command.index("--deepspeed")] == options
 
 
-def test_a_command_names_the_activation_checkpointing_that_is_on(workload: Workload, machine: Machine) -> None:
+def test_a_command_names_the_activation_checkpointing_that_is_on(
+    workload: HuggingFaceWorkload, machine: Machine
+) -> None:
     command = training_command(
         workload, machine, Path("ds.json"), dataclasses.replace(PLAIN, activation_checkpointing=2)
     )
@@ -172,7 +174,7 @@ def test_a_command_names_the_activation_checkpointing_that_is_on(workload: Workl
     assert "--knob" not in training_command(workload, machine, Path("ds.json"), PLAIN)
 
 
-def test_a_command_for_the_cpu_names_the_number_of_ranks(workload: Workload) -> None:
+def test_a_command_for_the_cpu_names_the_number_of_ranks(workload: HuggingFaceWorkload) -> None:
     machine = Machine(device="cpu", name="CPU", ranks=4, memory_bytes=GIB)
     assert training_command(workload, machine, Path("ds.json"), PLAIN)[:3] == ["deepspeed", "--num_gpus", "4"]
 

@@ -14,7 +14,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import METRICS
 from ds_tune.objectives.trial import Measurement, Provenance
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.identity import Identity
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.storage.study_store import IDENTITY, StudyStore
@@ -124,7 +124,7 @@ def test_verified_rates_stand_in_the_report(finished: StudySummary) -> None:
 
 
 def test_optuna_is_told_the_chosen_metric_and_shown_all(
-    tmp_path: Path, workload: Workload, machine: Machine, make_record: Callable[..., TrialRecord]
+    tmp_path: Path, workload: HuggingFaceWorkload, machine: Machine, make_record: Callable[..., TrialRecord]
 ) -> None:
     store = opened(tmp_path, Identity(objective="o", workload=workload, machine=machine, space={}, metric="mfu"))
     record = make_record("z1_gas2_tmbspg8", RATE)
@@ -141,7 +141,7 @@ def test_optuna_is_told_the_chosen_metric_and_shown_all(
 
 
 def test_a_study_is_not_gone_on_with_in_another_metric(
-    tmp_path: Path, workload: Workload, machine: Machine, make_record: Callable[..., TrialRecord]
+    tmp_path: Path, workload: HuggingFaceWorkload, machine: Machine, make_record: Callable[..., TrialRecord]
 ) -> None:
     identity = Identity(objective="o", workload=workload, machine=machine, space={})
     tell(opened(tmp_path, identity), make_record("z1_gas2_tmbspg8", RATE))
@@ -150,7 +150,7 @@ def test_a_study_is_not_gone_on_with_in_another_metric(
 
 
 def test_a_study_from_before_there_were_metrics_maximises_samples_per_second(
-    tmp_path: Path, workload: Workload, machine: Machine, make_record: Callable[..., TrialRecord]
+    tmp_path: Path, workload: HuggingFaceWorkload, machine: Machine, make_record: Callable[..., TrialRecord]
 ) -> None:
     identity = Identity(objective="o", workload=workload, machine=machine, space={})
     store = opened(tmp_path, identity)
