@@ -1,6 +1,7 @@
 """What the README and docs/ say of the commands is what the commands do."""
 
 import argparse
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -92,6 +93,17 @@ def test_every_documented_command_is_one(page: str, line: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     assert any(page == "README.md" for page, _ in COMMAND_LINES)
+
+
+def keys_of_the_document() -> list[str]:
+    schema = json.loads((CHECKOUT / "tuner" / "reports" / "study.schema.json").read_text())
+    return [*schema["properties"], *schema["$defs"]["trial"]["properties"]]
+
+
+@pytest.mark.parametrize("key", sorted(set(keys_of_the_document())))
+def test_every_key_of_the_json_document_is_in_results_md(key: str) -> None:
+    rows = re.findall(r"^\| (`.+?) \|", (CHECKOUT / "docs" / "results.md").read_text(), re.MULTILINE)
+    assert any(f"`{key}`" in row for row in rows)
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=str)
