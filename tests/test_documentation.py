@@ -125,6 +125,14 @@ def test_log_index_lists_each_entry_once_under_its_title_and_date() -> None:
         assert (LOG / file).read_text().startswith(f"# {title}\n"), file
 
 
+def test_index_of_decisions_has_each_record_under_its_title() -> None:
+    folder = CHECKOUT / "docs" / "decisions"
+    index = dict(re.findall(r"^\| \[.+\]\((\S+\.md)\) \| (.+) \|$", (folder / "README.md").read_text(), re.MULTILINE))
+    records = {path.name: path.read_text().splitlines()[0].removeprefix("# ") for path in folder.glob("*.md")}
+    del records["README.md"]
+    assert index == records
+
+
 def test_log_index_is_newest_first() -> None:
     dates = [date for date, _, _ in log_entries()]
     assert dates == sorted(dates, reverse=True)
