@@ -1,5 +1,5 @@
 #!/bin/sh
-# What docs/experiments.md records of a machine, in one go: the main command, whether its optimum reproduces, the table of
+# What docs/log records of a machine, in one go: the main command, whether its optimum reproduces, the table of
 # warm ranks, DeepSpeed's autotuner in its default stage, and the head to head with it. Cut off at any point, the same
 # command goes on: a part that is done is not done again. All output also lands in FOLDER.
 #

@@ -7,6 +7,7 @@ recorded one with 1% of noise, drawn for each seed; the configuration that looks
 Printed are, for each surface and policy, the regret after 5, 9 and 20 trials (how much slower than the surface's best;
 mean, 95th percentile, worst), the trials among the first 9 that ran out of memory, and the recorded seconds until the
 chosen configuration was within 2% of the best (of the runs that got there in 20 trials, and how many did).
+benchmarks/results/searches.md keeps the table of the last full run.
 
 `--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less what it loses to fragments, counts
 as out of memory: of its large tensors the share that least_memory.py measured of that model, in the median.

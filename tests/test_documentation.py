@@ -1,6 +1,7 @@
 """What the README and docs/ say of the commands is what the commands do."""
 
 import argparse
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,7 +13,12 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.tuner.cli import COMMANDS
 
 CHECKOUT = Path(__file__).parents[1]
-PAGES = sorted(path.relative_to(CHECKOUT) for path in [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")])
+ALL_PAGES = sorted(
+    path.relative_to(CHECKOUT)
+    for path in (*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md"), *(CHECKOUT / "benchmarks").rglob("*.md"))
+)
+LOG = CHECKOUT / "docs" / "log"
+PAGES = [page for page in ALL_PAGES if (CHECKOUT / page).parent != LOG]  # the log keeps commands as they once were
 TEXT = "\n".join((CHECKOUT / page).read_text() for page in PAGES)
 
 PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:\.?/?\S*bin/tune|ds-tune|tune)(?= )")
@@ -89,7 +95,44 @@ def test_there_are_commands_to_check() -> None:
     assert any(page == "README.md" for page, _ in COMMAND_LINES)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+def keys_of_the_document() -> list[str]:
+    schema = json.loads((CHECKOUT / "tuner" / "reports" / "study.schema.json").read_text())
+    return [*schema["properties"], *schema["$defs"]["trial"]["properties"]]
+
+
+@pytest.mark.parametrize("key", sorted(set(keys_of_the_document())))
+def test_every_key_of_the_json_document_is_in_results_md(key: str) -> None:
+    rows = re.findall(r"^\| (`.+?) \|", (CHECKOUT / "docs" / "results.md").read_text(), re.MULTILINE)
+    assert any(f"`{key}`" in row for row in rows)
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=str)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (CHECKOUT / page).read_text()):
         assert (CHECKOUT / page.parent / target).exists(), target
+
+
+def log_entries() -> list[tuple[str, str, str]]:
+    """Date, title and file of each line of the log's index, in its order."""
+    return re.findall(r"^- (\d{4}-\d\d-\d\d) · \[(.+)\]\((\S+\.md)\)$", (LOG / "README.md").read_text(), re.MULTILINE)
+
+
+def test_log_index_lists_each_entry_once_under_its_title_and_date() -> None:
+    in_folder = sorted(path.name for path in LOG.glob("*.md") if path.name != "README.md")
+    assert sorted(file for _, _, file in log_entries()) == in_folder
+    for date, title, file in log_entries():
+        assert file.startswith(f"{date}-")
+        assert (LOG / file).read_text().startswith(f"# {title}\n"), file
+
+
+def test_index_of_decisions_has_each_record_under_its_title() -> None:
+    folder = CHECKOUT / "docs" / "decisions"
+    index = dict(re.findall(r"^\| \[.+\]\((\S+\.md)\) \| (.+) \|$", (folder / "README.md").read_text(), re.MULTILINE))
+    records = {path.name: path.read_text().splitlines()[0].removeprefix("# ") for path in folder.glob("*.md")}
+    del records["README.md"]
+    assert index == records
+
+
+def test_log_index_is_newest_first() -> None:
+    dates = [date for date, _, _ in log_entries()]
+    assert dates == sorted(dates, reverse=True)

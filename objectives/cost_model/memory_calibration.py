@@ -33,7 +33,8 @@ MEMORY_NOISE = 0.008
 
 LOST_SHARE = 0.65
 """Of `Grid.large_bytes`, lost to fragments: those few tensors find no free piece that is large enough, though there is
-enough in all. From 20 configurations on an H100 that were run under ever smaller caps (docs/experiments.md)."""
+enough in all. From 20 configurations on an H100 that were run under ever smaller caps:
+docs/log/2026-11-26-memory-fragments.md."""
 LOST_SHARE_SPREAD = 0.15
 """How far that may be off on a machine with a model: the same for all of a study, so that it is learned."""
 OWN_LOST_SHARE_SPREAD = 0.3

@@ -3,7 +3,8 @@
 In the first micro-step that follows its recorded trace, DeepSpeed 0.19.8 looks for each module through all that run
 behind it, parameter by parameter, for those that are soon needed again. The answers are kept, so that training pays for
 it once; but every trial of stage 3 would. For GPT2-xl it took 2.5 to 6 s on hosts of H200s; 48 blocks took 12 s on a
-slow processor, and with an index of the trace, which gives the same answers, under one (docs/experiments.md).
+slow processor, and with an index of the trace, which gives the same answers, under one:
+docs/log/2026-11-25-zero3-second-micro-step.md.
 """
 
 import bisect

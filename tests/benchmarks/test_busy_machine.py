@@ -9,7 +9,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "busy_machine.py"
 LEAST_RIGHT = {"quiet": 1.0, "drift": 0.65, "bimodal": 0.85, "neighbour": 0.75, "all at once": 0.45}
-"""Share of 120 seeded studies; the rules before named 100, 64, 47, 70 and 42% of 300 right (docs/experiments.md)."""
+"""Share of 120 seeded studies; the rules before named 100, 64, 47, 70 and 42% of 300 right
+(docs/log/2026-11-27-busy-machine.md)."""
 
 
 @pytest.fixture(scope="module")
