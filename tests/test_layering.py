@@ -1,6 +1,7 @@
 """The direction of imports, what the parent process may load, and the size and names of files."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,31 @@ def test_imports_go_one_way(module: Path) -> None:
         forbidden |= {"optuna", "optuna_dashboard"}
     wrong = [f"{module}:{line} imports {name}" for name, line in imported(module) if name in forbidden]
     assert not wrong
+
+
+def test_no_folder_takes_part_in_an_import_cycle() -> None:
+    """A folder is one node of the graph; modules that lie in none of `objectives`' folders are one each."""
+    nodes = {".".join(path.with_suffix("").parts): node_of(path) for path in MODULES}
+    graph: dict[str, set[str]] = {node: set() for node in nodes.values()}
+    for path in MODULES:
+        for name in ours_imported_by(path):
+            other = nodes.get(name, nodes.get(f"{name}.__init__"))
+            if other is not None and other != node_of(path):
+                graph[node_of(path)].add(other)
+    assert {"objectives.rank", "objectives.running", "tuner.reports"} <= set(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the cycle
+
+
+def node_of(module: Path) -> str:
+    folder = ".".join(module.parent.parts)
+    return f"{folder}.{module.stem}" if folder in LAYERS else folder
+
+
+def ours_imported_by(module: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse((CHECKOUT / module).read_text(), filename=str(module))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ds_tune."):
+            name = node.module.removeprefix("ds_tune.")
+            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
 
 
 def test_the_command_line_does_not_load_what_ranks_load() -> None:
