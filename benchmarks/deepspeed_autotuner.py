@@ -45,7 +45,7 @@ from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
 from ds_tune.objectives.machine import Machine, detect_machine, software_versions
 from ds_tune.objectives.running import guard
-from ds_tune.objectives.running.launcher import threads_per_rank
+from ds_tune.objectives.running.local_launcher import threads_per_rank
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload, check_workload
 from ds_tune.tuner.spec import DEFAULTS

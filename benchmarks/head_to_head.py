@@ -44,7 +44,7 @@ from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
 from ds_tune.objectives.files import write_atomically
 from ds_tune.objectives.machine import Machine, detect_machine, software_versions
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.running.rank_group import ignore
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Measurement

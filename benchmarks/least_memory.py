@@ -25,7 +25,7 @@ from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB, Machine, detect_machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.spec import DEFAULTS

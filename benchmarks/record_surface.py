@@ -21,7 +21,7 @@ from ds_tune.objectives.cost_model.knob_context import knob_context_of
 from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import GIB, Machine, detect_machine, software_versions
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload

@@ -21,7 +21,7 @@ from typing import Any
 
 from ds_tune.objectives.machine import GIB, detect_machine, software_versions
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload

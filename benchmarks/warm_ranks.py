@@ -26,7 +26,7 @@ import tabulate
 
 from ds_tune.objectives.machine import GIB, Machine, detect_machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.intervals import mean_ci95
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig

@@ -19,7 +19,7 @@ from ds_tune.objectives.objective import Objective
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.recorded.replay import ReplayObjective
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.launchers import DEFAULT_LAUNCHER, LAUNCHERS
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, TrialConfig
 from ds_tune.objectives.workload.huggingface import (
@@ -100,7 +100,7 @@ def _measured(arguments: argparse.Namespace) -> Backend:
         )
 
     def objectives(spec: StudySpec, notice: Callable[[str], None], resources: contextlib.ExitStack) -> Objectives:
-        launcher = resources.enter_context(LocalLauncher(spec.machine))
+        launcher = resources.enter_context(LAUNCHERS[DEFAULT_LAUNCHER](spec.machine))
         searching, verifying = (
             DeepSpeedObjective(
                 spec.workload,

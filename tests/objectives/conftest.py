@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.running import launcher
+from ds_tune.objectives.running import local_launcher
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Outcome, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
@@ -70,7 +70,7 @@ def started_ranks(started_processes: Callable[[], list[psutil.Process]]) -> Call
             with contextlib.suppress(psutil.Error):
                 parent = process.parent()
                 if (
-                    launcher.FORK_SERVER_MODULE in process.cmdline()
+                    local_launcher.FORK_SERVER_MODULE in process.cmdline()
                     and parent
                     and parent.cmdline() == process.cmdline()
                 ):
@@ -170,15 +170,15 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Pa
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Iterator[Callable[[str], launcher.LocalLauncher]]:
+def scripted(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Iterator[Callable[[str], LocalLauncher]]:
     """The real launcher, but its ranks run a script (see tests/faults/scripted_rank.py) in place of a trial."""
     resources = contextlib.ExitStack()
 
-    def make(script: str) -> launcher.LocalLauncher:
-        monkeypatch.setattr(launcher, "WORKER_MODULE", "scripted_rank")
+    def make(script: str) -> LocalLauncher:
+        monkeypatch.setattr(local_launcher, "WORKER_MODULE", "scripted_rank")
         monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
         monkeypatch.setenv("RANK_SCRIPT", textwrap.dedent(script))
-        return resources.enter_context(launcher.LocalLauncher(machine))
+        return resources.enter_context(LocalLauncher(machine))
 
     yield make
     resources.close()

@@ -18,7 +18,7 @@ from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.files import write_atomically
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
-from ds_tune.objectives.running.launcher import threads_per_rank
+from ds_tune.objectives.running.local_launcher import threads_per_rank
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder

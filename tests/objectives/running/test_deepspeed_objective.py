@@ -11,7 +11,7 @@ import pytest
 
 from ds_tune.objectives.machine import Machine, detect_machine, visible_gpus
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective, combine_ranks
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.running.protocol import RankResult
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig

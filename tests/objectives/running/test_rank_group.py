@@ -13,7 +13,7 @@ import pytest
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.numerics import LossCurve
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.running.protocol import Losses, RankContext
 from ds_tune.objectives.running.rank_group import RankGroup
 from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig

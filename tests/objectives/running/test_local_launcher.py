@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from ds_tune.objectives.machine import GIB, Machine, detect_machine
-from ds_tune.objectives.running import launcher as launcher_module
-from ds_tune.objectives.running.launcher import (
+from ds_tune.objectives.running import local_launcher as launcher_module
+from ds_tune.objectives.running.local_launcher import (
     LocalLauncher,
     LocalRankProcesses,
     group_environment,
@@ -33,7 +33,7 @@ Running = Callable[[], list[psutil.Process]]
 TUNER = """
 from pathlib import Path
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.running.launcher import LocalLauncher
+from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import TrialConfig
