@@ -1,1 +1,1 @@
-"""What one trial is, and how it is run and timed. Nothing here knows Optuna."""
+"""One trial: what it is, and how it is run and timed. Nothing here knows Optuna."""

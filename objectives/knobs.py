@@ -1,4 +1,4 @@
-"""What a knob of a `TrialConfig` is: its values, when it has a meaning, and how it reaches DeepSpeed or the model.
+"""Knobs of a `TrialConfig`: their values, where they apply, and how they reach DeepSpeed or the model.
 
 A knob that is a DeepSpeed setting is one entry: a field of `TrialConfig` declared with `knob(...)`. Names, table
 columns, search dimensions, recorded surfaces and the exported files derive from it. A knob of the model itself
@@ -14,7 +14,7 @@ Scalar: TypeAlias = int | str
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KnobContext:
-    """What decides, besides the configuration, whether a knob has a meaning."""
+    """Facts of a machine and a model that decide, besides the configuration, whether a knob applies."""
 
     device: str = "cuda"
     ranks: int = 1
@@ -25,7 +25,7 @@ class KnobContext:
     liger: bool = False
     """The package liger-kernel is installed."""
     compute_capability: tuple[int, int] = (0, 0)
-    """Of the GPUs, such as (9, 0) for an H200; (0, 0) where it is not known."""
+    """The GPUs' own, such as (9, 0) for an H200; (0, 0) where it is not known."""
     dtype: str = "fp16"
     """The workload's precision."""
     model_type: str = ""
@@ -35,7 +35,7 @@ class KnobContext:
     pretrained: bool = False
     """Its weights are loaded, so that their shapes are given."""
     states_share: float = 0.0
-    """What parameters and optimizer states take of a rank's memory under ZeRO-1; 0 where it is not known."""
+    """Fraction of a rank's memory that parameters and optimizer states take under ZeRO-1; 0 where it is not known."""
 
 
 Applies: TypeAlias = Callable[[Mapping[str, Any], KnobContext], bool]
@@ -56,19 +56,19 @@ class Knob:
     """One sentence for the documentation."""
     applies: Applies
     writes: Callable[[Any], Mapping[str, Any]] | None
-    """What of the DeepSpeed configuration it sets."""
+    """Settings of the DeepSpeed configuration that a value makes."""
     in_model: bool
     """Whether it changes how the model runs, so that the training script has to do it."""
     speed: tuple[Scalar, ...]
-    """Those of `values` that keep the numbers and usually pay where `pays`: the preset `speed` has them there."""
+    """Values that keep the numbers and usually pay where `pays`: the preset `speed` has them there."""
     pays: Callable[[KnobContext], bool]
     saving: Scalar | None
-    """That of `values` to fall back on where nothing else fits."""
+    """Value to fall back on where nothing else fits."""
     numerics: str | None
-    """What it changes about the numbers that training produces; such a knob is searched only on request."""
+    """Change that it makes to the numbers that training produces; such a knob is searched only on request."""
 
     def usual(self, context: KnobContext) -> tuple[Scalar, ...]:
-        """What the preset `speed` has of it here."""
+        """Values that the preset `speed` has of it here."""
         return self.speed if self.pays(context) else ()
 
     def words(self, value: Scalar) -> str:
@@ -88,8 +88,8 @@ def anywhere(context: KnobContext) -> bool:
 
 
 CROWDED_SHARE = 0.5
-"""Of a rank's memory: where the states take more, what the GPU loses by small micro-batches, or because nothing fits,
-is more than what the host's optimizer takes."""
+"""Fraction of a rank's memory. Where states take more, small micro-batches, or none that fits, cost more than an
+optimizer on the host does."""
 
 
 def states_crowd_the_memory(context: KnobContext) -> bool:
@@ -181,7 +181,7 @@ def on_a_gpu(config: Mapping[str, Any], context: KnobContext) -> bool:
 
 
 def attention_runs(config: Mapping[str, Any], context: KnobContext) -> bool:
-    """What a GPU generation cannot run is never offered."""
+    """A kernel that the GPU's generation cannot run is never offered."""
     in_half = context.dtype != "fp32"
     return context.device == "cuda" and {
         "flash_attention_2": context.flash_attention and in_half,

@@ -1,4 +1,4 @@
-"""What the ranks run on: the GPUs that `nvidia-smi` lists, or this machine's CPU; and the software versions.
+"""Hardware that ranks run on (the GPUs that `nvidia-smi` lists, or this machine's CPU), and the software versions.
 
 The parent process asks without torch. Whether torch can use what is here, the ranks check when they start.
 """
@@ -40,19 +40,19 @@ class Machine:
     device: str
     """`cuda` or `cpu`."""
     name: str
-    """Of one device, such as `NVIDIA H200` or the CPU's model name."""
+    """Name of one device, such as `NVIDIA H200` or the CPU's model name."""
     ranks: int
     device_ids: tuple[int, ...] = ()
     """Indices into the visible GPUs; empty on CPU."""
     memory_bytes: int
-    """What one rank can have, before any cap."""
+    """Memory that one rank can have, before any cap."""
     memory_cap_bytes: int | None = None
-    """What the user lets one rank have."""
+    """Memory that the user lets one rank have."""
     compute_capability: str | None = None
 
     @property
     def capacity_bytes(self) -> int:
-        """What one rank may use: the cap if there is one, else all that is there."""
+        """Memory that one rank may use: the cap if there is one, else all that is there."""
         return min(self.memory_cap_bytes or self.memory_bytes, self.memory_bytes)
 
     @property

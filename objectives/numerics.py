@@ -15,7 +15,8 @@ FIRST_LOSS_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-5, "bf16": 4e-4}
 it."""
 
 LEARNED_TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "bf16": 0.10}
-"""Of what the reference has learned by then: rounding changes the sign of small gradients, and Adam steps by signs."""
+"""Fraction of what the reference has learned by then: rounding changes the sign of small gradients, and Adam steps by
+signs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

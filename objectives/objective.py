@@ -1,4 +1,4 @@
-"""What the search asks of whatever answers its trials."""
+"""Contract of whatever answers a search's trials."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ class Objective(Protocol):
 
     @property
     def provenance(self) -> Provenance:
-        """Of which kind its outcomes' figures are."""
+        """Origin of its outcomes' figures."""
 
     def prepare(self, configs: Iterable[TrialConfig] = ()) -> None:
         """Does what can be done before the first trial.
@@ -51,7 +51,7 @@ class TrainingObjective(Objective, Protocol):
     """An objective that really trains."""
 
     def losses(self, config: TrialConfig, folder: Path, on_phase: OnPhase) -> LossCurve | Failure:
-        """What a configuration's first steps make of the loss; see `objectives.numerics`.
+        """Losses of a configuration's first steps; see `objectives.numerics`.
 
         Args:
             folder: exists; whatever files the run makes are there.

@@ -1,4 +1,4 @@
-"""What a trial is asked (`TrialConfig`) and what it answers (`Outcome = Measurement | Failure`).
+"""A trial's question (`TrialConfig`) and its answer (`Outcome = Measurement | Failure`).
 
 Every type is frozen and turns into JSON and back without loss. In JSON an outcome carries its type in the
 key `type`, so that a reader never has to guess from which keys are present.
@@ -40,7 +40,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
         "sub_group_size": 50_000_000,
     },
 }
-"""What of `zero_optimization` the values of `offload_optimizer` set."""
+"""Settings of `zero_optimization` by the value of `offload_optimizer`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +175,7 @@ class TrialConfig:
 
     @property
     def model_knobs(self) -> dict[str, Any]:
-        """Those of `knobs_on` that the training script has to do: DeepSpeed's file cannot say them."""
+        """Knobs that are on and that the training script has to apply: DeepSpeed's file cannot say them."""
         return {field: value for field, value in self.knobs_on.items() if KNOBS[field].in_model}
 
     def trained_dtype(self, dtype: str) -> str:
@@ -218,11 +218,11 @@ class Measurement:
     backward_seconds: float
     optimizer_seconds: float
     deepspeed_samples_per_second: float | None
-    """What DeepSpeed's own ThroughputTimer says: forward to step, without data loading. For comparison only."""
+    """Figure of DeepSpeed's own ThroughputTimer: forward to step, without data loading. For comparison only."""
     warmup_step_seconds: tuple[float, ...]
-    """Of a step with many micro-steps, the first warm-up steps have only some (`StepPlan.warmup_micro_steps`)."""
+    """Seconds of each warm-up step; with many micro-steps, it has only some (`StepPlan.warmup_micro_steps`)."""
     first_steps_seconds: float = 0.0
-    """What the warm-up took beyond as many later micro-steps: compilation, for the most part."""
+    """Seconds that the warm-up took beyond as many later micro-steps: compilation, for the most part."""
     skipped_steps: int
     """Steps that fp16 overflow skipped; they are never among `step_seconds`."""
     stopped_early: bool = False

@@ -1,1 +1,1 @@
-"""What a rank process does: the only code of ds-tune, besides `objectives.rank.train`, that imports torch."""
+"""A rank process: the only code of ds-tune that imports torch."""

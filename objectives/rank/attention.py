@@ -18,7 +18,7 @@ BACKENDS = {
 
 
 def implementation_of(attention: str) -> str:
-    """What transformers calls a value of the knob `attention`; a kernel of torch's is made known to it first.
+    """Name that transformers has for a value of the knob `attention`; a kernel of torch's is made known to it first.
 
     The kernel is chosen around each call and not around the step, so that a block that is computed again in the
     backward pass has the same one.

@@ -119,7 +119,7 @@ class Meter(Protocol):
         """Since `reset_peaks`."""
 
     def held_bytes(self) -> int:
-        """What this process holds of the device's memory now."""
+        """Memory of the device that this process holds now."""
 
 
 class CudaMeter:

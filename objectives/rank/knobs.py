@@ -15,7 +15,7 @@ from ds_tune.objectives.trial import KNOBS
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob",
             "hidden_dropout", "attention_dropout", "resid_dropout", "embed_dropout", "dropout")  # fmt: skip
-"""What the families of transformers call the probabilities of dropping an activation."""
+"""Names of the probabilities of dropping an activation, in the families of transformers."""
 
 
 def configure_model(config: transformers.PretrainedConfig, knobs: Mapping[str, Any]) -> transformers.PretrainedConfig:
@@ -34,7 +34,7 @@ def configure_model(config: transformers.PretrainedConfig, knobs: Mapping[str, A
 
 
 def apply_to_model(model: torch.nn.Module, knobs: Mapping[str, Any]) -> None:
-    """What is done to a model before its engine is made.
+    """Applies knobs to a model, before its engine is made.
 
     Raises:
         UsageError: the model cannot do what a knob asks for.
@@ -52,7 +52,7 @@ def apply_to_model(model: torch.nn.Module, knobs: Mapping[str, Any]) -> None:
 
 
 def apply_to_engine(engine: deepspeed.DeepSpeedEngine, knobs: Mapping[str, Any]) -> None:
-    """What is done to an engine before its first step."""
+    """Applies knobs to an engine, before its first step."""
     if knobs.get("compile") in ("model", "deepcompile"):
         engine.compile()
 

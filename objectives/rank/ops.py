@@ -1,4 +1,4 @@
-"""What DeepSpeed would compile in the middle of a trial, once on a machine: its optimizer, and what some knobs call."""
+"""Ops that DeepSpeed would compile in the middle of a trial, once on a machine: its optimizer's and some knobs'."""
 
 import contextlib
 import fcntl
@@ -30,7 +30,7 @@ DEEPCOMPILE_RECURSION = 100_000
 needs more than Python's 1,000. Such calls of Python to Python take none of the C stack."""
 
 SAID_CHARACTERS = 200
-"""Of a compiler, in a message; what it was called with is longer."""
+"""Characters of a compiler's message to show; what it was called with is longer."""
 
 MUON_MODULE = "deepspeed.runtime.zero.muon.muon_optimizer"
 NO_COMPILER = "TORCHDYNAMO_DISABLE"
@@ -60,7 +60,7 @@ def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None],
 
 
 def deepcompile_op() -> object:
-    """What DeepCompile's graphs call; its passes may recurse from now on."""
+    """Loads the op that DeepCompile's graphs call; its passes may recurse from now on."""
     sys.setrecursionlimit(max(sys.getrecursionlimit(), DEEPCOMPILE_RECURSION))
     return get_deepcompile_handle()
 

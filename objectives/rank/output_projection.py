@@ -1,4 +1,4 @@
-"""What is done to a language model's output projection: columns padded, or the loss taken without all logits at once.
+"""Changes to a language model's output projection: columns padded, or the loss taken without all logits at once.
 
 The projection's class is changed and not the module, so that its parameter (tied or not), names and hooks stay. Under
 ZeRO-3 the hooks around its forward pass gather the weight, once, for all that happens within.
@@ -37,7 +37,7 @@ class LossLinear(torch.nn.Linear):
     """A projection that gives the mean loss in place of the logits when it was told the labels."""
 
     labels: torch.Tensor | None = None
-    """Of the next forward pass, of shape (samples, seq_len)."""
+    """Labels of the next forward pass, of shape (samples, seq_len)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         labels, self.labels = self.labels, None
@@ -51,7 +51,7 @@ class LossLinear(torch.nn.Linear):
         return super().forward(input)
 
     def loss(self, input: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Of inputs (tokens, hidden) and labels (tokens,): the mean over the tokens that have a label, in fp32."""
+        """Loss of inputs (tokens, hidden) and labels (tokens,): the mean over the tokens that have a label, in fp32."""
         raise NotImplementedError
 
 
@@ -75,7 +75,7 @@ class ChunkedLoss(LossLinear):
 
 
 class PaddedChunkedLoss(ChunkedLoss, PaddedLinear):
-    """The same with padded columns."""
+    """Linear layer with padded columns."""
 
 
 class LigerLoss(LossLinear):

@@ -1,4 +1,4 @@
-"""What a rank keeps from trial to trial."""
+"""A rank's resources: what it keeps from trial to trial."""
 
 import dataclasses
 

@@ -47,7 +47,7 @@ class TimingSession:
         self._timed: Timed | None = None
         self._taken: list[bool] = []
         self._marks: list[list[Marks]] = []
-        """Of the steps since times were last read: a list a step, with an entry a micro-step."""
+        """Marks of the steps since times were last read: a list a step, with an entry a micro-step."""
         self._micro_step: Marks = []
         self._begin(next(self._schedule))
 

@@ -77,7 +77,7 @@ def run_trial(command: Time, rank: RankResources, slot: EngineSlot) -> RankResul
 
 
 class DeepSpeedTimer:
-    """What DeepSpeed's own ThroughputTimer says of the whole steps from now on."""
+    """Throughput of the whole steps from now on by DeepSpeed's own ThroughputTimer."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         self._timer = engine.tput_timer

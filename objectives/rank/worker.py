@@ -1,4 +1,4 @@
-"""What a rank process does: get ready once, then carry out the commands that arrive on its standard input.
+"""A rank process: it gets ready once, then carries out the commands that arrive on its standard input.
 
 Started by `objectives.running.launcher`; `objectives.running.protocol` has the messages.
 """

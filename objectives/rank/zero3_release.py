@@ -26,12 +26,12 @@ INDEX = "_ds_tune_trace_index"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TraceIndex:
-    """Of one recorded trace."""
+    """One recorded trace."""
 
     order: Sequence[torch.nn.Module]
     """Modules as they run, forward and backward."""
     elements_before: Sequence[int]
-    """Of the parameters of all modules that run before each."""
+    """Parameters of all modules that run before each."""
     uses: dict[int, list[int]]
     """By a parameter's number: where in the order it is needed, ascending."""
 

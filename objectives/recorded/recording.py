@@ -49,7 +49,7 @@ _HARDWARE = re.compile(r"(\d+)x(\S.*)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What was recorded, and on what."""
+    """A recording: outcomes, and the machine and training that they are of."""
 
     machine: Machine
     """Its memory is what a rank was allowed."""
@@ -71,7 +71,7 @@ class Recording:
 
 
 class _Malformed(Exception):
-    """What is wrong with a line, in words for the person who has the file."""
+    """Fault of a line, in words for the person who has the file."""
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def _configuration(line: Mapping[str, Any]) -> TrialConfig:
 
 
 def _outcome(line: Mapping[str, Any], ranks: int) -> Outcome | None:
-    """What a line answers; None for a crash, which says nothing about its configuration."""
+    """Outcome that a line tells; None for a crash, which says nothing about its configuration."""
     out_of_memory = _value(line, "oom", bool, "true or false")
     trial_s = _positive(line, "trial_s")
     failure = _text(line, "failure") if line.get("failure") is not None else None

@@ -129,7 +129,7 @@ class DeepSpeedObjective:
 
     @property
     def left_bytes(self) -> Mapping[str, int] | None:
-        """What the last trial left on any rank (see `RankGroup.left_bytes`); None while no ranks are alive."""
+        """Memory that the last trial left on any rank (see `RankGroup.left_bytes`); None while no ranks are alive."""
         return self._group.left_bytes if self._group is not None else None
 
     def close(self) -> None:

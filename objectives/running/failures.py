@@ -48,7 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kind_of_exception(error: BaseException, phase: str) -> FailureKind:
-    """What an exception that a rank caught in `phase` says about the configuration."""
+    """Kind of an exception that a rank caught in `phase`: what it says about the configuration."""
     if is_out_of_memory(error):
         return FailureKind.OUT_OF_MEMORY
     refused = {kind.__name__ for kind in type(error).__mro__} & _INVALID_CONFIG_TYPES
@@ -68,7 +68,7 @@ def _origin(error: BaseException) -> str:
 
 
 def first_sentence(error: BaseException) -> str:
-    """What to show of an exception on one line."""
+    """An exception on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:3]) if lines else "(no message)"
     return f"{type(error).__name__}: {text[:300]}"

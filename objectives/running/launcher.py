@@ -1,4 +1,4 @@
-"""What it means to start the ranks of a group and to end them: how ranks come to be, not what they are told.
+"""Contract of starting the ranks of a group and ending them: how ranks come to be, not what they are told.
 
 Each rank has two pipes: commands arrive on its standard input, and events, one JSON document a line, leave on a
 descriptor of their own, so that nothing a library prints can be mistaken for one.
@@ -29,7 +29,7 @@ class RankProcess:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a rank's host knows of why the rank failed."""
+    """Facts on a rank's host that may tell why the rank failed."""
 
     log_end: str
     """The last lines that the host's ranks wrote: standard error, or standard output where that is empty."""

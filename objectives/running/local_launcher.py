@@ -261,7 +261,7 @@ def host_oom_kills() -> int:
 
 
 def group_environment(machine: Machine) -> dict[str, str]:
-    """What all ranks find in their environment alike, from before their first import on."""
+    """Environment that all ranks have in common, from before their first import on."""
     environment = {
         **os.environ,
         # torch looks there for ninja when DeepSpeed compiles an op, and a .venv need not be activated.
@@ -281,7 +281,7 @@ def group_environment(machine: Machine) -> dict[str, str]:
 
 
 def rank_environment(rank: int, *, rendezvous_port: int) -> dict[str, str]:
-    """What one rank finds beside that, under the names that every torch launcher sets."""
+    """Environment of one rank beside that, under the names that every torch launcher sets."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

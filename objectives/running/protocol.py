@@ -209,7 +209,7 @@ class Notice(_Message):
     tag = "notice"
     text: str
     seconds: float = 0.0
-    """What follows may take this long."""
+    """Seconds that what follows may take."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,7 @@ def ignore(text: str) -> None:
 
 @dataclasses.dataclass(slots=True)
 class _Rank:
-    """What is known of one rank."""
+    """State of one rank as the tuner knows it."""
 
     started: RankProcess
     unread: bytes = b""
@@ -104,7 +104,7 @@ class RankGroup:
         self._ranks = [_Rank(started) for started in self._processes.ranks]
         self._dead = False
         self.left_bytes: Mapping[str, int] = dict.fromkeys(LEFT_LIMIT_BYTES, 0)
-        """What the rank that holds most holds beyond what it held after its first trial, on device and host."""
+        """Memory that the rank that holds most holds beyond what it held after its first trial, on device and host."""
         self._deadline = math.inf
 
     def setup(self, context: RankContext, *, seconds: float = START_SECONDS) -> Failure | None:
@@ -257,5 +257,5 @@ class RankGroup:
 
 
 def _tail(log_end: str) -> str:
-    """So much of a log's end as a person wants to see."""
+    """Last lines of a log's end, as many as a person wants to see."""
     return "\n".join(log_end.splitlines()[-LOG_TAIL_LINES:])[-LOG_TAIL_CHARACTERS:]

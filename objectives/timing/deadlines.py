@@ -10,10 +10,10 @@ FIRST_STEP_SECONDS = 60.0
 """The first step also compiles kernels, finds workspaces and makes connections."""
 
 WHOLE_COMPILATION_SECONDS = {"model": 240.0, "deepcompile": 480.0}
-"""What is compiled as a whole takes longer with each layer; DeepCompile does it twice at stage 3."""
+"""Seconds of compiling a model as a whole, which grow with its layers; DeepCompile does it twice at stage 3."""
 
 SLOWEST_FLOPS = {"cuda": 2e12, "cpu": 1e9}
-"""What a rank achieves at the very least, for a prediction before anything was measured: FLOP a second."""
+"""FLOP a second that a rank achieves at the very least, for a prediction before anything was measured."""
 
 
 def predicted_step_seconds(

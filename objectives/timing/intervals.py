@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 
 FEWEST_FOR_WARMUP = 3
-"""Of two steps nobody can tell which is the odd one."""
+"""With two steps, warm-up cannot be told from noise."""
 
 WARMUP_EXCESS = 0.02
 """First steps that are within this of the rest are not called warm-up."""

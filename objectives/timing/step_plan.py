@@ -24,7 +24,7 @@ FALLING = 0.9
 """Last steps below this fraction of the mean say that steps still get faster."""
 
 MOST_FALLING_STEPS = 6
-"""So many long steps are enough also where they get faster one by one."""
+"""Number of long steps that are enough also where they get faster one by one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,8 @@ class StepPlan:
     zero3_extra_warmup_steps: int = 2
     """Stage 3 records which parameters to prefetch during its first steps, and those are slow."""
     deepcompile_zero3_warmup_steps: int = 6
-    """Of DeepCompile at stage 3, in all: in its sixth step DeepSpeed compiles anew, to prefetch (`WARMUP` in
-    deepspeed/compile/init_z3.py)."""
+    """Warm-up steps of DeepCompile at stage 3, in all: in its sixth step DeepSpeed compiles anew, to prefetch
+    (`WARMUP` in deepspeed/compile/init_z3.py)."""
     warmup_micro_steps: int = 3
     """The most that such a step has: its first micro-steps and its optimizer step are odd, those between are not."""
     min_timed_steps: int = 4
@@ -185,7 +185,7 @@ PRECISE = StepPlan(
     single_step_seconds=20.0,
     long_steps_agree=0.02,
 )
-"""What is to be compared closely, runs of the verification and benchmarks: whole steps, and more of them."""
+"""Plan of runs that are compared closely, in the verification and in benchmarks: whole steps, and more of them."""
 
 
 def is_hopeless(step_seconds: Sequence[float], best_step_seconds: float) -> bool:

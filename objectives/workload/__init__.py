@@ -1,1 +1,1 @@
-"""What is trained, as plain values that need no torch."""
+"""The training that is tuned, as plain values that need no torch."""

@@ -227,7 +227,7 @@ MOST_ELEMENTS = 2**63
 
 
 def _mistake_in(document: Mapping[str, Any]) -> str | None:
-    """What is of another kind than it must be, among the settings that ds-tune itself reads or writes into.
+    """A setting that is of another type than it must be, among those that ds-tune itself reads or writes into.
 
     The rest is DeepSpeed's to judge. A value `"auto"` is as good as none: `objectives.ds_config` leaves it out.
     """

@@ -22,7 +22,7 @@ class WorkloadKind(Protocol):
 
     @property
     def description(self) -> str:
-        """What is trained, in one line."""
+        """One line that says what is trained."""
 
     @property
     def dtype(self) -> str:

@@ -52,7 +52,7 @@ def text_configuration(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def stated_sizes(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says, with its family's defaults for what it leaves out."""
+    """A configuration with its family's defaults for what it leaves out."""
     defaults = FAMILIES.get(str(document.get("model_type")), {})
     return {**defaults, **{key: value for key, value in document.items() if value is not None}}
 
