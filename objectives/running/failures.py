@@ -23,6 +23,8 @@ _OUT_OF_MEMORY_TEXT = re.compile(
     # A resource limit leaves no room for a thread's stack: Python's, OpenMP's and C++'s words.
     r"|can't start new thread|Thread creation failed"
     r"|(?:^|what\(\): +|RuntimeError: )Resource temporarily unavailable$"
+    # CPython's words where its own C code could not allocate, in the middle of an import, and said nothing.
+    r"|error return without exception set"
     r"|^MemoryError\b",  # the traceback of a rank that died before it could report
     re.IGNORECASE | re.MULTILINE,
 )

@@ -22,6 +22,7 @@ from ds_tune.objectives.trial import Failure, FailureKind
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("std::bad_alloc"),
+        SystemError("error return without exception set"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("unable to mmap 4096 bytes from file </model.safetensors>: Cannot allocate memory (12)"),
         ImportError("libtorch_cpu.so: cannot map zero-fill pages"),
