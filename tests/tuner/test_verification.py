@@ -12,7 +12,7 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import Workload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
-from ds_tune.tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, judge, next_runs
+from ds_tune.tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, next_runs
 
 MACHINE = Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
 
@@ -184,7 +184,7 @@ def judged(*rates_and_peaks: tuple[float, float], half_width: float = 0.0) -> An
         study.records[number].config.name: [measurement(rate, peak_gib=peak, half_width=half_width)] * 2
         for number, (rate, peak) in enumerate(rates_and_peaks, start=1)
     }
-    verdict = judge(dataclasses.replace(study, verification=runs))
+    verdict = dataclasses.replace(study, verification=runs).verdict_without()
     assert verdict is not None
     numbers = {each.config.name: each.number for each in study.records}
     return numbers[verdict.leader], [numbers[n] for n in verdict.level], [numbers[n] for n in verdict.unsettled]
