@@ -104,7 +104,7 @@ class Console:
         self.say(summary.provenance.mark(f"{summary.workload.description} on {summary.machine.description}"))
         done = summary.finished_trials
         why = f", {summary.ended}" if summary.ended else ""
-        if (words := after_search_words(summary)) is not None:
+        if (words := after_search_words(summary, goes_on=self.verifies)) is not None:
             self.say(f"Study {summary.study}: the search is done ({done} trials{why}); {words}.")
         elif summary.is_searched:
             self.say(f"Study {summary.study} is finished ({done} trials{why}); --more M adds M trials.")

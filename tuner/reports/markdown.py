@@ -276,7 +276,7 @@ def _bullets(summary: StudySummary) -> str:
     lines = [
         f"- Tuning time: {tuning_words(summary)}",
         *([f"- With what came after it: {duration_words(summary.total_seconds)}"] if summary.verification else []),
-        f"- Number of experiments: {trials_words(summary).removesuffix(' trials').removesuffix(' trial')}",
+        f"- Number of experiments: {len(summary.records)}",
         f"- Throughput improvement over baseline: {improvement_words(summary)}",
     ]
     if summary.verification:

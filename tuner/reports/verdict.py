@@ -35,14 +35,16 @@ def legend_words(summary: StudySummary) -> str:
     return f"{first}{level}{unsettled}, ✓ verified in fresh processes; other figures are of the search."
 
 
-def after_search_words(summary: StudySummary) -> str | None:
-    """What of the verification and what follows it is still to be done; None where nothing is."""
-    match summary.after_search:
-        case AfterSearch.VERIFICATION:
-            return "verification goes on"
-        case AfterSearch.ABLATIONS:
-            return "measuring what each setting brings goes on"
-    return None
+def after_search_words(summary: StudySummary, *, goes_on: bool = False) -> str | None:
+    """What after the search is still to be done; None where nothing is.
+
+    Args:
+        goes_on: this command does it.
+    """
+    if summary.after_search in (AfterSearch.NONE, AfterSearch.DONE):
+        return None
+    what = "verification" if summary.after_search is AfterSearch.VERIFICATION else "measuring what each setting brings"
+    return f"{what} goes on" if goes_on else f"{what} is incomplete: the same command goes on with it"
 
 
 def improvement_words(summary: StudySummary) -> str:
@@ -71,8 +73,8 @@ def verdict_lines(summary: StudySummary) -> list[str]:
             f"Something else used the machine: steps of one configuration differ by {disturbance:.0%}. Verified "
             "figures are of the least disturbed steps of each configuration, and these were compared."
         )
-    if summary.after_search is AfterSearch.VERIFICATION:
-        lines.append("Verification is incomplete: the same command goes on with it.")
+    if (words := after_search_words(summary)) is not None:
+        lines.append(f"{words[0].upper()}{words[1:]}.")
     return lines
 
 
