@@ -27,12 +27,12 @@ import numpy as np
 import tabulate
 
 from ds_tune.objectives.machine import GIB, Machine
-from ds_tune.objectives.timing.intervals import is_answer, step_ci95, throughput, warmup_length
+from ds_tune.objectives.timing.intervals import step_ci95, throughput, warmup_length
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
-from ds_tune.tuner.verification import judge, next_runs
+from ds_tune.tuner.verification import next_runs
 
 MACHINE = Machine(device="cpu", name="a busy machine", ranks=2, memory_bytes=9 * GIB)
 START_SECONDS = {"search": 1.0, "verification": 12.0}
@@ -189,17 +189,16 @@ def study(make: Callable[[np.random.Generator], Slowdown], seed: int) -> Result:
             again = machine.run(record.config, step_seconds[record.config], plan, START_SECONDS["verification"])
             runs.setdefault(record.config.name, []).append(again)
         summary = dataclasses.replace(summary, verification=runs)
-    verdict = judge(summary)
+    verdict = summary.verdict
     assert verdict is not None
     [winner] = [record for record in records if record.config.name == verdict.leader]
-    summary = dataclasses.replace(summary, winner=verdict.leader)
     speedup = summary.speedup
     assert speedup is not None
     low, high = speedup.ci95
     return Result(
         loss=true[winner.config] / min(ratios) - 1,
         told=bool(verdict.unsettled),
-        covered=low <= ratios[0] / true[winner.config] <= high if is_answer(speedup.ci95) else None,
+        covered=low <= ratios[0] / true[winner.config] <= high if speedup.settled else None,
         runs=sum(map(len, runs.values())),
         seconds=summary.verification_seconds,
     )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, Outcome, TrialConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +20,25 @@ class Ablation:
     samples_per_second: float | None
     """None where it did not run."""
     winner_samples_per_second: float
-    """The winner's in the same processes: two sessions on one machine may differ by more than a setting brings."""
+    """The winner's in the same processes: two sessions on one machine may differ by more than a setting brings. Where
+    something else uses the machine, the best of all its runs."""
     reason: str | None
     """Why it did not run."""
+    noise: float | None = None
+    """Half the 95% interval of the logarithm of the two rates' ratio; None in studies of earlier versions."""
 
     @classmethod
-    def of(cls, field: str, config: TrialConfig, outcome: Outcome, *, winner_samples_per_second: float) -> Self:
-        """From what that configuration did, in the study or behind it."""
-        rate = outcome.samples_per_second if isinstance(outcome, Measurement) else None
+    def of(
+        cls,
+        field: str,
+        config: TrialConfig,
+        outcome: Outcome,
+        *,
+        samples_per_second: float | None,
+        winner_samples_per_second: float,
+        noise: float | None = None,
+    ) -> Self:
+        """From what that configuration did, in the study or after it."""
         reason = outcome.message if isinstance(outcome, Failure) else None
         if isinstance(outcome, Failure) and outcome.kind is FailureKind.OUT_OF_MEMORY:
             reason = "out of memory"
@@ -35,7 +46,7 @@ class Ablation:
             field=field,
             name=config.name,
             value=getattr(config, field),
-            samples_per_second=rate,
+            samples_per_second=samples_per_second,
             winner_samples_per_second=winner_samples_per_second,
             reason=reason,
         )

@@ -4,8 +4,17 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
-from ds_tune.objectives.timing.intervals import T95, T98, UNSEEN_FASTER, log_half_width, student_quantile
+from ds_tune.objectives.timing.intervals import (
+    T95,
+    T98,
+    UNSEEN_FASTER,
+    is_answer,
+    log_half_width,
+    speedup_ci95,
+    student_quantile,
+)
 from ds_tune.objectives.trial import Measurement
 
 RUN_NOISE = 0.005
@@ -43,25 +52,80 @@ class VerifiedRate:
     runs: int
 
 
-def verified_rate(finalist: Finalist, others: Iterable[Finalist] = ()) -> VerifiedRate:
-    """Geometric mean rate of the verification runs of one configuration, of which there is at least one.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Speedup:
+    """How many times faster one trial is than another."""
+
+    factor: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, fast: VerifiedRate | Measurement, slow: VerifiedRate | Measurement) -> Self:
+        """Ratio of two rates, each with its interval."""
+        factor, ci95 = speedup_ci95(
+            fast.samples_per_second,
+            fast.samples_per_second_ci95,
+            slow.samples_per_second,
+            slow.samples_per_second_ci95,
+        )
+        return cls(factor=factor, ci95=ci95)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the factor is an answer; where not, the lower end of the interval is a bound at least."""
+        return is_answer(self.ci95)
+
+
+def verified_rate(
+    finalist: Finalist, others: Iterable[Finalist] = (), *, run_noise: float | None = None
+) -> VerifiedRate:
+    """Rate of one configuration that has at least one verification run.
+
+    Args:
+        others: finalists on the same quiet machine: how far their runs lie apart counts as well.
+        run_noise: see `disturbed_run_noise`; None on a quiet machine.
+    """
+    if run_noise is None:
+        rate, (low, high) = _mean_rate(finalist, others)
+    else:
+        rate, half = _undisturbed_rate(finalist, run_noise)
+        low, high = rate - half, rate + half
+    return VerifiedRate(
+        samples_per_second=math.exp(rate),
+        samples_per_second_ci95=(math.exp(low), math.exp(high)),
+        runs=len(finalist.runs),
+    )
+
+
+def _mean_rate(finalist: Finalist, others: Iterable[Finalist]) -> tuple[float, tuple[float, float]]:
+    """Logarithm of the geometric mean rate of the verification runs, with its 95% interval.
 
     The search is no part of the mean, for the configuration was picked for being fast there, but it is one more run to
     see from how far runs lie apart. The interval ends at the rate of the fastest step.
-
-    Args:
-        others: finalists on the same machine: how far their runs lie apart counts as well.
     """
     mean = statistics.fmean(map(log_rate, finalist.runs))
     assumed = RUN_NOISE**2 + statistics.fmean(map(_log_variance, finalist.runs))
     own, all_together = _run_variance([finalist], log_rate), _run_variance([finalist, *others], log_rate)
     half = _Z95 * math.sqrt(max(assumed, own, all_together) / len(finalist.runs))
     fastest = max(map(_fastest_log_rate, finalist.all_runs))
-    return VerifiedRate(
-        samples_per_second=math.exp(mean),
-        samples_per_second_ci95=(math.exp(mean - half), math.exp(min(mean + half, fastest))),
-        runs=len(finalist.runs),
-    )
+    return mean, (mean - half, min(mean + half, fastest))
+
+
+def _undisturbed_rate(finalist: Finalist, run_noise: float) -> tuple[float, float]:
+    """Logarithm of the rate of the best run, each counted by the fastest quarter of its steps, with half the width of
+    its 95% interval.
+
+    What else the machine does only ever adds to a step, and at times to a whole run, so that the best is the least
+    disturbed.
+    """
+    half = _Z95 * math.sqrt(RUN_NOISE**2 + run_noise**2 / len(finalist.all_runs))
+    return max(map(undisturbed_log_rate, finalist.all_runs)), half
+
+
+def disturbed_run_noise(finalists: Sequence[Finalist]) -> float:
+    """Standard deviation between runs of one configuration of the logarithm of their rates by the fastest quarter of
+    the steps, pooled over configurations: how far whole runs are disturbed where something else uses the machine."""
+    return math.sqrt(_run_variance(finalists, undisturbed_log_rate))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +135,27 @@ class Comparison:
     log_ratio: float
     """Logarithm of the first one's rate over the second's."""
     is_faster: bool
-    """The first is faster: one-sided p ≤ 0.01."""
+    """The first is faster: one-sided p ≤ 0.01; where something else uses the machine, as far as runs show."""
     is_level: bool
     """The two are within `LEVEL` of each other: two one-sided tests at p ≤ 0.05."""
 
 
-def compare(one: Finalist, other: Finalist, *, busy: bool) -> Comparison:
+def compare(one: Finalist, other: Finalist, *, run_noise: float | None = None) -> Comparison:
     """Comparison of two configurations that have at least one verification run each.
 
     Args:
-        busy: whether something else uses the machine; see `is_busy`.
+        run_noise: see `disturbed_run_noise`; None on a quiet machine.
     """
-    return _compare_undisturbed(one, other) if busy else _compare_rounds(one, other)
+    return _compare_rounds(one, other) if run_noise is None else _compare_undisturbed(one, other, run_noise)
+
+
+def ratio_noise(run_noise: float) -> float:
+    """Half the 95% interval of the logarithm of the ratio of two rates, each of a single run.
+
+    Args:
+        run_noise: see `disturbed_run_noise`; 0 on a quiet machine.
+    """
+    return _Z95 * math.sqrt(2 * (RUN_NOISE**2 + run_noise**2))
 
 
 def _compare_rounds(one: Finalist, other: Finalist) -> Comparison:
@@ -108,41 +181,21 @@ def _compare_rounds(one: Finalist, other: Finalist) -> Comparison:
     )
 
 
-def _compare_undisturbed(one: Finalist, other: Finalist) -> Comparison:
-    """By the best of each one's runs, each counted by the fastest quarter of its steps.
+def _compare_undisturbed(one: Finalist, other: Finalist, run_noise: float) -> Comparison:
+    """By the rates of the least disturbed steps, which are the verified ones there.
 
-    What else the machine does only ever adds to a step, and at times to a whole run, so that the best is the least
-    disturbed. The order is settled where the second best of one beats the best of the other.
+    One lucky run settles nothing: the second best has to beat the best of the other, too.
     """
-    (best, second), (other_best, other_second) = (
-        sorted(map(undisturbed_log_rate, each.all_runs), reverse=True)[:2] for each in (one, other)
-    )
-    error = math.sqrt(2) * RUN_NOISE
-    ratio = best - other_best
-    agree = max(best - second, other_best - other_second) < LEVEL
+    (rate, half), (other_rate, other_half) = (_undisturbed_rate(each, run_noise) for each in (one, other))
+    second, other_second = (sorted(map(undisturbed_log_rate, each.all_runs))[-2] for each in (one, other))
+    error = _Z95_ONE_SIDED * math.sqrt(2) * RUN_NOISE
+    ratio = rate - other_rate
+    agree = max(rate - second, other_rate - other_second) < LEVEL
     return Comparison(
         log_ratio=ratio,
-        is_faster=second - other_best > _Z99 * error,
-        is_level=agree and abs(ratio) + _Z95_ONE_SIDED * error < math.log1p(LEVEL),
+        is_faster=ratio > math.hypot(half, other_half) and second > other_rate,
+        is_level=agree and abs(ratio) + error < math.log1p(LEVEL),
     )
-
-
-def undisturbed_speedup(
-    one: Finalist, other: Finalist, others: Iterable[Finalist] = ()
-) -> tuple[float, tuple[float, float]]:
-    """How many times faster one configuration is by its least disturbed steps, with a 95% interval.
-
-    The interval allows for what two runs differ by on a quiet machine, and for what the least disturbed steps of two
-    runs differ by on this one.
-
-    Args:
-        others: further finalists, which show the latter, too.
-    """
-    machine_variance = _run_variance([one, other, *others], undisturbed_log_rate)
-    variance = math.fsum(RUN_NOISE**2 + machine_variance / len(each.all_runs) for each in (one, other))
-    best, other_best = (max(map(undisturbed_log_rate, each.all_runs)) for each in (one, other))
-    half = _Z95 * math.sqrt(variance)
-    return math.exp(best - other_best), (math.exp(best - other_best - half), math.exp(best - other_best + half))
 
 
 def is_busy(contenders: Sequence[Finalist]) -> bool:

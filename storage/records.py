@@ -3,14 +3,13 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC
 from ds_tune.objectives.numerics import NumericsCheck
-from ds_tune.objectives.timing.intervals import speedup_ci95
 from ds_tune.objectives.trial import (
     Failure,
     FailureKind,
@@ -24,18 +23,16 @@ from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.finalists import (
     Finalist,
+    Speedup,
     VerifiedRate,
+    disturbed_run_noise,
     is_busy,
     step_spread,
-    undisturbed_log_rate,
-    undisturbed_speedup,
     verified_rate,
 )
+from ds_tune.storage.verdict import Verdict, candidates, contenders, judge
 
 RECORD_VERSION = 1
-
-CONTENDERS = 5
-"""Where something else uses the machine, the fastest of nine trials may have looked as slow as the fifth."""
 
 
 class TrialState(enum.StrEnum):
@@ -151,12 +148,16 @@ class StudyState(enum.StrEnum):
     NOTHING_FITS = "nothing_fits"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Speedup:
-    """How many times faster one trial is than another."""
+class AfterSearch(enum.StrEnum):
+    """What comes after the search, and is still to be done."""
 
-    factor: float
-    ci95: tuple[float, float]
+    NONE = "none"
+    """The search goes on, or nobody asked for more than it."""
+    VERIFICATION = "verification"
+    """There is no winner yet, or its losses were not compared."""
+    ABLATIONS = "ablations"
+    """What each setting of the winner brings was not measured."""
+    DONE = "done"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +172,9 @@ class StudySummary:
     """What the study was asked to reach."""
     tuning_seconds: float
     """Time that tuners spent on it, over all sessions, from the first trial's begin on."""
-    finals_seconds: float = 0.0
-    """Time spent after the search, over all sessions: verification, comparison of losses, ablations."""
+    finals_seconds: float | None = None
+    """Time spent after the search, over all sessions: verification, comparison of losses, ablations. None where nothing
+    of it was begun."""
     ended: str | None
     """Why the search stopped before `trials_total`, when it did and will not go on."""
     records: Sequence[TrialRecord]
@@ -187,6 +189,8 @@ class StudySummary:
     """Those shown to be level with the winner, or with the fastest where the winner saves memory."""
     unsettled: Sequence[str] = ()
     """Those that the verification could not tell from the winner."""
+    promoted: Sequence[str] = ()
+    """Trials of the search that beat an earlier winner as its ablations, so that they are verified, too."""
     numerics: Mapping[str, NumericsCheck | str] = dataclasses.field(default_factory=dict)
     """What the finalists' losses showed, or why they could not be compared, by the configuration's name."""
     contributions: Contributions | None = None
@@ -199,18 +203,61 @@ class StudySummary:
         return sum(record.counts for record in self.records)
 
     @property
+    def is_searched(self) -> bool:
+        """Whether the search is over."""
+        return self.finished_trials >= self.trials_total or self.ended is not None
+
+    @property
     def state(self) -> StudyState:
-        done = self.finished_trials >= self.trials_total or self.ended is not None
-        if not done:
+        if not self.is_searched:
             return StudyState.UNFINISHED
-        return StudyState.FINISHED if self.best is not None else StudyState.NOTHING_FITS
+        return StudyState.FINISHED if self.eligible else StudyState.NOTHING_FITS
+
+    @property
+    def after_search(self) -> AfterSearch:
+        begun = self.finals_seconds is not None or self.verification
+        if self.state is not StudyState.FINISHED or not begun:
+            return AfterSearch.NONE
+        if self.winner is None or self.winner not in self.numerics:
+            return AfterSearch.VERIFICATION
+        explained = self.contributions is not None and self.contributions.winner == self.winner
+        return AfterSearch.DONE if explained else AfterSearch.ABLATIONS
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the same command has something left to do."""
+        after = self.after_search not in (AfterSearch.NONE, AfterSearch.DONE)
+        return after or self.state is StudyState.UNFINISHED
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The verification's, or as long as that goes on, how the candidates rank so far; None before all of them have
+        run again."""
+        if self.winner is not None:
+            return Verdict(leader=self.winner, level=tuple(self.tied), unsettled=tuple(self.unsettled))
+        return self.verdict_without() if self.is_searched else None
+
+    def verdict_without(self, failed: Collection[str] = ()) -> Verdict | None:
+        """How the candidates rank by their runs so far.
+
+        Args:
+            failed: names of those that did not run again.
+        """
+        names = set(self.candidates) - set(failed)
+        field = {name: each for name, each in self.field.items() if name in names}
+        if not field or not all(each.runs for each in field.values()):
+            return None
+        return judge(field, self.machine.capacity_bytes, run_noise=self.run_noise)
 
     @property
     def best(self) -> TrialRecord | None:
-        """The winner of the verification; before there is one, the fastest trial."""
-        for record in self.records:
-            if record.config.name == self.winner and record.state is TrialState.COMPLETE:
-                return record
+        """The leader of the verification; before there is one, the trial with the highest figure."""
+        if (verdict := self.verdict) is not None:
+            for record in self.eligible:
+                if record.config.name == verdict.leader:
+                    return record
+        if self.is_searched and self.verification:
+            return max(self.eligible, key=self.rate, default=None)
         return self.fastest
 
     @property
@@ -225,7 +272,8 @@ class StudySummary:
     def verified(self, record: TrialRecord) -> VerifiedRate | None:
         """Rate of a trial's configuration by its verification runs; None without any.
 
-        How far the others' runs lie apart counts, but not the baseline's: launching decides there, which is its own.
+        On a quiet machine how far the others' runs lie apart counts, but not the baseline's: launching decides there,
+        which is its own.
         """
         finalists = self.finalists
         finalist = finalists.pop(record.config.name, None)
@@ -233,28 +281,38 @@ class StudySummary:
             return None
         if self.baseline is not None:
             finalists.pop(self.baseline.config.name, None)
-        return verified_rate(finalist, finalists.values())
+        return verified_rate(finalist, finalists.values(), run_noise=self.run_noise)
 
     @property
-    def contenders(self) -> dict[str, Finalist]:
-        """Measurements of the trials that may be the fastest where all have been disturbed, by name, the fastest first:
-        the first `CONTENDERS` by the fastest steps of each."""
-        finalists = [
-            (record.config.name, Finalist(record.outcome, self.verification.get(record.config.name, ())))
+    def field(self) -> dict[str, Finalist]:
+        """Measurements of the eligible trials by name, also of those that did not run again."""
+        return {
+            record.config.name: Finalist(record.outcome, self.verification.get(record.config.name, ()))
             for record in self.eligible
             if isinstance(record.outcome, Measurement)
-        ]
-        finalists.sort(key=lambda each: -undisturbed_log_rate(each[1].search))
-        return dict(finalists[:CONTENDERS])
+        }
+
+    @property
+    def candidates(self) -> list[str]:
+        """Names of the trials that may be the fastest, those that an ablation found among them."""
+        found = {record.config.name for record in self.records if record.source is Source.ABLATION}
+        return candidates(self.field, busy=self.disturbance is not None, promoted={*found, *self.promoted})
 
     @property
     def disturbance(self) -> float | None:
         """Relative difference between the slow and the fast steps of one configuration, where something else uses the
         machine; None on a quiet one."""
-        contenders = list(self.contenders.values())
-        if self.provenance is not Provenance.MEASURED or not is_busy(contenders):
+        field = self.field
+        disturbed = [field[name] for name in contenders(field)]
+        if self.provenance is not Provenance.MEASURED or not is_busy(disturbed):
             return None
-        return max(step_spread(each.all_runs) for each in contenders)
+        return max(step_spread(each.all_runs) for each in disturbed)
+
+    @property
+    def run_noise(self) -> float | None:
+        """See `disturbed_run_noise`; None on a quiet machine, and where nothing ran again."""
+        finalists = list(self.finalists.values())
+        return disturbed_run_noise(finalists) if finalists and self.disturbance is not None else None
 
     def rate(self, record: TrialRecord) -> float:
         """Samples/s as verified; without verification runs, of the search; 0 for a trial without a measurement."""
@@ -269,7 +327,8 @@ class StudySummary:
     @property
     def total_seconds(self) -> float:
         """Search and what came after it."""
-        return self.tuning_seconds + max(self.finals_seconds, self.verification_seconds)
+        # Studies of earlier versions may have lost what a killed session had spent.
+        return self.tuning_seconds + max(self.finals_seconds or 0.0, self.verification_seconds)
 
     @property
     def trial_seconds(self) -> float:
@@ -307,30 +366,14 @@ class StudySummary:
         best, baseline = self.best, self.baseline
         if best is None or baseline is None:
             return None
-        assert isinstance(best.outcome, Measurement) and isinstance(baseline.outcome, Measurement)
         if best is baseline:
             return Speedup(factor=1.0, ci95=(1.0, 1.0))
-        finalists = self.finalists
-        if self.disturbance is not None and {best.config.name, baseline.config.name} <= set(finalists):
-            fast, slow = finalists.pop(best.config.name), finalists.pop(baseline.config.name)
-            factor, interval = undisturbed_speedup(fast, slow, finalists.values())
-            return Speedup(factor=factor, ci95=interval)
         verified, untuned = self.verified(best), self.verified(baseline)
+        # A verified figure is compared with none of the search.
         if verified is not None and untuned is not None:
-            factor, interval = speedup_ci95(
-                verified.samples_per_second,
-                verified.samples_per_second_ci95,
-                untuned.samples_per_second,
-                untuned.samples_per_second_ci95,
-            )
-            return Speedup(factor=factor, ci95=interval)
-        factor, interval = speedup_ci95(
-            best.outcome.samples_per_second,
-            best.outcome.samples_per_second_ci95,
-            baseline.outcome.samples_per_second,
-            baseline.outcome.samples_per_second_ci95,
-        )
-        return Speedup(factor=factor, ci95=interval)
+            return Speedup.of(verified, untuned)
+        assert isinstance(best.outcome, Measurement) and isinstance(baseline.outcome, Measurement)
+        return Speedup.of(best.outcome, baseline.outcome)
 
     def best_of_stage(self) -> dict[int, tuple[int, TrialRecord | None]]:
         """For each ZeRO stage tried, in order: how many trials, and the best of them, stopped ones included.

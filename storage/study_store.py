@@ -38,6 +38,7 @@ ENDED = "ds_tune:ended"
 MORE = "ds_tune:more"
 VERSIONS = "ds_tune:versions"
 WINNER = "ds_tune:winner"
+PROMOTED = "ds_tune:promoted"
 VERIFICATION = "ds_tune:verification:"
 EXCLUDED = "ds_tune:excluded"
 NUMERICS = "ds_tune:numerics:"
@@ -168,7 +169,7 @@ class StudyStore:
             versions=attributes[VERSIONS],
             trials_total=attributes.get(TARGET, 0),
             tuning_seconds=attributes.get(SECONDS, 0.0),
-            finals_seconds=attributes.get(FINALS_SECONDS, 0.0),
+            finals_seconds=attributes.get(FINALS_SECONDS),
             ended=attributes.get(ENDED),
             records=self.records(),
             verification={
@@ -179,6 +180,7 @@ class StudyStore:
             winner=(attributes.get(WINNER) or {}).get("name"),
             tied=(attributes.get(WINNER) or {}).get("tied", ()),
             unsettled=(attributes.get(WINNER) or {}).get("unsettled", ()),
+            promoted=attributes.get(PROMOTED, ()),
             numerics={
                 key.removeprefix(NUMERICS): _numerics_from_json(json.loads(value))
                 for key, value in attributes.items()
@@ -219,6 +221,10 @@ class StudyStore:
     def forget_winner(self) -> None:
         """Has the verification go on: there is one more finalist."""
         self._set(WINNER, None)
+
+    def promote(self, name: str) -> None:
+        """Makes a trial of the search a finalist, for it beat the winner as its ablation."""
+        self._set(PROMOTED, [*self.attributes.get(PROMOTED, ()), name])
 
     def set_numerics(self, name: str, found: NumericsCheck | str) -> None:
         """Stores what a finalist's losses showed, or why they could not be compared."""

@@ -76,8 +76,7 @@ def tune(arguments: argparse.Namespace) -> int:
     if summary.state is not StudyState.UNFINISHED:
         store.set_more_pending(False)
     _print_document(arguments, summary)
-    verifying = spec.verify and verification is not None
-    if interrupted and (summary.state is StudyState.UNFINISHED or (verifying and summary.winner is None)):
+    if interrupted and summary.goes_on:
         console.say("Interrupted; the same command goes on from here.")
         return EXIT_INTERRUPTED
     return _exit_status(summary, console)

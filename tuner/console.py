@@ -19,22 +19,26 @@ from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
 from ds_tune.tuner.reports.explanation import explanation_lines
 from ds_tune.tuner.reports.forecasts import forecast_errors
 from ds_tune.tuner.reports.markdown import (
-    IS_LEVEL,
-    UNSETTLED,
-    WINNER,
     duration_words,
     figure_words,
-    improvement_words,
     numerics_words,
     rate_words,
-    standing_words,
     total_words,
-    verdict_lines,
     verified_words,
 )
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows
+from ds_tune.tuner.reports.verdict import (
+    LEADS,
+    SYMBOLS,
+    WINNER,
+    after_search_words,
+    improvement_words,
+    legend_words,
+    standing_words,
+    verdict_lines,
+)
 from ds_tune.tuner.space import DIMENSIONS
-from ds_tune.tuner.time_left import EXPLANATION_RUNS, VERIFICATION_RUNS, RunsLeft
+from ds_tune.tuner.time_left import RunsLeft
 
 _STYLES = {TrialState.COMPLETE: "green", TrialState.PRUNED: "yellow", TrialState.FAILED: "red"}
 
@@ -66,7 +70,6 @@ class Console:
         self._live: rich.live.Live | None = None
         self._running: _Running | None = None
         self._opened = time.monotonic()
-        self._verified = self._explained = 0
         self._has_heading = False
         # Where nobody reads it at once, nothing is abbreviated.
         self._columns = output.width if output.is_terminal or "COLUMNS" in os.environ else None
@@ -100,8 +103,10 @@ class Console:
     def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
         self.say(summary.provenance.mark(f"{summary.workload.description} on {summary.machine.description}"))
         done = summary.finished_trials
-        if done >= summary.trials_total or summary.ended:
-            why = f", {summary.ended}" if summary.ended else ""
+        why = f", {summary.ended}" if summary.ended else ""
+        if (words := after_search_words(summary, goes_on=self.verifies)) is not None:
+            self.say(f"Study {summary.study}: the search is done ({done} trials{why}); {words}.")
+        elif summary.is_searched:
             self.say(f"Study {summary.study} is finished ({done} trials{why}); --more M adds M trials.")
         elif done:
             self.say(f"Study {summary.study} goes on: {done} of {summary.trials_total} trials are done.")
@@ -128,11 +133,9 @@ class Console:
             self._output.print(trial_heading(summary.provenance, self._columns), soft_wrap=True)
         self._output.print(trial_line(record, summary, self._columns), soft_wrap=True)
 
-    def verification_started(self, record: TrialRecord, summary: StudySummary) -> None:
-        # Of a round that has begun the summary knows nothing yet.
-        self._verified = max(self._verified, sum(map(len, summary.verification.values()))) + 1
-        left = RunsLeft(0, max(VERIFICATION_RUNS - self._verified + 1, 1), EXPLANATION_RUNS)
-        self._running = _Running(record.config, f"verification {self._verified}", left, summary)
+    def verification_started(self, record: TrialRecord, summary: StudySummary, left: RunsLeft) -> None:
+        runs = sum(map(len, summary.verification.values()))
+        self._running = _Running(record.config, f"verification {runs + 1}", left, summary)
 
     def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None:
         self._running = None
@@ -141,21 +144,18 @@ class Console:
         else:
             self.say(f"     {record.config.name} again, in fresh processes: {outcome.kind.value.replace('_', ' ')}")
 
-    def numerics_started(self, record: TrialRecord, compared: TrialConfig, summary: StudySummary) -> None:
-        self._explain("comparing losses", compared, summary)
+    def numerics_started(
+        self, record: TrialRecord, compared: TrialConfig, summary: StudySummary, left: RunsLeft
+    ) -> None:
+        self._running = _Running(compared, "comparing losses", left, summary)
 
     def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
         self._running = None
         if isinstance(found, NumericsCheck) and found.fault is not None:
             self.say(f"     {numerics_words(record.config.name, found)}")
 
-    def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> None:
-        self._explain("ablation", config, summary)
-
-    def _explain(self, title: str, config: TrialConfig, summary: StudySummary) -> None:
-        left = RunsLeft(explanations=max(EXPLANATION_RUNS - self._explained, 1))
-        self._explained += 1
-        self._running = _Running(config, title, left, summary)
+    def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary, left: RunsLeft) -> None:
+        self._running = _Running(config, "ablation", left, summary)
 
     def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:
         self.trial_finished(record, summary)
@@ -173,9 +173,7 @@ class Console:
         self._output.print()
         self._output.print(stage_table(summary, self._columns))
         if summary.verification:
-            level = ", = level with it" if summary.tied else ""
-            level += ", ? not told from it" if summary.unsettled else ""
-            self.say(f"★ winner{level}, ✓ verified in fresh processes; other figures are of the search.\n")
+            self.say(f"{legend_words(summary)}\n")
         best = summary.best
         if best is not None:
             self._output.print(best_table(summary, self._columns))
@@ -218,7 +216,7 @@ def forecast_lines(summary: StudySummary) -> list[str]:
     if (errors := forecast_errors(summary)) is not None:
         lines.append(
             f"Forecasts were off by {errors.rate_median:.0%} in samples/s and {errors.memory_median:.1%} in peak "
-            f"memory (medians of {errors.trials} trials)."
+            f"memory (medians of {errors.trials} forecasts)."
         )
     if count := sum(each.configurations for each in summary.excluded):
         lines.append(f"Not launched, as they certainly need more memory: {count} configurations (see summary.md).")
@@ -341,7 +339,7 @@ def stage_table(summary: StudySummary, width: int | None) -> rich.table.Table:
             table.add_row(space, str(count), "–", "–", "none ran", "")
         else:
             memory = f"{(best.outcome.peak_memory_bytes or 0) / GIB:.2f}"
-            standing = {WINNER: "★", IS_LEVEL: "=", UNSETTLED: "?"}.get(standing_words(best, summary), "")
+            standing = SYMBOLS.get(standing_words(best, summary), "")
             style = "bold green" if best is summary.best else None
             name = best.config.name if width is None else shortened(best.config.name, _name_width(width))
             table.add_row(space, str(count), figure_words(best, summary), memory, name, standing, style=style)
@@ -350,7 +348,7 @@ def stage_table(summary: StudySummary, width: int | None) -> rich.table.Table:
 
 def best_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     """The best configuration beside the baseline, a column each."""
-    best_title = "best" if summary.winner is None else "★ winner"
+    best_title = WINNER if summary.winner is not None else LEADS if summary.verification else "best"
     columns = [(best_title, summary.best), ("baseline", summary.baseline)]
     shown = [(title, record) for title, record in columns if record is not None]
     mark = summary.provenance.mark
@@ -366,7 +364,9 @@ def best_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     if all(summary.verified(record) for _, record in shown):
         table.add_row("samples/s verified", *(verified_words(record, summary) for _, record in shown))
     else:
-        table.add_row(mark("samples/s"), *(figure_words(record, summary) for _, record in shown))
+        # A verified figure stands beside none of the search.
+        title = "samples/s in the search" if summary.verification else mark("samples/s")
+        table.add_row(title, *(rate_words(record) for _, record in shown))
     for row in metric_rows([record for _, record in shown], summary):
         table.add_row(*row)
     for dimension in DIMENSIONS:

@@ -1,24 +1,24 @@
-"""What comes behind the search: who really is the fastest, whether it trains what it should, and why it is fast."""
+"""What comes after the search: who really is the fastest, whether it trains what it should, and why it is fast."""
 
 import dataclasses
 import datetime
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from ds_tune.objectives.numerics import LossCurve, NumericsCheck
 from ds_tune.objectives.objective import Objective, TrainingObjective
-from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.storage.ablations import Ablation, Contributions
-from ds_tune.storage.finalists import RUN_NOISE, Finalist, log_rate, undisturbed_log_rate
+from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.layout import ResultsFolder
-from ds_tune.storage.records import Source, StudyState, StudySummary, TrialRecord
+from ds_tune.storage.records import AfterSearch, Source, StudyState, StudySummary, TrialRecord
 from ds_tune.storage.study_store import StudyStore
+from ds_tune.tuner.ablations import AgainstWinner, ablated, beside, in_one_session
 from ds_tune.tuner.observer import Observer
 from ds_tune.tuner.reports.notes import save_trial_note
 from ds_tune.tuner.space import Space
 from ds_tune.tuner.stopping import StopSignals
-from ds_tune.tuner.verification import judge, next_runs
+from ds_tune.tuner.time_left import EXPLANATION_RUNS, RunsLeft
+from ds_tune.tuner.verification import next_runs, runs_to_follow
 
 COMPARED_ACCUMULATION = 2
 """More micro-steps a step show nothing that two do not; the comparison is spared them."""
@@ -58,8 +58,8 @@ class Finals:
         """
         self._space = space
         self._legal = frozenset(space.legal)
-        self.ran = False
-        """Whether anything was left to run."""
+        self._clock = time.monotonic()
+        self._ablation_seconds = 0.0
         self._store = store
         self._results = results
         self._verification = verification
@@ -69,39 +69,53 @@ class Finals:
     def run(self) -> None:
         """Until there is a winner that trains what the baseline trains, and its explanation, or nobody is left."""
         failed: set[str] = set()
+        self._clock = time.monotonic()
         while not self._stop.requested:
             summary = self._store.summary()
-            if summary.state is StudyState.UNFINISHED or summary.fastest is None:
+            if summary.state is not StudyState.FINISHED:
                 return
-            if summary.winner is not None:
-                if self._ablate(summary):
+            if summary.finals_seconds is None:
+                self._store.add_finals_seconds(0.0)
+            if summary.winner is None:
+                turn = next_runs(summary, failed)
+                if turn:
+                    self._run_again(turn, runs_to_follow(summary, failed), failed)
                     continue
-                return
-            turn = next_runs(summary, frozenset(failed))
-            if turn:
-                self._run_again(turn, summary, failed)
-                continue
-            verdict = judge(summary, frozenset(failed))
-            if verdict is None:
-                return
-            [leader] = [record for record in summary.records if record.config.name == verdict.leader]
-            if verdict.leader in summary.numerics:  # and without a fault, or it would be no candidate
+                verdict = summary.verdict_without(failed)
+                if verdict is None:
+                    return
+                # Before its losses are compared, so that a verdict once reached is not lost.
                 self._store.set_winner(verdict.leader, verdict.level, verdict.unsettled)
                 continue
-            self._check_numerics(leader, summary)
+            [winner] = [record for record in summary.records if record.config.name == summary.winner]
+            if summary.winner not in summary.numerics:
+                self._check_numerics(winner, summary)
+            elif summary.numerics_fault(winner) is not None:
+                self._store.forget_winner()
+            elif not self._ablate(winner, summary):
+                return
 
-    def _run_again(self, turn: list[TrialRecord], summary: StudySummary, failed: set[str]) -> None:
+    def _add_seconds(self) -> None:
+        """Stores the time that has passed: after each run, so that a tuner that is killed loses no more than one."""
+        now = time.monotonic()
+        self._store.add_finals_seconds(now - self._clock)
+        self._clock = now
+
+    def _run_again(self, turn: Sequence[TrialRecord], to_follow: int, failed: set[str]) -> None:
         """One round of verification; who does not run again is put into `failed`."""
         fresh = self._verification.fresh
         try:
-            for record in turn:
+            for index, record in enumerate(turn):
                 if self._stop.requested:
                     return
-                self.ran = True
-                self._observer.verification_started(record, summary)
+                left = RunsLeft(0, len(turn) - index + to_follow, EXPLANATION_RUNS)
+                self._observer.verification_started(record, self._store.summary(), left)
                 folder = self._results.verification(record.config)
                 folder.mkdir(parents=True, exist_ok=True)
-                outcome = fresh.run(record.config, folder, self._observer.phase)
+                try:
+                    outcome = fresh.run(record.config, folder, self._observer.phase)
+                finally:
+                    self._add_seconds()
                 if isinstance(outcome, Measurement):
                     self._store.add_verification(record.config.name, outcome)
                 else:
@@ -123,11 +137,12 @@ class Finals:
         config, references = compared(record.config, summary)
         if not references:
             return AS_UNTUNED
-        curve = self._losses(record, config, summary)
+        later = len(self._to_ablate(record, summary))
+        curve = self._losses(record, config, summary, RunsLeft(explanations=2 + later))
         if isinstance(curve, Failure):
             return f"its losses could not be had: {curve.message}"
         for reference in references:
-            theirs = self._losses(record, reference, summary)
+            theirs = self._losses(record, reference, summary, RunsLeft(explanations=1 + later))
             if isinstance(theirs, LossCurve):
                 return NumericsCheck(
                     reference=reference.name,
@@ -140,46 +155,58 @@ class Finals:
                 break
         return why
 
-    def _losses(self, record: TrialRecord, config: TrialConfig, summary: StudySummary) -> LossCurve | Failure:
-        self.ran = True
-        self._observer.numerics_started(record, config, summary)
+    def _losses(
+        self, record: TrialRecord, config: TrialConfig, summary: StudySummary, left: RunsLeft
+    ) -> LossCurve | Failure:
+        self._observer.numerics_started(record, config, summary, left)
         folder = self._results.numerics(record.config, config)
         folder.mkdir(parents=True, exist_ok=True)
-        return self._verification.training.losses(config, folder, self._observer.phase)
+        try:
+            return self._verification.training.losses(config, folder, self._observer.phase)
+        finally:
+            self._add_seconds()
 
-    def _ablate(self, summary: StudySummary) -> bool:
+    def _to_ablate(self, winner: TrialRecord, summary: StudySummary) -> list[TrialConfig]:
+        """What the winner's explanation has to run: itself once more, and what the study's trials do not tell."""
+        known = {record.config for record in summary.records}
+        new = [config for _, config in ablated(winner.config, summary, self._legal.__contains__) if config not in known]
+        return [winner.config, *new] if new else []
+
+    def _ablate(self, winner: TrialRecord, summary: StudySummary) -> bool:
         """Runs the winner without each of its settings in turn, as far as the study's trials do not tell.
 
         Returns:
             Whether one of these was faster and is a finalist now, so that there is no winner any more.
         """
-        winner, before = summary.best, summary.contributions
-        if winner is None or (before is not None and before.winner == winner.config.name):
+        if summary.after_search is AfterSearch.DONE:
             return False
         known = {record.config: record for record in summary.records}
-        in_search = winner.samples_per_second or 0.0
-        undisturbed = None if summary.disturbance is None else summary.finalists.get(winner.config.name)
-        again: float | None = None  # the winner's rate in the processes that the others run in here
-        started, affordable = time.monotonic(), max(MIN_ABLATION_SECONDS, ABLATION_SHARE * summary.tuning_seconds)
+        affordable = max(MIN_ABLATION_SECONDS, ABLATION_SHARE * summary.tuning_seconds)
+        left = len(self._to_ablate(winner, summary))
+        again: Outcome | None = None  # the winner's run in the processes that the others run in here
         ablations, missing = [], False
         try:
             for field, config in ablated(winner.config, summary, self._legal.__contains__):
                 if config in known:
-                    outcome, against = beside(known[config], winner, summary)
+                    compared = beside(known[config], winner, summary)
+                    if self._promote(known[config], compared, summary):
+                        return True
                 else:
-                    missing = time.monotonic() - started >= affordable
+                    missing = self._ablation_seconds >= affordable
                     if missing:
                         break
                     if again is None:
-                        rerun = self._run_ablation(winner, winner.config, summary)
-                        again = rerun.samples_per_second if isinstance(rerun, Measurement) else in_search
+                        again = self._run_ablation(winner, winner.config, summary, left)
                     if self._stop.requested:
                         return False
-                    outcome, against = self._run_ablation(winner, config, summary, best_samples_per_second=again), again
-                    if is_faster(outcome, against, undisturbed):
+                    left -= 1
+                    rate = again.samples_per_second if isinstance(again, Measurement) else winner.samples_per_second
+                    outcome = self._run_ablation(winner, config, summary, left, best_samples_per_second=rate)
+                    compared = in_one_session(outcome, again, winner, summary)
+                    if compared.is_faster:
                         self._add_finalist(config, outcome, summary)
                         return True
-                ablations.append(Ablation.of(field, config, outcome, winner_samples_per_second=against))
+                ablations.append(compared.ablation(field, config))
         finally:
             self._verification.training.close()
         self._store.set_contributions(
@@ -190,6 +217,17 @@ class Finals:
             )
         )
         return False
+
+    def _promote(self, record: TrialRecord, compared: AgainstWinner, summary: StudySummary) -> bool:
+        """Makes a finalist of a trial that was faster beside the winner and did not run again yet."""
+        name = record.config.name
+        if not compared.is_faster or name in summary.candidates or record not in summary.eligible:
+            return False
+        # In this order: killed between the two, the study finds its winner and this again.
+        self._store.promote(name)
+        self._store.forget_winner()
+        self._observer.finalist_added(record, self._store.summary())
+        return True
 
     def _add_finalist(self, config: TrialConfig, outcome: Outcome, summary: StudySummary) -> None:
         """Makes a trial of what an ablation found to be faster than the winner, and has it verified."""
@@ -215,56 +253,22 @@ class Finals:
         winner: TrialRecord,
         config: TrialConfig,
         summary: StudySummary,
+        left: int,
         *,
         best_samples_per_second: float | None = None,
     ) -> Outcome:
         """One warm run; what is much slower than the best is given up early, as in the search."""
-        self.ran = True
-        self._observer.ablation_started(winner, config, summary)
+        self._observer.ablation_started(winner, config, summary, RunsLeft(explanations=left))
+        began = time.monotonic()
         folder = self._results.ablation(winner.config, config)
         folder.mkdir(parents=True, exist_ok=True)
-        return self._verification.training.run(
-            config, folder, self._observer.phase, best_samples_per_second=best_samples_per_second
-        )
-
-
-def ablated(
-    winner: TrialConfig, summary: StudySummary, is_legal: Callable[[TrialConfig], bool]
-) -> list[tuple[str, TrialConfig]]:
-    """The winner less each of its settings: a knob off, or stage or batch sizes as the baseline has them.
-
-    What the study could not have proposed is left out, such as another batch size where the global batch is fixed.
-    """
-    changes: list[tuple[str, int | str]] = [(field, KNOBS[field].off) for field in winner.knobs_on]
-    if summary.baseline is not None:
-        for field in CORE_FIELDS:
-            value = getattr(summary.baseline.config, field)
-            if value != getattr(winner, field):
-                changes.append((field, value))
-    configs = [(field, TrialConfig.from_json({**winner.to_json(), field: value})) for field, value in changes]
-    return [(field, config) for field, config in configs if is_legal(config)]
-
-
-def is_faster(outcome: Outcome, winner_samples_per_second: float, undisturbed: Finalist | None) -> bool:
-    """Whether an ablation beat the winner by more than two runs of one configuration differ by.
-
-    Args:
-        undisturbed: the winner's runs where something else uses the machine: then the fastest steps are compared.
-    """
-    if not isinstance(outcome, Measurement) or outcome.stopped_early:
-        return False
-    ahead = log_rate(outcome) - math.log(winner_samples_per_second)
-    if undisturbed is not None:
-        ahead = undisturbed_log_rate(outcome) - max(map(undisturbed_log_rate, undisturbed.all_runs))
-    return ahead > 2 * RUN_NOISE
-
-
-def beside(record: TrialRecord, winner: TrialRecord, summary: StudySummary) -> tuple[Outcome, float]:
-    """What a trial's configuration did, and the winner's samples/s beside it: both as verified, where both were."""
-    outcome, ours, theirs = record.outcome, summary.verified(winner), summary.verified(record)
-    if ours is None or theirs is None or not isinstance(outcome, Measurement):
-        return outcome, winner.samples_per_second or 0.0
-    return dataclasses.replace(outcome, samples_per_second=theirs.samples_per_second), ours.samples_per_second
+        try:
+            return self._verification.training.run(
+                config, folder, self._observer.phase, best_samples_per_second=best_samples_per_second
+            )
+        finally:
+            self._ablation_seconds += time.monotonic() - began
+            self._add_seconds()
 
 
 def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, list[TrialConfig]]:

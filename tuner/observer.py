@@ -6,6 +6,7 @@ from typing import Protocol
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Outcome, TrialConfig
 from ds_tune.storage.records import StudySummary, TrialRecord
+from ds_tune.tuner.time_left import RunsLeft
 
 
 class Observer(Protocol):
@@ -20,17 +21,20 @@ class Observer(Protocol):
 
     def trial_finished(self, record: TrialRecord, summary: StudySummary) -> None: ...
 
-    def verification_started(self, record: TrialRecord, summary: StudySummary) -> None: ...
+    def verification_started(self, record: TrialRecord, summary: StudySummary, left: RunsLeft) -> None:
+        """A finalist runs again; `left` are the runs that may still come, with it."""
 
     def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None: ...
 
-    def numerics_started(self, record: TrialRecord, compared: TrialConfig, summary: StudySummary) -> None:
+    def numerics_started(
+        self, record: TrialRecord, compared: TrialConfig, summary: StudySummary, left: RunsLeft
+    ) -> None:
         """A finalist's losses are compared; `compared` runs now, the finalist or what it is compared with."""
 
     def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
         """What they showed, or why they could not be compared."""
 
-    def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary) -> None:
+    def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary, left: RunsLeft) -> None:
         """The winner runs without one of its settings, to see what that brings."""
 
     def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:

@@ -106,13 +106,7 @@ class Study:
             trials = store.study.get_trials(deepcopy=False)
             store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
             if spec.verify and self._verification is not None:
-                finals = Finals(store, spec.results, self._verification, self._observer, self._stop, self._space)
-                began = time.monotonic()
-                try:
-                    finals.run()
-                finally:
-                    if finals.ran:
-                        store.add_finals_seconds(time.monotonic() - began)
+                Finals(store, spec.results, self._verification, self._observer, self._stop, self._space).run()
             summary = store.summary()
             publish(store.study, summary)
             return summary

@@ -46,5 +46,7 @@ class RunsLeft:
         costs = [warm] * self.trials + [fresh] * self.verifications + [warm] * self.explanations
         if not costs:
             return 0.0
-        # One that takes longer than the others did may still need a while.
-        return max(costs[0] - elapsed, costs[0] / 2) + math.fsum(costs[1:])
+        # One that takes longer than the others did may still need a while, but the time left never stands still.
+        half = costs[0] / 2
+        running = costs[0] - elapsed if elapsed < half else half**2 / elapsed
+        return running + math.fsum(costs[1:])

@@ -9,11 +9,13 @@ import pytest
 from ds_tune.objectives.trial import Measurement
 from ds_tune.storage.finalists import (
     RUN_NOISE,
+    Comparison,
     Finalist,
+    Speedup,
     compare,
+    disturbed_run_noise,
     is_busy,
     step_spread,
-    undisturbed_speedup,
     verified_rate,
 )
 
@@ -103,55 +105,84 @@ def test_every_statistic_of_a_verification_is_finite_whatever_steps_it_has(steps
     wild = Finalist(run(1e-9, steps=steps), [run(1e9, half_width=1e9, steps=steps)])
     rate = verified_rate(wild, [finalist(50.0)])
     provenance = [rate.samples_per_second, *rate.samples_per_second_ci95, step_spread(wild.all_runs)]
-    factor, interval = undisturbed_speedup(wild, finalist(50.0))
-    assert all(map(math.isfinite, [*provenance, factor, *interval]))
-    for busy in (False, True):
-        assert not compare(finalist(50.0), wild, busy=busy).is_level
+    run_noise = disturbed_run_noise([wild, finalist(50.0)])
+    undisturbed = verified_rate(wild, run_noise=run_noise)
+    speedup = Speedup.of(undisturbed, verified_rate(finalist(50.0), run_noise=run_noise))
+    assert all(map(math.isfinite, [*provenance, run_noise, speedup.factor, *speedup.ci95]))
+    for noise in (None, run_noise):
+        assert not compare(finalist(50.0), wild, run_noise=noise).is_level
 
 
 def test_difference_larger_than_chance_is_settled_and_a_small_one_is_level() -> None:
     fast, slow, level = finalist(52.0, 52.0), finalist(50.0, 50.0), finalist(51.9, 51.9)
-    assert compare(fast, slow, busy=False).is_faster
-    assert not compare(slow, fast, busy=False).is_faster
-    assert compare(fast, level, busy=False).is_level
+    assert compare(fast, slow).is_faster
+    assert not compare(slow, fast).is_faster
+    assert compare(fast, level).is_level
 
 
 def test_wide_intervals_are_no_evidence_that_two_are_level() -> None:
     one, other = (Finalist(run(rate, 30.0), [run(rate, 30.0)]) for rate in (100.0, 99.0))
-    comparison = compare(one, other, busy=False)
+    comparison = compare(one, other)
     assert not comparison.is_level
     assert not comparison.is_faster
 
 
 def test_drift_that_slows_both_runs_of_a_round_does_not_hide_the_faster_one() -> None:
     fast, slow = finalist(100.0, 80.0, 60.0, search=100.0), finalist(90.0, 72.0, 54.0, search=90.0)
-    assert compare(fast, slow, busy=False).is_faster
+    assert compare(fast, slow).is_faster
+
+
+def busy(one: Finalist, other: Finalist) -> Comparison:
+    return compare(one, other, run_noise=disturbed_run_noise([one, other]))
+
+
+QUIET, HIT, HIT_LATER = (1.0, 1.0, 1.0, 1.0), (1.0, 1.8, 1.8, 1.8), (1.8, 1.8, 1.8, 1.8)
 
 
 def test_least_disturbed_steps_decide_where_a_neighbour_comes_and_goes() -> None:
-    quiet, hit, hit_later = (1.0, 1.0, 1.0, 1.0), (1.0, 1.8, 1.8, 1.8), (1.8, 1.8, 1.8, 1.8)
-    fast = disturbed(hit, hit, hit_later, undisturbed_rate=105.0)
-    slow = disturbed(quiet, quiet, hit, undisturbed_rate=100.0)
-    assert compare(slow, fast, busy=False).log_ratio > 0, "by their means the slower one is ahead"
-    assert compare(fast, slow, busy=True).is_faster
+    fast = disturbed(HIT, HIT, HIT, undisturbed_rate=105.0)
+    slow = disturbed(QUIET, QUIET, HIT)
+    assert compare(slow, fast).log_ratio > 0, "by their means the slower one is ahead"
+    assert busy(fast, slow).is_faster
 
 
 def test_order_that_one_undisturbed_run_shows_alone_is_not_settled() -> None:
-    quiet, hit = (1.0, 1.0, 1.0, 1.0), (1.8, 1.8, 1.8, 1.8)
-    fast, slow = disturbed(hit, quiet, undisturbed_rate=105.0), disturbed(quiet, quiet)
-    comparison = compare(fast, slow, busy=True)
+    comparison = busy(disturbed(HIT_LATER, QUIET, undisturbed_rate=105.0), disturbed(QUIET, QUIET))
     assert comparison.log_ratio > 0
     assert not comparison.is_faster
     assert not comparison.is_level
 
 
+def test_one_lucky_run_of_many_does_not_settle_the_order() -> None:
+    lucky = disturbed(*[QUIET] * 6, (0.7, 0.7, 0.7, 0.7), undisturbed_rate=100.0)
+    others = disturbed(*[QUIET] * 7, undisturbed_rate=102.0)
+    comparison = busy(lucky, others)
+    assert comparison.log_ratio > 0.3
+    assert not comparison.is_faster
+
+
+def test_configuration_slow_in_one_round_stays_in_the_running_on_a_busy_machine() -> None:
+    fast, slow_once = disturbed(QUIET, QUIET, undisturbed_rate=105.0), disturbed(QUIET, HIT_LATER)
+    assert not busy(fast, slow_once).is_faster
+
+
+def test_intervals_shown_of_two_that_are_told_apart_on_a_busy_machine_hold_no_common_ratio() -> None:
+    one, other = disturbed(HIT, QUIET, undisturbed_rate=150.0), disturbed(QUIET, HIT)
+    run_noise = disturbed_run_noise([one, other])
+    rates = [verified_rate(each, run_noise=run_noise) for each in (one, other)]
+    speedup = Speedup.of(*rates)
+    comparison = compare(one, other, run_noise=run_noise)
+    assert speedup.factor == pytest.approx(math.exp(comparison.log_ratio))
+    assert comparison.is_faster == (speedup.ci95[0] > 1)
+
+
 def test_undisturbed_speedup_is_the_one_of_a_quiet_machine() -> None:
     bimodal = (1.0, 1.8, 1.0, 1.8, 1.8, 1.0, 1.0, 1.8)
-    factor, (low, high) = undisturbed_speedup(
-        disturbed(bimodal, bimodal, undisturbed_rate=150.0), disturbed(bimodal, bimodal[::-1])
-    )
-    assert factor == pytest.approx(1.5)
-    assert 1.45 < low < 1.5 < high < 1.55
+    finalists = [disturbed(bimodal, bimodal, undisturbed_rate=150.0), disturbed(bimodal, bimodal[::-1])]
+    run_noise = disturbed_run_noise(finalists)
+    speedup = Speedup.of(*(verified_rate(each, run_noise=run_noise) for each in finalists))
+    assert speedup.factor == pytest.approx(1.5)
+    assert 1.45 < speedup.ci95[0] < 1.5 < speedup.ci95[1] < 1.55
 
 
 def test_machine_is_busy_where_more_than_one_configuration_is_disturbed() -> None:

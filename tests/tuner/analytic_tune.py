@@ -156,6 +156,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "interrupted trial queued, not failed": (StudyStore, "interrupt", "before"),
     "reason for the end stored": (StudyStore, "set_ended", "after"),
     "verified run stored": (StudyStore, "add_verification", "after"),
+    "comparing losses": (AnalyticObjective, "losses", "before"),
     "losses compared": (StudyStore, "set_numerics", "after"),
     "winner found": (StudyStore, "set_winner", "before"),
     "winner forgotten": (StudyStore, "forget_winner", "after"),

@@ -112,14 +112,14 @@ def printed(summary: StudySummary, width: int = 80) -> str:
 
 
 def test_the_winner_is_marked_with_its_ties_and_has_one_figure() -> None:
-    summary = study([measurement(rate) for rate in (20.0, 50.0, 40.0)])
+    summary = study([measurement(rate) for rate in (20.0, 46.0, 44.0)])
     names = [record.config.name for record in summary.records]
     runs = {name: [measurement(rate)] * 2 for name, rate in zip(names, (21.0, 45.0, 44.9), strict=True)}
     text = printed(dataclasses.replace(summary, verification=runs, winner=names[2], tied=[names[1]]))
     rows = [line.split() for line in text.splitlines() if line.startswith(("  z0 ", "  global  "))]
     assert [row[-2:] for row in rows] == [[names[2], "★"]] * 2
     assert all("✓" in row and "44.90" in row for row in rows)
-    assert "40.00" not in text and "50.00" not in text, "the search's figure is printed beside the verified one"
+    assert "44.00" not in text and "46.00" not in text, "the search's figure is printed beside the verified one"
     # Beside the table, and not after other sentences.
     after = text[text.index("peak GiB a rank") :].splitlines()
     assert after[2].startswith(f"Level with {names[1]}: within 2%")
@@ -128,9 +128,9 @@ def test_the_winner_is_marked_with_its_ties_and_has_one_figure() -> None:
 def test_the_total_time_is_said() -> None:
     summary = study([measurement(20.0)], verification={"z0_gas1_tmbspg1": [measurement(21.0)] * 2})
     for finals, words in (
-        (50.0, "Tuning took 1 min 0 s, 1 experiments; verification 16 s; comparing losses and ablations 34 s; "
+        (50.0, "Tuning took 1 min 0 s, 1 trial; verification 16 s; comparing losses and ablations 34 s; "
          "1 min 50 s in all."),
-        (0.0, "Tuning took 1 min 0 s, 1 experiments; verification 16 s; 1 min 16 s in all."),
+        (0.0, "Tuning took 1 min 0 s, 1 trial; verification 16 s; 1 min 16 s in all."),
     ):  # fmt: skip
         assert words in printed(dataclasses.replace(summary, finals_seconds=finals), 200)
 

@@ -15,11 +15,11 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import LossCurve, NumericsCheck
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
-from ds_tune.storage.finalists import Finalist
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.storage.study_store import StudyStore
-from ds_tune.tuner.finals import ablated, beside, compared, is_faster
+from ds_tune.tuner.ablations import AgainstWinner, ablated, beside, in_one_session
+from ds_tune.tuner.finals import compared
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -130,13 +130,13 @@ def test_what_was_verified_is_compared_as_it_was_verified() -> None:
     study = summary(config(0, 1), config(0, 4), config(0, 8))
     baseline, other, winner = study.records
     runs = {each.config.name: [dataclasses.replace(TRAINS, samples_per_second=rate)] for each, rate in
-            ((baseline, 1.5), (winner, 2.4))}  # fmt: skip
+            ((baseline, 1.05), (winner, 2.9))}  # fmt: skip
     study = dataclasses.replace(study, verification=runs)
-    outcome, against = beside(baseline, winner, study)
-    assert isinstance(outcome, Measurement)
-    assert (outcome.samples_per_second, against) == pytest.approx((1.5, 2.4))
+    verified = beside(baseline, winner, study)
+    assert (verified.samples_per_second, verified.winner_samples_per_second) == pytest.approx((1.05, 2.9))
     # In the search they were 1, 2 and 3.
-    assert beside(other, winner, study) == (other.outcome, 3.0)
+    searched = beside(other, winner, study)
+    assert (searched.samples_per_second, searched.winner_samples_per_second) == pytest.approx((2.0, 3.0))
 
 
 def test_what_each_setting_brings_is_measured_once_and_reported(tune: Tune, tmp_path: Path) -> None:
@@ -275,12 +275,27 @@ def measured(rate: float, steps: Sequence[float] = (1.0, 1.0), *, stopped_early:
 
 
 def test_ablation_is_faster_only_beyond_what_two_runs_differ_by() -> None:
-    assert is_faster(measured(102.0), 100.0, None)
-    assert not is_faster(measured(100.9), 100.0, None)
-    assert not is_faster(measured(150.0, stopped_early=True), 100.0, None)
+    study = summary(config(0, 1), config(0, 4))
+
+    def is_faster(run: Measurement) -> bool:
+        return in_one_session(run, measured(100.0), study.records[1], study).is_faster
+
+    assert is_faster(measured(102.0))
+    assert not is_faster(measured(100.9))
+    assert not is_faster(measured(150.0, stopped_early=True))
 
 
 def test_ablation_on_a_busy_machine_is_compared_by_its_fastest_steps() -> None:
-    winner = Finalist(measured(100.0, (1.0, 1.0)), [measured(70.0, (1.0, 1.8))])
-    assert not is_faster(measured(100.5, (1.0, 1.0)), 70.0, winner), "the winner was disturbed in these processes"
-    assert is_faster(measured(80.0, (1.0, 1.8)), 100.0, winner), "it was disturbed itself"
+    study = summary(config(0, 1), config(0, 4))
+    uneven = [dataclasses.replace(each, outcome=measured(rate, (1.0, 1.8))) for each, rate in
+              zip(study.records, (10.0, 100 / 1.4), strict=True)]  # fmt: skip
+    runs = {each.config.name: [each.outcome] for each in uneven}
+    study = dataclasses.replace(study, records=uneven, verification=runs)
+    winner = study.records[1]
+
+    def against(run: Measurement) -> AgainstWinner:
+        return in_one_session(run, measured(70.0, (1.8, 1.8)), winner, study)
+
+    assert not against(measured(100.5)).is_faster, "the winner was disturbed in these processes"
+    assert against(measured(80.0, (1.0, 1.8))).is_faster, "it was disturbed itself"
+    assert against(measured(80.0)).winner_samples_per_second == pytest.approx(study.rate(winner)), "the printed figure"

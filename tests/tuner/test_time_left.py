@@ -1,5 +1,7 @@
 """The time that is left counts every run that is still to come."""
 
+import itertools
+
 import pytest
 
 from ds_tune.tuner.time_left import (
@@ -28,8 +30,11 @@ def test_verification_runs_that_ended_tell_what_the_others_take() -> None:
 
 def test_before_a_trial_has_ended_one_is_assumed_and_corrected_while_it_runs() -> None:
     assert RunsLeft(trials=2).seconds(0.0, []) == pytest.approx(2 * ASSUMED_TRIAL_SECONDS)
-    assert RunsLeft(trials=2).seconds(100.0, []) == pytest.approx(50.0 + 100.0)
+    assert RunsLeft(trials=2).seconds(100.0, []) == pytest.approx(25.0 + 100.0)
 
 
-def test_a_run_that_takes_longer_than_the_others_is_never_over_already() -> None:
-    assert RunsLeft(trials=1).seconds(60.0, [4.0]) == pytest.approx(2.0)
+def test_a_run_that_takes_longer_than_the_others_is_never_over_already_and_never_stands_still() -> None:
+    left = [RunsLeft(trials=1).seconds(elapsed, [4.0]) for elapsed in (0.0, 1.0, 2.0, 3.0, 4.0, 8.0, 60.0)]
+    assert left[:3] == pytest.approx([4.0, 3.0, 2.0])
+    assert all(later < earlier for earlier, later in itertools.pairwise(left))
+    assert left[-1] > 0

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
-from ds_tune.storage.records import Source, StudySummary, TrialRecord
-from ds_tune.tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, judge, next_runs
+from ds_tune.storage.layout import ResultsFolder
+from ds_tune.storage.records import AfterSearch, Source, StudySummary, TrialRecord
+from ds_tune.storage.study_store import StudyStore
+from ds_tune.tuner.verification import BUDGET_SECONDS, MAX_ROUNDS, candidates, next_runs, runs_to_follow
 
 MACHINE = Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
 
@@ -156,6 +159,47 @@ def test_where_something_else_uses_the_machine_there_are_more_candidates() -> No
     assert [each.number for each in candidates(busy)] == [1, 2, 3, 4, 5]
 
 
+def busy(runs: Mapping[int, Sequence[float]], **changes: Any) -> StudySummary:
+    """A study on a busy machine: the undisturbed rates of each trial's runs, of which the first is the search."""
+    outcomes = {number: [measurement(rate / 1.4, steps=BIMODAL) for rate in rates] for number, rates in runs.items()}
+    study = summary(*(rates[0] for rates in runs.values()))
+    records = [record(number, each[0]) for number, each in outcomes.items()]
+    names = {each.number: each.config.name for each in records}
+    again = {names[number]: each[1:] for number, each in outcomes.items() if each[1:]}
+    return dataclasses.replace(study, records=records, verification=again, **changes)
+
+
+def test_baseline_runs_twice_on_a_busy_machine_also_where_it_is_a_candidate() -> None:
+    once = busy({0: [10, 10], 1: [100, 100], 2: [80, 80]})
+    assert "z0_gas1_tmbspg1" in once.candidates
+    assert [each.number for each in next_runs(once)] == [0]
+    twice = busy({0: [10, 10, 10], 1: [100, 100], 2: [80, 80]})
+    assert next_runs(twice) == []
+
+
+def test_whose_figure_is_known_less_runs_again_where_the_speedup_is_no_answer() -> None:
+    unsure = busy({0: [10, 10, 10, 10], 1: [100, 40], 2: [30, 30]})
+    assert unsure.speedup is not None and not unsure.speedup.settled
+    assert 1 in [each.number for each in next_runs(unsure)]
+    assert 0 not in [each.number for each in next_runs(unsure)]
+
+
+def test_configuration_that_was_slow_in_one_round_on_a_busy_machine_runs_again() -> None:
+    study = busy({0: [10, 10], 1: [100, 101], 2: [99, 50]})
+    assert {1, 2} <= {each.number for each in next_runs(study)}
+
+
+def test_runs_to_follow_fall_with_each_round_until_the_budget_is_spent() -> None:
+    study, undecided = summary(10, 100, 99), {1: [95.0, 105.0], 2: [105.0, 95.0], 0: [10.0]}
+    left = []
+    for rounds in range(1, MAX_ROUNDS // 2 + 1):
+        runs = {number: list(rates) * rounds for number, rates in undecided.items()}
+        left.append(runs_to_follow(verified(study, runs, wall_seconds=1.0)))
+    assert left == [2 * (MAX_ROUNDS - 3), 2 * (MAX_ROUNDS - 5), 2 * (MAX_ROUNDS - 7), 0]
+    assert runs_to_follow(verified(study, undecided, wall_seconds=BUDGET_SECONDS)) == 0
+    assert runs_to_follow(study) == 2, "the second round"
+
+
 def test_what_an_ablation_found_is_a_candidate_whatever_it_measured_there() -> None:
     study = summary(10, 100, 99, 98, 97)
     found = dataclasses.replace(record(5, measurement(60)), source=Source.ABLATION)
@@ -184,7 +228,7 @@ def judged(*rates_and_peaks: tuple[float, float], half_width: float = 0.0) -> An
         study.records[number].config.name: [measurement(rate, peak_gib=peak, half_width=half_width)] * 2
         for number, (rate, peak) in enumerate(rates_and_peaks, start=1)
     }
-    verdict = judge(dataclasses.replace(study, verification=runs))
+    verdict = dataclasses.replace(study, verification=runs).verdict_without()
     assert verdict is not None
     numbers = {each.config.name: each.number for each in study.records}
     return numbers[verdict.leader], [numbers[n] for n in verdict.level], [numbers[n] for n in verdict.unsettled]
@@ -237,9 +281,44 @@ def test_no_verify_leaves_the_search_s_own_best(tune: Tune) -> None:
 
 
 @pytest.mark.parametrize("point", ["verified run stored:1", "verified run stored:2", "winner found:1"])
-def test_killed_during_the_verification_it_goes_on_where_it_was(tune: Tune, point: str) -> None:
+def test_killed_during_the_verification_it_goes_on_where_it_was(tune: Tune, tmp_path: Path, point: str) -> None:
     expected = json.loads(tune("--trials", "4", "--json", fresh="uninterrupted").stdout)
     assert tune("--trials", "4", kill=point).returncode == -signal.SIGKILL
-    again = json.loads(tune("--trials", "4", "--json").stdout)
+    stored = StudyStore.load(ResultsFolder(tmp_path / "autotuning_results").storage_url, None).summary()
+    assert stored.after_search is AfterSearch.VERIFICATION
+    finished = tune("--trials", "4", "--json")
+    assert "the search is done (4 trials); verification goes on." in finished.stderr
+    assert "is finished" not in finished.stderr
+    again = json.loads(finished.stdout)
+    assert again["after_search"] == "done"
     assert again["best"]["name"] == expected["best"]["name"]
     assert again["best"]["verification_runs"] == expected["best"]["verification_runs"]
+    assert again["total_seconds"] > stored.total_seconds >= stored.tuning_seconds + (stored.finals_seconds or 0.0) > 0
+
+
+def test_report_of_a_study_killed_in_its_verification_says_that_it_is_incomplete(tune: Tune, command: Tune) -> None:
+    assert tune("--trials", "4", kill="verified run stored:2").returncode == -signal.SIGKILL
+    told = command("report").stdout
+    assert "the search is done (4 trials); verification is incomplete: the same command goes on with it." in told
+    assert "is finished" not in told
+    assert "★ best so far" in told and "★ winner" not in told
+    document = json.loads(command("report", "--json").stdout)
+    assert (document["state"], document["after_search"]) == ("finished", "verification")
+
+
+@pytest.mark.parametrize(
+    ("point", "left"),
+    [("comparing losses:1", AfterSearch.VERIFICATION), ("losses compared:1", AfterSearch.ABLATIONS)],
+)
+def test_verdict_outlives_a_kill_after_it(tune: Tune, tmp_path: Path, point: str, left: AfterSearch) -> None:
+    command = ("--trials", "9", "--seed", "1", "--json")
+    assert tune(*command, answer="stage 2 is fastest", kill=point).returncode == -signal.SIGKILL
+    stored = StudyStore.load(ResultsFolder(tmp_path / "autotuning_results").storage_url, None).summary()
+    assert stored.best is not None and stored.winner == stored.best.config.name
+    assert stored.best.config.zero_stage == 2
+    assert stored.after_search is left
+    assert stored.finals_seconds is not None and stored.finals_seconds > 0, "stored as it was spent"
+    again = tune(*command, answer="stage 2 is fastest")
+    assert "again, in fresh processes" not in again.stderr
+    document = json.loads(again.stdout)
+    assert (document["best"]["name"], document["after_search"]) == (stored.winner, "done")

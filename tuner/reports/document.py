@@ -14,10 +14,11 @@ from ds_tune.tuner.reports.metrics import metric_values, peak_flops_source
 
 def study_document(summary: StudySummary) -> dict[str, Any]:
     """One study as one JSON document, with units in the names."""
-    best, baseline, speedup = summary.best, summary.baseline, summary.speedup
+    best, baseline, speedup, verdict = summary.best, summary.baseline, summary.speedup, summary.verdict
     return {
         "study": summary.study,
         "state": summary.state.value,
+        "after_search": summary.after_search.value,
         "ended": summary.ended,
         "figures": summary.provenance.value,
         "metric": summary.metric,
@@ -31,15 +32,17 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "trials": [_trial(record, summary) for record in summary.records],
         "best": _trial(best, summary) if best else None,
         "baseline": _trial(baseline, summary) if baseline else None,
-        "tied": list(summary.tied),
-        "unsettled": list(summary.unsettled),
+        "tied": list(verdict.level) if verdict else [],
+        "unsettled": list(verdict.unsettled) if verdict else [],
         "disturbance": summary.disturbance,
         "contributions": summary.contributions.to_json() if summary.contributions else None,
         "explanation": explanation_lines(summary),
         "numerics": [_numerics(name, found) for name, found in summary.numerics.items()],
         "not_launched": [each.to_json() for each in summary.excluded],
         "forecast_errors": dataclasses.asdict(errors) if (errors := forecast_errors(summary)) else None,
-        "speedup": {"factor": speedup.factor, "ci95": list(speedup.ci95)} if speedup else None,
+        "speedup": {"factor": speedup.factor, "ci95": list(speedup.ci95), "settled": speedup.settled}
+        if speedup
+        else None,
     }
 
 

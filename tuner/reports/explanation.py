@@ -81,20 +81,40 @@ def contribution_lines(best: TrialRecord, summary: StudySummary) -> list[str]:
         if each.samples_per_second is None:
             lines.append(f"{setting} makes it run ({each.name}: {each.reason}).")
         else:
-            # Relative only: the rates are of other processes than the verified ones.
+            # Relative only: the rates may be of other processes than the verified ones.
             gain = each.winner_samples_per_second / each.samples_per_second - 1
-            lines.append(f"{setting} {gain_words(gain)} (beside {each.name}).")
+            words = gain_words(gain, each.noise, disturbed=summary.disturbance is not None)
+            faster = math.log1p(gain) < -(each.noise or WORTH_SAYING) and each.name not in summary.verification
+            lines.append(f"{setting} {words} (beside {each.name}{', which was not verified' if faster else ''}).")
     if found.importances:
         shares = ", ".join(f"{field} {share:.0%}" for field, share in found.importances.items())
         lines.append(f"Not all of it was measured one by one; by Optuna's importance of the trials: {shares}.")
     return lines
 
 
-def gain_words(gain: float) -> str:
-    """What a setting does to samples/s, as a verb with its object."""
-    if abs(gain) < WORTH_SAYING:
-        return f"changes little, {gain:+.1%}"
-    return f"brings {gain:.1%}" if gain > 0 else f"costs {-gain:.1%}"
+def gain_words(gain: float, noise: float | None = None, *, disturbed: bool = False) -> str:
+    """What a setting does to samples/s, as a verb with its object.
+
+    Args:
+        noise: half the 95% interval of the logarithm of 1 + gain; None where that is not known.
+        disturbed: something else used the machine, so that the noise is worth saying.
+    """
+    if disturbed and noise is not None:
+        if abs(math.log1p(gain)) < noise:
+            return f"changes nothing beyond the noise of ± {percent_words(math.expm1(noise), noise)}"
+        uncertainty = f" ± {percent_words((1 + gain) * noise, (1 + gain) * noise)}"
+    else:
+        uncertainty = ""
+        if abs(gain) < max(WORTH_SAYING, noise or 0.0):
+            return f"changes little, {gain:+.1%}"
+    amount = percent_words(abs(gain), (1 + gain) * (noise or 0.0)) + uncertainty
+    return f"brings {amount}" if gain > 0 else f"costs {amount}"
+
+
+def percent_words(fraction: float, noise: float) -> str:
+    """A percentage with no more digits than two of the noise's, and at most one after the point."""
+    digits = 1 - math.floor(math.log10(100 * noise)) if noise > 0 else 1
+    return f"{round(100 * fraction, min(digits, 1)):.{min(max(digits, 0), 1)}f}%"
 
 
 def first_steps_words(summary: StudySummary) -> str | None:

@@ -8,18 +8,16 @@ from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.timing.intervals import is_answer
 from ds_tune.objectives.trial import KNOBS, Measurement, Provenance
-from ds_tune.storage.finalists import LEVEL
-from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.explanation import explanation_lines
 from ds_tune.tuner.reports.forecasts import forecast_errors
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows
+from ds_tune.tuner.reports.verdict import improvement_words, standing_words, verdict_lines
 
 ORIGINS = {
     Provenance.SIMULATED: "All figures are **simulated**: a cost model gave them, with noise; nothing was run.",
     Provenance.REPLAYED: "All figures are **replayed**: a recording of earlier runs gave them; nothing was run.",
 }
-
-WINNER, IS_LEVEL, UNSETTLED = "★ winner", "level with the winner", "not told from the winner"
 
 
 def summary_markdown(summary: StudySummary) -> str:
@@ -67,13 +65,21 @@ def tuning_words(summary: StudySummary) -> str:
 
 def total_words(summary: StudySummary) -> str:
     """How long the whole study took, and with what."""
-    words = f"Tuning took {tuning_words(summary)}, {len(summary.records)} experiments"
+    words = f"Tuning took {tuning_words(summary)}, {trials_words(summary)}"
     if not summary.verification:
         return f"{words}."
     words += f"; verification {duration_words(summary.verification_seconds)}"
-    if (explanation := summary.finals_seconds - summary.verification_seconds) >= 1:
+    if (explanation := (summary.finals_seconds or 0.0) - summary.verification_seconds) >= 1:
         words += f"; comparing losses and ablations {duration_words(explanation)}"
     return f"{words}; {duration_words(summary.total_seconds)} in all."
+
+
+def trials_words(summary: StudySummary) -> str:
+    """How many trials there are, and how many of them were not asked for, for they came after the search."""
+    count = len(summary.records)
+    later = sum(record.source is Source.ABLATION for record in summary.records)
+    words = "1 trial" if count == 1 else f"{count} trials"
+    return f"{words}, {later} of them after the search" if later else words
 
 
 def rate_words(record: TrialRecord) -> str:
@@ -103,78 +109,6 @@ def figure_words(record: TrialRecord, summary: StudySummary) -> str:
     return (
         rate_words(record) if summary.verified(record) is None else f"{verified_words(record, summary, short=True)} ✓"
     )
-
-
-def standing_words(record: TrialRecord, summary: StudySummary) -> str:
-    """Whether a configuration won, is level with the winner or not told from it, or neither: then nothing."""
-    if record.state is not TrialState.COMPLETE or summary.winner is None:
-        return ""
-    if record.config.name == summary.winner:
-        return WINNER
-    if record.config.name in summary.unsettled:
-        return UNSETTLED
-    return IS_LEVEL if record.config.name in summary.tied else ""
-
-
-def improvement_words(summary: StudySummary) -> str:
-    """The best trial's speed-up over the baseline with its interval, in one phrase."""
-    speedup = summary.speedup
-    if summary.best is None:
-        return "none: no configuration ran"
-    if speedup is None:
-        return "Inf (the baseline does not run)"
-    if summary.best is summary.baseline:
-        return summary.provenance.mark("1.00× (nothing tried was faster than the baseline)")
-    low, high = speedup.ci95
-    if not is_answer(speedup.ci95):
-        return summary.provenance.mark(f"too noisy to tell{_noise_words(summary)}")
-    return summary.provenance.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
-
-
-def verdict_lines(summary: StudySummary) -> list[str]:
-    """What the verification found of the others: who is level with the winner, and who could not be told from it."""
-    lines = []
-    best, disturbance = summary.best, summary.disturbance
-    if best is not None and summary.tied:
-        peaks = [
-            record.outcome.peak_memory_bytes or 0 for record in summary.records if record.config.name in summary.tied
-        ]
-        least = "; it needs the least memory" if (best.outcome.peak_memory_bytes or 0) < min(peaks, default=0) else ""
-        lines.append(f"Level with {', '.join(summary.tied)}: within {LEVEL:.0%}{least}.")
-    fastest = summary.fastest
-    named = (summary.winner, *summary.tied, *summary.unsettled)
-    if summary.winner is not None and fastest is not None and fastest.config.name not in named:
-        how = "was slower when verified" if summary.verified(fastest) is not None else "did not run again when verified"
-        lines.append(f"{fastest.config.name}, the fastest of the search, {how}.")
-    if summary.unsettled:
-        others = ", ".join(summary.unsettled)
-        if disturbance is None:
-            lines.append(f"Not told from {others} in the time of the verification; {_reason_words(summary)}.")
-        else:
-            lines.append(
-                f"The machine is too noisy to tell it from {others}{_noise_words(summary)}. "
-                "It is the best supported; run again when nothing else uses the machine."
-            )
-    elif disturbance is not None and summary.winner is not None:
-        lines.append(
-            f"Something else used the machine: steps of one configuration differ by {disturbance:.0%}. "
-            "The configurations were compared by their fastest steps."
-        )
-    return lines
-
-
-def _reason_words(summary: StudySummary) -> str:
-    """Why the winner is named before those that could not be told from it."""
-    peaks = {record.config.name: record.outcome.peak_memory_bytes or 0 for record in summary.records}
-    if summary.winner is not None and all(peaks[summary.winner] < peaks[name] for name in summary.unsettled):
-        return "it needs less memory"
-    return "it is the best supported"
-
-
-def _noise_words(summary: StudySummary) -> str:
-    if summary.disturbance is None:
-        return ""
-    return f": steps of one configuration differ by {summary.disturbance:.0%}"
 
 
 def numerics_words(name: str, found: NumericsCheck | str) -> str:
@@ -363,11 +297,7 @@ def _method(summary: StudySummary) -> str:
     )
     if summary.provenance is not Provenance.MEASURED:
         return f"{ORIGINS[summary.provenance]} What they stand for: {text[0].lower()}{text[1:]}"
-    text += (
-        " Verified figures are means over runs "
-        "in fresh processes, interleaved with the other finalists'; their interval also allows for what two runs "
-        "of one configuration differ by."
-    )
+    text += f" {_verified_method(summary)}"
     best = summary.best
     if best is not None and isinstance(best.outcome, Measurement):
         measured = best.outcome
@@ -381,3 +311,17 @@ def _method(summary: StudySummary) -> str:
             text += f"; by DeepSpeed's ThroughputTimer: {measured.deepspeed_samples_per_second:.2f} samples/s"
         text += "."
     return text
+
+
+def _verified_method(summary: StudySummary) -> str:
+    """How the verified figures came about, which on a busy machine is another way."""
+    if summary.disturbance is None:
+        return (
+            "Verified figures are means over runs in fresh processes, interleaved with the other finalists'; their "
+            "interval also allows for what two runs of one configuration differ by."
+        )
+    return (
+        "As something else used the machine, verified figures are those of the fastest quarter of the steps of the "
+        "best run of each configuration, its trial included; runs in fresh processes were interleaved. Their interval "
+        "allows for what the runs of one configuration differ by."
+    )

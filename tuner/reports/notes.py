@@ -6,7 +6,8 @@ import optuna_dashboard
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import Failure, Provenance
 from ds_tune.storage.records import StudySummary, TrialRecord
-from ds_tune.tuner.reports.markdown import rate_words, standing_words, summary_markdown, verdict_lines, verified_words
+from ds_tune.tuner.reports.markdown import rate_words, summary_markdown, verified_words
+from ds_tune.tuner.reports.verdict import standing_words, verdict_lines
 
 OWN_NOTE = "**{name}**"
 """How a note that ds-tune wrote begins."""
@@ -69,7 +70,9 @@ def study_note(summary: StudySummary) -> str:
     best = summary.best
     if best is None:
         return summary_markdown(summary)
-    kind = "the winner" if summary.winner == best.config.name else "the fastest"
+    kind = "the winner" if summary.winner == best.config.name else "the best so far"
+    if not summary.goes_on and summary.winner is None:
+        kind = "the fastest"
     told = [f"Trial {best.number}, **{best.config.name}**, is {kind}.", *verdict_lines(summary), optuna_words(summary)]
     return " ".join(words for words in told if words is not None) + "\n\n" + summary_markdown(summary)
 

@@ -8,7 +8,8 @@ import pytest
 
 from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
-from ds_tune.tuner.reports.markdown import duration_words, improvement_words, rate_words, summary_markdown
+from ds_tune.tuner.reports.markdown import duration_words, rate_words, summary_markdown
+from ds_tune.tuner.reports.verdict import improvement_words
 
 MakeRecord = Callable[..., TrialRecord]
 MakeSummary = Callable[..., StudySummary]

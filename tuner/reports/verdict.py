@@ -1,0 +1,101 @@
+"""Who won a study and by how much, who could not be told from it, and what is still to be done: marks and sentences."""
+
+import math
+
+from ds_tune.storage.finalists import LEVEL
+from ds_tune.storage.records import AfterSearch, StudySummary, TrialRecord, TrialState
+from ds_tune.storage.verdict import Verdict
+
+WINNER, LEADS = "★ winner", "★ best so far"
+IS_LEVEL, UNSETTLED = "level with the winner", "not told from the winner"
+LEAST_BOUND = 1.1
+"""A speed-up that is known to be at least this is worth saying."""
+SYMBOLS = {WINNER: "★", LEADS: "★", IS_LEVEL: "=", UNSETTLED: "?"}
+
+
+def standing_words(record: TrialRecord, summary: StudySummary) -> str:
+    """Whether a configuration won or leads so far, is level with the first or not told from it, or neither: then
+    nothing."""
+    verdict = summary.verdict
+    if record.state is not TrialState.COMPLETE or not (summary.verification or summary.winner):
+        return ""
+    if summary.best is not None and record.config.name == summary.best.config.name:
+        return WINNER if summary.winner is not None else LEADS
+    if verdict is not None and record.config.name in verdict.unsettled:
+        return UNSETTLED
+    return IS_LEVEL if verdict is not None and record.config.name in verdict.level else ""
+
+
+def legend_words(summary: StudySummary) -> str:
+    """What the marks in the tables say, of those that are there."""
+    verdict = summary.verdict
+    first = WINNER if summary.winner is not None else LEADS
+    level = ", = level with it" if verdict is not None and verdict.level else ""
+    unsettled = ", ? not told from it" if verdict is not None and verdict.unsettled else ""
+    return f"{first}{level}{unsettled}, ✓ verified in fresh processes; other figures are of the search."
+
+
+def after_search_words(summary: StudySummary, *, goes_on: bool = False) -> str | None:
+    """What after the search is still to be done; None where nothing is.
+
+    Args:
+        goes_on: this command does it.
+    """
+    if summary.after_search in (AfterSearch.NONE, AfterSearch.DONE):
+        return None
+    what = "verification" if summary.after_search is AfterSearch.VERIFICATION else "measuring what each setting brings"
+    return f"{what} goes on" if goes_on else f"{what} is incomplete: the same command goes on with it"
+
+
+def improvement_words(summary: StudySummary) -> str:
+    """The best trial's speed-up over the baseline with its interval, in one phrase."""
+    speedup = summary.speedup
+    if summary.best is None:
+        return "none: no configuration ran"
+    if speedup is None:
+        return "Inf (the baseline does not run)"
+    if summary.best is summary.baseline:
+        return summary.provenance.mark("1.00× (nothing tried was faster than the baseline)")
+    low, high = speedup.ci95
+    if not speedup.settled:
+        # Rounded down, for it is a bound.
+        bound = f"at least {math.floor(10 * low) / 10:.1f} times" if low >= LEAST_BOUND else "too noisy to tell"
+        return summary.provenance.mark(f"{bound} (95% interval {low:.2f}–{high:.2f})")
+    return summary.provenance.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
+
+
+def verdict_lines(summary: StudySummary) -> list[str]:
+    """What the verification found of the others: who is level with the winner, and who could not be told from it."""
+    verdict, disturbance = summary.verdict, summary.disturbance
+    lines = [] if verdict is None else _ranking_lines(verdict, summary)
+    if disturbance is not None and summary.verification:
+        lines.append(
+            f"Something else used the machine: steps of one configuration differ by {disturbance:.0%}. Verified "
+            "figures are of the least disturbed steps of each configuration, and these were compared."
+        )
+    if (words := after_search_words(summary)) is not None:
+        lines.append(f"{words[0].upper()}{words[1:]}.")
+    return lines
+
+
+def _ranking_lines(verdict: Verdict, summary: StudySummary) -> list[str]:
+    records = {record.config.name: record for record in summary.eligible}
+    if verdict.leader not in records:
+        return []
+    lines = []
+    leader, fastest = records[verdict.leader], summary.fastest
+    if verdict.level:
+        peaks = [records[name].outcome.peak_memory_bytes or 0 for name in verdict.level if name in records]
+        saves = (leader.outcome.peak_memory_bytes or 0) < min(peaks, default=0)
+        least = "; it needs the least memory" if saves else ""
+        lines.append(f"Level with {', '.join(verdict.level)}: within {LEVEL:.0%}{least}.")
+    named = (verdict.leader, *verdict.level, *verdict.unsettled)
+    if summary.winner is not None and fastest is not None and fastest.config.name not in named:
+        how = "was slower when verified" if summary.verified(fastest) is not None else "did not run again when verified"
+        lines.append(f"{fastest.config.name}, the fastest of the search, {how}.")
+    if verdict.unsettled:
+        highest = all(summary.rate(records[name]) <= summary.rate(leader) for name in verdict.unsettled)
+        why = "its figure is the highest" if highest else "it needs less memory"
+        again = "" if summary.disturbance is None else " Run again when nothing else uses the machine."
+        lines.append(f"{verdict.leader} is not told from {', '.join(verdict.unsettled)}; {why}.{again}")
+    return lines
