@@ -49,6 +49,7 @@ class Ablation:
             samples_per_second=samples_per_second,
             winner_samples_per_second=winner_samples_per_second,
             reason=reason,
+            noise=noise,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Comparison:
     log_ratio: float
     """Logarithm of the first one's rate over the second's."""
     is_faster: bool
-    """The first is faster: one-sided p ≤ 0.01; where something else uses the machine, as far as runs show."""
+    """The first is faster: one-sided p ≤ 0.01, or where something else uses the machine, the intervals lie apart."""
     is_level: bool
     """The two are within `LEVEL` of each other: two one-sided tests at p ≤ 0.05."""
 
@@ -182,7 +182,8 @@ def _compare_rounds(one: Finalist, other: Finalist) -> Comparison:
 
 
 def _compare_undisturbed(one: Finalist, other: Finalist, run_noise: float) -> Comparison:
-    """By the rates of the least disturbed steps, which are the verified ones there.
+    """By the rates of the least disturbed steps, which are the verified ones there: faster is whose interval lies above
+    the other's.
 
     One lucky run settles nothing: the second best has to beat the best of the other, too.
     """
@@ -193,7 +194,7 @@ def _compare_undisturbed(one: Finalist, other: Finalist, run_noise: float) -> Co
     agree = max(rate - second, other_rate - other_second) < LEVEL
     return Comparison(
         log_ratio=ratio,
-        is_faster=ratio > math.hypot(half, other_half) and second > other_rate,
+        is_faster=ratio > half + other_half and second > other_rate,
         is_level=agree and abs(ratio) + error < math.log1p(LEVEL),
     )
 

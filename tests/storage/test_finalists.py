@@ -166,14 +166,17 @@ def test_configuration_slow_in_one_round_stays_in_the_running_on_a_busy_machine(
     assert not busy(fast, slow_once).is_faster
 
 
-def test_intervals_shown_of_two_that_are_told_apart_on_a_busy_machine_hold_no_common_ratio() -> None:
-    one, other = disturbed(HIT, QUIET, undisturbed_rate=150.0), disturbed(QUIET, HIT)
+@pytest.mark.parametrize("rate", [105.0, 115.0, 150.0, 400.0])
+def test_two_are_told_apart_on_a_busy_machine_where_the_intervals_shown_do_not_overlap(rate: float) -> None:
+    one = disturbed(QUIET, QUIET, QUIET, undisturbed_rate=rate)
+    other = disturbed(QUIET, (1.3, 1.3, 1.3, 1.3), QUIET)
     run_noise = disturbed_run_noise([one, other])
-    rates = [verified_rate(each, run_noise=run_noise) for each in (one, other)]
-    speedup = Speedup.of(*rates)
+    fast, slow = (verified_rate(each, run_noise=run_noise) for each in (one, other))
     comparison = compare(one, other, run_noise=run_noise)
-    assert speedup.factor == pytest.approx(math.exp(comparison.log_ratio))
-    assert comparison.is_faster == (speedup.ci95[0] > 1)
+    assert comparison.is_faster == (fast.samples_per_second_ci95[0] > slow.samples_per_second_ci95[1])
+    assert comparison.is_faster == (rate > 130), "each interval reaches a tenth to either side"
+    speedup = Speedup.of(fast, slow)
+    assert speedup.factor == pytest.approx(math.exp(comparison.log_ratio)) == pytest.approx(rate / 100)
 
 
 def test_undisturbed_speedup_is_the_one_of_a_quiet_machine() -> None:

@@ -135,6 +135,40 @@ def test_the_total_time_is_said() -> None:
         assert words in printed(dataclasses.replace(summary, finals_seconds=finals), 200)
 
 
+def test_trials_after_the_search_are_counted_apart() -> None:
+    summary = study([measurement(20.0), measurement(30.0), measurement(29.0)])
+    later = [*summary.records[:2], dataclasses.replace(summary.records[2], source=Source.ABLATION)]
+    assert "Tuning took 1 min 0 s, 3 trials, 1 of them after the search." in printed(
+        dataclasses.replace(summary, records=later), 200
+    )
+
+
+def test_interrupted_verification_marks_its_leader_so_far_and_compares_figures_of_one_kind() -> None:
+    summary = study([measurement(rate) for rate in (20.0, 46.0, 44.0)], trials_total=3, finals_seconds=16.0)
+    names = [record.config.name for record in summary.records]
+    runs = {name: [measurement(rate)] for name, rate in ((names[1], 43.0), (names[2], 44.9))}
+    text = printed(dataclasses.replace(summary, verification=runs))
+    rows = [line.split() for line in text.splitlines() if line.startswith("  global  ")]
+    assert [row[-2:] for row in rows] == [[names[2], "★"]]
+    assert "★ best so far" in text and "★ winner" not in text
+    [figures] = [line for line in text.splitlines() if line.startswith("  samples/s")]
+    assert "samples/s in the search" in figures and "44.00" in figures and "20.00" in figures
+    assert "Verification is incomplete: the same command goes on with it." in text
+
+
+@pytest.mark.parametrize(
+    ("verifies", "words"),
+    [(True, "verification goes on."), (False, "verification is incomplete: the same command goes on with it.")],
+)
+def test_study_that_is_opened_again_in_its_verification_is_not_called_finished(verifies: bool, words: str) -> None:
+    output = io.StringIO()
+    console = Console(rich.console.Console(file=output, width=120))
+    console.verifies = verifies
+    console.study_opened(study([measurement(20.0)], trials_total=1, finals_seconds=0.0), [])
+    assert f"Study s: the search is done (1 trials); {words}" in output.getvalue()
+    assert "is finished" not in output.getvalue()
+
+
 def test_where_nothing_was_verified_no_mark_is_explained() -> None:
     text = printed(study([measurement(20.0), measurement(30.0)]))
     assert "✓" not in text and "★" not in text and "in all" not in text

@@ -96,6 +96,7 @@ def _ranking_lines(verdict: Verdict, summary: StudySummary) -> list[str]:
     if verdict.unsettled:
         highest = all(summary.rate(records[name]) <= summary.rate(leader) for name in verdict.unsettled)
         why = "its figure is the highest" if highest else "it needs less memory"
-        again = "" if summary.disturbance is None else " Run again when nothing else uses the machine."
+        decided = summary.winner is not None and summary.disturbance is not None
+        again = " Run again when nothing else uses the machine." if decided else ""
         lines.append(f"{verdict.leader} is not told from {', '.join(verdict.unsettled)}; {why}.{again}")
     return lines

@@ -162,6 +162,39 @@ def test_a_setting_that_slows_the_winner_costs_and_one_within_noise_changes_litt
     assert gain_words(gain) == words
 
 
+@pytest.mark.parametrize(
+    ("gain", "noise", "words"),
+    [
+        (5.267, 0.25, "brings 530% ± 160%"),
+        (0.399, 0.12, "brings 40% ± 17%"),
+        (-0.136, 0.02, "costs 13.6% ± 1.7%"),
+        (0.136, 0.2, "changes nothing beyond the noise of ± 22%"),
+        (-0.129, 0.25, "changes nothing beyond the noise of ± 28%"),
+    ],
+)
+def test_gain_on_a_busy_machine_has_its_uncertainty_and_no_more_digits(gain: float, noise: float, words: str) -> None:
+    assert gain_words(gain, noise, disturbed=True) == words
+
+
+def test_gain_on_a_quiet_machine_below_the_noise_of_two_runs_changes_little() -> None:
+    assert gain_words(0.012, 0.014) == "changes little, +1.2%"
+    assert gain_words(0.174, 0.014) == "brings 17.4%"
+
+
+@pytest.mark.parametrize(("verified", "words"), [(True, ""), (False, ", which was not verified")])
+def test_setting_that_costs_more_than_the_noise_says_where_that_was_not_verified(verified: bool, words: str) -> None:
+    name = "z1_gas2_tmbspg16"
+    ablation = Ablation(
+        field="compile", name=name, value="off", samples_per_second=90.0, winner_samples_per_second=80.0, reason=None,
+        noise=0.014,
+    )  # fmt: skip
+    study = summary(
+        contributions=Contributions(winner=BEST.name, ablations=(ablation,)),
+        verification={name: [measurement(90.0, 64)]} if verified else {},
+    )
+    assert f"compile blocks rather than off costs 11.1% (beside {name}{words})." in explanation_lines(study)
+
+
 def test_a_share_below_half_is_the_largest_part_and_not_most() -> None:
     """The optimizer's share is measured, and the others share the rest."""
     study = summary(best=config(3, 4))

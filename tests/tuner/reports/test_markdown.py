@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from ds_tune.objectives.trial import Provenance
+from ds_tune.objectives.trial import Measurement, Provenance
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
+from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.markdown import duration_words, rate_words, summary_markdown
 from ds_tune.tuner.reports.verdict import improvement_words
 
@@ -105,6 +106,36 @@ def test_an_unfinished_study_says_how_far_it_is(finished: StudySummary, make_sum
 def test_nothing_faster_than_the_baseline_is_said(make_record: MakeRecord, make_summary: MakeSummary) -> None:
     summary = make_summary([make_record("z0_gas1_tmbspg1", 30.0, source=Source.BASELINE)])
     assert improvement_words(summary) == "1.00× (nothing tried was faster than the baseline)"
+
+
+def with_intervals(summary: StudySummary, factor: float) -> StudySummary:
+    """The study with the intervals of its measurements as wide as this factor to either side."""
+    records = [
+        dataclasses.replace(
+            record,
+            outcome=dataclasses.replace(
+                record.outcome,
+                samples_per_second_ci95=(record.samples_per_second / factor, record.samples_per_second * factor),
+            ),
+        )
+        if isinstance(record.outcome, Measurement) and record.samples_per_second
+        else record
+        for record in summary.records
+    ]
+    return dataclasses.replace(summary, records=records)
+
+
+def test_speedup_that_is_no_answer_is_given_as_a_bound(make_record: MakeRecord, make_summary: MakeSummary) -> None:
+    records = [
+        make_record("z0_gas1_tmbspg1", 10.0, source=Source.BASELINE),
+        make_record("z1_gas1_tmbspg4", 30.0, number=1),
+    ]
+    noisy = with_intervals(make_summary(records), 1.5)
+    assert improvement_words(noisy) == "at least 1.6 times (95% interval 1.69–5.32)", "rounded down"
+    assert study_document(noisy)["speedup"]["settled"] is False
+    assert improvement_words(with_intervals(noisy, 2.5)) == "too noisy to tell (95% interval 0.82–10.96)"
+    settled = study_document(with_intervals(noisy, 1.01))["speedup"]
+    assert (settled["factor"], settled["settled"]) == (pytest.approx(3.0), True)
 
 
 def test_a_trial_without_a_rate_has_a_dash(make_record: MakeRecord) -> None:
