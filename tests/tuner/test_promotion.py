@@ -12,7 +12,7 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
 from ds_tune.objectives.running.rank_group import OnPhase
 from ds_tune.objectives.trial import Measurement, Outcome, Provenance, TrialConfig
-from ds_tune.objectives.workload.huggingface import Workload
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.identity import Identity
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import AfterSearch, Source, TrialRecord
@@ -23,7 +23,7 @@ from ds_tune.tuner.space import Limits, study_space
 from ds_tune.tuner.stopping import StopSignals
 
 MACHINE = Machine(device="cpu", name="a scripted machine", ranks=2, memory_bytes=8 * GIB)
-WORKLOAD = Workload(model="gpt2-nano", seq_len=32, dtype="fp32")
+WORKLOAD = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
 LIMITS = Limits(ranks=2, max_micro_batch=8, max_global_batch=64)
 
 
