@@ -79,7 +79,7 @@ class StudyStore:
         if name in optuna.get_all_study_names(storage):
             store = cls(optuna.load_study(study_name=name, storage=storage, sampler=sampler), storage)
             stored = store.attributes.get(IDENTITY)
-            if stored is None and store.study.get_trials(deepcopy=False):
+            if stored is None and store.trials():
                 # Without trials it may be one that a tuner was killed in the making of.
                 raise UsageError(
                     f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
@@ -151,9 +151,17 @@ class StudyStore:
         """Of which kind all of the study's figures are."""
         return Provenance(self.identity["figures"])
 
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """All of Optuna's trials, in their order. They are not copies: only to be read."""
+        return self.study.get_trials(deepcopy=False)
+
+    def ask(self, distributions: Mapping[str, BaseDistribution]) -> optuna.Trial:
+        """The next trial: one that waits in the queue, or what the sampler proposes."""
+        return self.study.ask(dict(distributions))
+
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in their order. An interrupted one has no record."""
-        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        ended = [trial for trial in self.trials() if trial.state.is_finished()]
         return [record for trial in ended if (record := record_of(trial)) is not None]
 
     def summary(self) -> StudySummary:

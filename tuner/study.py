@@ -2,7 +2,6 @@
 
 import datetime
 import time
-from collections.abc import Sequence
 
 import optuna
 
@@ -19,10 +18,9 @@ from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialStat
 from ds_tune.storage.study_store import SOURCE, StudyStore
 from ds_tune.tuner.finals import Finals, Verification
 from ds_tune.tuner.observer import Observer
-from ds_tune.tuner.proposer import ENOUGH_GAIN
 from ds_tune.tuner.reports.export import write_trial_inputs
 from ds_tune.tuner.reports.notes import publish, save_trial_note
-from ds_tune.tuner.sampler import CostModelSampler, make_sampler, unvisited
+from ds_tune.tuner.sampler import make_sampler, unvisited
 from ds_tune.tuner.space import study_space
 from ds_tune.tuner.spec import StudySpec
 from ds_tune.tuner.stopping import StopSignals
@@ -90,8 +88,7 @@ class Study:
             store = StudyStore.create_or_resume(spec.storage_url, spec.study, identity, self._versions, self._sampler)
             # Not before: a storage that turned out to be of no use owns nothing.
             claim(spec.results, spec.study, spec.storage_url)
-            if isinstance(self._sampler, CostModelSampler):
-                self._sampler.learn_from(earlier_records(store, identity))
+            self._sampler.learn_from(earlier_records(store, identity))
             again = store.recover(self._space.config_of)
             begins_more = spec.more is not None and not store.more_pending
             store.set_target(self._target(store.summary(), more_pending=store.more_pending), afresh=begins_more)
@@ -102,9 +99,7 @@ class Study:
                 self._run_trials(store)
             finally:
                 self._objective.close()
-            sampler = self._sampler
-            trials = store.study.get_trials(deepcopy=False)
-            store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
+            store.set_excluded(self._sampler.excluded(store.trials()))
             if spec.verify and self._verification is not None:
                 finals = Finals(store, spec.results, self._verification, self._observer, self._stop, self._space)
                 began = time.monotonic()
@@ -138,7 +133,7 @@ class Study:
             summary = store.summary()
             if summary.finished_trials >= summary.trials_total or summary.ended is not None:
                 return
-            ended = self._queue_baseline(store, summary) or self._exhausted(store) or self._settled(store, summary)
+            ended = self._queue_baseline(store, summary) or self._exhausted(store) or self._settled(store)
             if ended is not None:
                 store.set_ended(ended)
                 return
@@ -156,8 +151,8 @@ class Study:
 
     def _run_trial(self, store: StudyStore, summary: StudySummary) -> TrialRecord:
         spec = self._spec
-        before = store.study.get_trials(deepcopy=False)
-        trial = store.study.ask(self._space.distributions)
+        before = store.trials()
+        trial = store.ask(self._space.distributions)
         config = TrialConfig(**trial.params)
         started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         folder = spec.results.trial(config)
@@ -179,7 +174,7 @@ class Study:
             started_at=started_at,
             machine=spec.machine,
             versions=self._versions,
-            forecast=self._sampler.forecast(config, before) if isinstance(self._sampler, CostModelSampler) else None,
+            forecast=self._sampler.forecast(config, before),
         )
         store.save(trial, record)
         store.tell(trial, record)
@@ -195,10 +190,7 @@ class Study:
         if summary.baseline is not None or store.has_waiting():
             return None
         tried = {record.config.name: record for record in summary.records}
-        in_turn: Sequence[TrialConfig] = self._space.baselines
-        if isinstance(self._sampler, CostModelSampler):
-            in_turn = self._sampler.baselines(store.study.get_trials(deepcopy=False))
-        for config in in_turn:
+        for config in self._sampler.baselines(store.trials()):
             record = tried.get(config.name)
             if record is None:
                 store.enqueue(self._space.params(config), Source.BASELINE)
@@ -213,20 +205,14 @@ class Study:
         hint = "; --preset speed also searches what saves memory" if core else ""
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
 
-    def _settled(self, store: StudyStore, summary: StudySummary) -> str | None:
-        """Why no further trial is worth its time; None to go on, and where trials were asked for by `--more`."""
-        if not isinstance(self._sampler, CostModelSampler) or store.has_waiting() or self._spec.more is not None:
+    def _settled(self, store: StudyStore) -> str | None:
+        """Why no further trial is worth its time; None to go on, and where trials were asked for by `more`."""
+        if store.has_waiting() or self._spec.more is not None:
             return None
-        trials = store.study.get_trials(deepcopy=False)
-        proposal = self._sampler.propose(trials, len(trials))
-        if proposal is None:
-            return "none of the configurations that are left can fit"
-        if summary.best is None or proposal.expected_gain >= ENOUGH_GAIN:
-            return None
-        return f"no configuration that is left is expected to be {ENOUGH_GAIN:.1%} faster (--more M tries M more)"
+        return self._sampler.settled(store.trials())
 
     def _exhausted(self, store: StudyStore) -> str | None:
-        if store.has_waiting() or unvisited(self._space, store.study.get_trials(deepcopy=False)):
+        if store.has_waiting() or unvisited(self._space, store.trials()):
             return None
         return "every configuration of the space has been tried"
 

@@ -45,7 +45,7 @@ def store(open_store: Callable[..., StudyStore]) -> StudyStore:
 
 def ask(store: StudyStore, record: TrialRecord) -> optuna.Trial:
     store.enqueue(record.config.to_json(), record.source)
-    return store.study.ask(SPACE)
+    return store.ask(SPACE)
 
 
 def run(store: StudyStore, record: TrialRecord) -> optuna.trial.FrozenTrial:
