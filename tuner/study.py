@@ -1,10 +1,13 @@
 """The loop of a study: ask -> run -> save -> tell, from wherever an earlier run left it."""
 
+import contextlib
 import datetime
 import time
+from collections.abc import Callable, Iterator
 
 import optuna
 
+from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import software_versions
@@ -20,13 +23,15 @@ from ds_tune.tuner.finals import Finals, Verification
 from ds_tune.tuner.observer import Observer
 from ds_tune.tuner.reports.export import write_trial_inputs
 from ds_tune.tuner.reports.notes import publish, save_trial_note
-from ds_tune.tuner.sampler import make_sampler, unvisited
-from ds_tune.tuner.space import study_space
+from ds_tune.tuner.sampler import OWN, SpaceSampler, make_sampler, unvisited
 from ds_tune.tuner.spec import StudySpec
 from ds_tune.tuner.stopping import StopSignals
 
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
+
+WITHOUT_MODEL = "tpe"
+"""The sampler for a model that the cost model cannot know."""
 
 OBJECTIVE = "samples_per_second, end to end"
 
@@ -37,15 +42,14 @@ class Study:
     def __init__(
         self,
         spec: StudySpec,
+        sampler: SpaceSampler,
         objective: Objective,
         verification: Verification | None,
         observer: Observer,
         stop: StopSignals,
-        model: CostModel | None = None,
     ) -> None:
         """
         Args:
-            model: what ds-tune's own sampler asks; no other needs it.
             verification: who runs the finalists again; None where there is nothing to run: the best is then the winner
                 of the search.
         """
@@ -54,16 +58,10 @@ class Study:
         self._verification = verification
         self._observer = observer
         self._stop = stop
-        self._space = study_space(
-            spec.limits,
-            preset=spec.preset,
-            allowed=spec.allowed,
-            workload=spec.workload,
-            machine=spec.machine,
-            restricted_to=spec.restricted_to,
-        )
-        self._sampler = make_sampler(spec.sampler, self._space, spec.seed, model)
-        self._versions = software_versions() if spec.versions is None else spec.versions
+        self._space = spec.space
+        self._sampler = sampler
+        versions = spec.backend.versions
+        self._versions = software_versions() if versions is None else versions
 
     def run(self) -> StudySummary:
         """Goes on until the study has its trials, is exhausted, or is told to stop.
@@ -73,26 +71,28 @@ class Study:
             EnvironmentFault: trials fail for reasons that no configuration can mend.
             StopNow: told to stop at once; everything finished is stored.
         """
-        spec = self._spec
-        check_owner(spec.results, spec.study, spec.storage_url)
-        with StudyLock(spec.storage_url, spec.study):
+        spec, request = self._spec, self._spec.request
+        check_owner(spec.results, request.study, spec.storage_url)
+        with StudyLock(spec.storage_url, request.study):
             identity = Identity(
                 objective=OBJECTIVE,
-                workload=spec.workload,
-                machine=spec.machine,
+                workload=spec.backend.workload,
+                machine=spec.backend.machine,
                 space=self._space.to_json(),
                 provenance=self._objective.provenance,
-                recording=spec.recording,
-                metric=spec.metric,
+                recording=spec.backend.recording,
+                metric=request.metric,
             )
-            store = StudyStore.create_or_resume(spec.storage_url, spec.study, identity, self._versions, self._sampler)
+            store = StudyStore.create_or_resume(
+                spec.storage_url, request.study, identity, self._versions, self._sampler
+            )
             # Not before: a storage that turned out to be of no use owns nothing.
-            claim(spec.results, spec.study, spec.storage_url)
+            claim(spec.results, request.study, spec.storage_url)
             self._sampler.learn_from(earlier_records(store, identity))
             again = store.recover(self._space.config_of)
-            begins_more = spec.more is not None and not store.more_pending
+            begins_more = request.more is not None and not store.more_pending
             store.set_target(self._target(store.summary(), more_pending=store.more_pending), afresh=begins_more)
-            if spec.more is not None:
+            if request.more is not None:
                 store.set_more_pending(True)
             self._observer.study_opened(store.summary(), again)
             try:
@@ -100,7 +100,7 @@ class Study:
             finally:
                 self._objective.close()
             store.set_excluded(self._sampler.excluded(store.trials()))
-            if spec.verify and self._verification is not None:
+            if request.verify and self._verification is not None:
                 finals = Finals(store, spec.results, self._verification, self._observer, self._stop, self._space)
                 began = time.monotonic()
                 try:
@@ -115,15 +115,15 @@ class Study:
     def _target(self, summary: StudySummary, *, more_pending: bool) -> int:
         """The total of finished trials to reach.
 
-        `--more M` adds to a study that reached its total; on an unfinished one it only goes on, so that repeating
-        an interrupted `--more M` does not add twice.
+        `more` adds to a study that reached its total; on an unfinished one it only goes on, so that repeating an
+        interrupted request does not add twice.
         """
-        if self._spec.more is None:
-            return max(self._spec.trials, summary.finished_trials)
+        if self._spec.request.more is None:
+            return max(self._spec.request.trials, summary.finished_trials)
         unfinished = summary.finished_trials < summary.trials_total and summary.ended is None
         if unfinished or more_pending:
             return summary.trials_total
-        return summary.finished_trials + self._spec.more
+        return summary.finished_trials + self._spec.request.more
 
     def _run_trials(self, store: StudyStore) -> None:
         clock = time.monotonic()
@@ -150,13 +150,13 @@ class Study:
             check_failure(record, failures_in_a_row)
 
     def _run_trial(self, store: StudyStore, summary: StudySummary) -> TrialRecord:
-        spec = self._spec
+        spec, machine = self._spec, self._spec.backend.machine
         before = store.trials()
         trial = store.ask(self._space.distributions)
         config = TrialConfig(**trial.params)
         started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         folder = spec.results.trial(config)
-        write_trial_inputs(folder, config, spec.workload, spec.machine)
+        write_trial_inputs(folder, config, spec.backend.workload, machine)
         self._observer.trial_started(trial.number, config, summary)
         source = Source(trial.user_attrs.get(SOURCE, Source.SEARCH.value))
         best = summary.best
@@ -172,7 +172,7 @@ class Study:
             outcome=outcome,
             source=source,
             started_at=started_at,
-            machine=spec.machine,
+            machine=machine,
             versions=self._versions,
             forecast=self._sampler.forecast(config, before),
         )
@@ -201,13 +201,13 @@ class Study:
         if any(record.state is TrialState.FAILED for record in known):
             return None  # a crash says nothing about memory
         smallest = "one sample a rank" if self._space.restricted_to is None else "the smallest configuration there is"
-        core = self._spec.restricted_to is None and self._spec.preset == "core"
-        hint = "; --preset speed also searches what saves memory" if core else ""
+        core = self._space.restricted_to is None and self._spec.request.preset in (None, "core")
+        hint = "; `preset=speed` also searches what saves memory" if core else ""
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
 
     def _settled(self, store: StudyStore) -> str | None:
         """Why no further trial is worth its time; None to go on, and where trials were asked for by `more`."""
-        if store.has_waiting() or self._spec.more is not None:
+        if store.has_waiting() or self._spec.request.more is not None:
             return None
         return self._sampler.settled(store.trials())
 
@@ -227,12 +227,50 @@ def check_failure(record: TrialRecord, failures_in_a_row: int) -> None:
     if not isinstance(record.outcome, Failure):
         return
     if record.outcome.kind is FailureKind.INVALID_CONFIG:
-        raise UsageError(f"DeepSpeed refuses the configuration, correct --ds-config: {record.outcome.message}")
+        raise UsageError(f"DeepSpeed refuses the configuration, correct `ds_config`: {record.outcome.message}")
     if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
         raise EnvironmentFault(
             f"the last {failures_in_a_row} trials failed, the last one with {record.reason}; "
             f"what it wrote last:\n{record.outcome.log_tail}"
         )
+
+
+def run_study(spec: StudySpec, observer: Observer, stop: StopSignals) -> StudySummary:
+    """Runs or resumes the study of a spec.
+
+    Raises:
+        UsageError, EnvironmentFault, StopNow: see `Study.run`.
+    """
+    for line in spec.backend.notes:
+        observer.say(line)
+    sampler = _sampler_of(spec, observer.say)
+    with contextlib.ExitStack() as resources:
+        objective, verification = spec.backend.objectives(spec.results, observer.say, resources)
+        return Study(spec, sampler, objective, verification, observer, stop).run()
+
+
+def _sampler_of(spec: StudySpec, notice: Callable[[str], None]) -> SpaceSampler:
+    """The sampler asked for; a model whose sizes are not known is searched without the cost model."""
+    request, backend = spec.request, spec.backend
+    if request.sampler == OWN:
+        try:
+            model = CostModel(backend.workload, hardware_of(backend.machine))
+            return make_sampler(OWN, spec.space, request.seed, model)
+        except UsageError as error:
+            notice(f"Searching without a cost model (`sampler={WITHOUT_MODEL}`): {error}")
+            return make_sampler(WITHOUT_MODEL, spec.space, request.seed, None)
+    return make_sampler(request.sampler, spec.space, request.seed, None)
+
+
+@contextlib.contextmanager
+def optuna_silenced() -> Iterator[None]:
+    """Keeps Optuna's lines out of a program that uses Optuna itself, and then has them as they were."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def quiet_optuna() -> None:
