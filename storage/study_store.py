@@ -82,14 +82,14 @@ class StudyStore:
             if stored is None and store.trials():
                 # Without trials it may be one that a tuner was killed in the making of.
                 raise UsageError(
-                    f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
+                    f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use `study=NAME`"
                 )
             known = stored and {**IDENTITY_DEFAULTS, **stored}
             found = differences(known, identity.to_json())
             if found and any(record.counts for record in store.records()):
                 raise UsageError(
                     f"study {name} measured something else ({'; '.join(found)}): repeat its command to go on with it, "
-                    "or begin another one with --study NAME --results DIR"
+                    "or begin another one with `study=NAME` `results=DIR`"
                 )
             if not found:
                 store._set(VERSIONS, dict(versions))
@@ -119,7 +119,7 @@ class StudyStore:
         database = sqlalchemy.engine.make_url(storage_url)
         if database.get_backend_name() == "sqlite" and not Path(database.database or "").exists():
             # To open it would make it.
-            raise UsageError(f"--storage {masked(storage_url)}: there is no such file")
+            raise UsageError(f"`storage={masked(storage_url)}`: there is no such file")
         storage = open_storage(storage_url, reading=True)
         names = optuna.get_all_study_names(storage)
         if name is None and len(names) == 1:
@@ -127,7 +127,7 @@ class StudyStore:
         if name is None or name not in names:
             there = f"it holds {', '.join(names)}" if names else "it holds none"
             wanted = f"no study {name}" if name else "no single study"
-            raise UsageError(f"{wanted} in {masked(storage_url)} ({there}); name one with --study")
+            raise UsageError(f"{wanted} in {masked(storage_url)} ({there}); name one with `study`")
         store = cls(optuna.load_study(study_name=name, storage=storage), storage)
         if IDENTITY not in store.attributes:
             raise UsageError(f"study {name} in {masked(storage_url)} was not made by ds-tune")
@@ -207,7 +207,7 @@ class StudyStore:
 
     @property
     def more_pending(self) -> bool:
-        """Whether a `--more M` was begun and its end not yet seen by the person who asked for it."""
+        """Whether more trials were asked for and its end not yet seen by the person who asked for it."""
         return bool(self.attributes.get(MORE))
 
     def set_more_pending(self, pending: bool) -> None:

@@ -23,7 +23,7 @@ from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposal, Proposer
 from ds_tune.tuner.space import Space
 
 STARTUP_TRIALS = 4
-"""Optuna's default of 10 random trials would make all of `--trials 9` a random search."""
+"""Optuna's default of 10 random trials would make all of nine trials a random search."""
 
 EARLIER_ERROR = 0.02
 """Relative standard deviation of what an earlier study measured, as today would have it."""
@@ -138,7 +138,7 @@ class CostModelSampler(SpaceSampler):
         found = any(each.log_rate is not None and each.from_this_study for each in self.observations(trials))
         if not found or proposal.expected_gain >= ENOUGH_GAIN:
             return None
-        return f"no configuration that is left is expected to be {ENOUGH_GAIN:.1%} faster (--more M tries M more)"
+        return f"no configuration that is left is expected to be {ENOUGH_GAIN:.1%} faster (`more=M` tries M more)"
 
     def _taken(self, trials: Sequence[FrozenTrial]) -> list[int]:
         rows = (self.proposer.row(config) for config in visited(self._space, trials))
@@ -227,7 +227,7 @@ SAMPLERS: dict[str, Callable[[Space, int], SpaceSampler]] = {
     "random": lambda space, seed: RandomSampler(space, seed),
     "grid": lambda space, seed: GridSampler(space, seed),
 }
-"""Those that need no cost model, by their name in `--sampler`."""
+"""Those that need no cost model, by their name in a request."""
 
 OWN = "cost-model"
 

@@ -93,7 +93,7 @@ def _from_hub(model: str) -> Any:
     except Exception as error:  # the library raises a dozen kinds, for network, login and missing files
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"--model {model}: its config.json cannot be had from the hub ({said}); name a local folder"
+            f"`model={model}`: its config.json cannot be had from the hub ({said}); name a local folder"
         ) from error
 
 
@@ -111,7 +111,7 @@ def architecture_from_config(document: Mapping[str, Any], model: str) -> Archite
     def size(name: str, default: int | None = None) -> int:
         found = next((config[key] for key in SIZE_NAMES[name] if key in config), default)
         if not isinstance(found, int) or found < 1:
-            raise UsageError(f"--model {model}: its configuration does not say its {name.replace('_', ' ')}")
+            raise UsageError(f"`model={model}`: its configuration does not say its {name.replace('_', ' ')}")
         return found
 
     hidden, layers, heads, vocabulary = size("hidden"), size("layers"), size("heads"), size("vocabulary")
