@@ -87,8 +87,10 @@ class StudyStore:
             known = stored and {**IDENTITY_DEFAULTS, **stored}
             found = differences(known, identity.to_json())
             if found and any(record.counts for record in store.records()):
+                other = all(difference.startswith("metric ") for difference in found)
+                has = "maximises another metric" if other else "measured something else"
                 raise UsageError(
-                    f"study {name} measured something else ({'; '.join(found)}): repeat its command to go on with it, "
+                    f"study {name} {has} ({'; '.join(found)}): repeat its command to go on with it, "
                     "or begin another one with `study=NAME` `results=DIR`"
                 )
             if not found:
