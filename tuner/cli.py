@@ -58,7 +58,12 @@ def tune(arguments: argparse.Namespace) -> int:
         interrupted = stop.requested
     except StopNow:
         interrupted = True
-    store = StudyStore.load(spec.storage_url, request.study)
+    try:
+        store = StudyStore.load(spec.storage_url, request.study)
+    except UsageError:
+        if interrupted:  # before there was a study
+            raise KeyboardInterrupt from None
+        raise
     summary = store.summary()
     written = export(summary, spec.results)
     console.finish(summary, written, dashboard_command(arguments.storage, arguments.results))
@@ -172,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _forget_output()
         return EXIT_ERROR
     except KeyboardInterrupt:
+        print("ds-tune: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
