@@ -48,7 +48,8 @@ from ds_tune.objectives.running import guard
 from ds_tune.objectives.running.local_launcher import threads_per_rank
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload, check_workload
-from ds_tune.tuner.spec import DEFAULTS
+from ds_tune.tuner.arguments import in_options
+from ds_tune.tuner.backend import DEFAULTS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TUNED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization")
@@ -357,7 +358,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return compare(bench_of(arguments), arguments)
     except DsTuneError as error:
-        print(f"deepspeed_autotuner: {error}", file=sys.stderr)
+        print(f"deepspeed_autotuner: {in_options(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

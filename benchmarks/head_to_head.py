@@ -49,8 +49,9 @@ from ds_tune.objectives.running.rank_group import ignore
 from ds_tune.objectives.timing.step_plan import PRECISE
 from ds_tune.objectives.trial import Measurement
 from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload, check_workload
-from ds_tune.tuner.arguments import positive
-from ds_tune.tuner.spec import DEFAULT_TRIAL_SECONDS, DEFAULTS, parse_memory
+from ds_tune.tuner.arguments import in_options, positive
+from ds_tune.tuner.backend import DEFAULTS
+from ds_tune.tuner.request import DEFAULT_TRIAL_SECONDS, parse_memory
 
 WIDE = "wide"
 MATCHED = "matched"
@@ -341,7 +342,7 @@ def main(words: Sequence[str] | None = None) -> int:
         say(f"{why}: the same command goes on from here.")
         return EXIT_GOES_ON
     except DsTuneError as error:
-        print(f"head_to_head: {error}", file=sys.stderr)
+        print(f"head_to_head: {in_options(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 

@@ -28,7 +28,7 @@ from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
-from ds_tune.tuner.spec import DEFAULTS
+from ds_tune.tuner.backend import DEFAULTS
 
 FACTORS = (1.0, 1.18)
 """Of the predicted peak: it is taken not to run under the first, and to run under the second."""

@@ -25,7 +25,8 @@ from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
-from ds_tune.tuner.spec import DEFAULTS, parse_memory
+from ds_tune.tuner.backend import DEFAULTS
+from ds_tune.tuner.request import parse_memory
 
 PLAN = StepPlan(min_timed_steps=3, max_timed_steps=12, timed_seconds=1.2, precision=0.005, short_step_seconds=0.0)
 """Many configurations in little time: steps of one configuration differ by 1 to 3%."""

@@ -25,7 +25,7 @@ from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
-from ds_tune.tuner.spec import DEFAULTS
+from ds_tune.tuner.backend import DEFAULTS
 
 
 class TrialFailed(Exception):

@@ -31,7 +31,7 @@ from ds_tune.objectives.timing.intervals import mean_ci95
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
-from ds_tune.tuner.spec import DEFAULTS
+from ds_tune.tuner.backend import DEFAULTS
 
 PARTS = ("overhead", "fresh", "memory")
 

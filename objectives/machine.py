@@ -100,17 +100,17 @@ def visible_gpus() -> list[Gpu]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise EnvironmentFault(f"nvidia-smi does not answer ({error}); --gpus 0 runs on the CPU") from error
+        raise EnvironmentFault(f"nvidia-smi does not answer ({error}); `gpus=0` runs on the CPU") from error
     if answer.returncode != 0:
         said = (answer.stdout + answer.stderr).strip().splitlines() or ["no message"]
         if "No devices were found" in said[-1]:
             return []
-        raise EnvironmentFault(f"nvidia-smi fails: {said[-1]}; --gpus 0 runs on the CPU")
+        raise EnvironmentFault(f"nvidia-smi fails: {said[-1]}; `gpus=0` runs on the CPU")
     rows = [[field.strip() for field in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
     found = {}
     for name, memory_mib, capability, index, uuid in rows:
         if not memory_mib.isdigit():  # [N/A]: the GPU shares the host's memory
-            raise EnvironmentFault(f"nvidia-smi tells no memory of its own for {name}; --gpus 0 runs on the CPU")
+            raise EnvironmentFault(f"nvidia-smi tells no memory of its own for {name}; `gpus=0` runs on the CPU")
         gpu = Gpu(name=name, memory_bytes=int(memory_mib) * 2**20, compute_capability=capability)
         found[index] = found[uuid] = gpu
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -142,12 +142,12 @@ def detect_machine(*, gpus: int | None, cpu_ranks: int, memory_cap_bytes: int | 
     """
     present = [] if gpus == 0 else visible_gpus()
     if gpus is not None and gpus > len(present):
-        raise UsageError(f"--gpus {gpus}: {len(present)} GPUs are visible here (--gpus 0 runs on the CPU)")
+        raise UsageError(f"`gpus={gpus}`: {len(present)} GPUs are visible here (`gpus=0` runs on the CPU)")
     machine = _gpu_machine(present[: gpus or len(present)]) if present else _cpu_machine(cpu_ranks)
     if memory_cap_bytes is not None and memory_cap_bytes > machine.memory_bytes:
         available = machine.memory_bytes / GIB
         raise UsageError(
-            f"--memory-cap {memory_cap_bytes / GIB:.1f}GiB is more than a rank has here ({available:.1f} GiB)"
+            f"`memory_cap={memory_cap_bytes / GIB:.1f}GiB` is more than a rank has here ({available:.1f} GiB)"
         )
     return dataclasses.replace(machine, memory_cap_bytes=memory_cap_bytes)
 

@@ -149,4 +149,4 @@ def check_metric(name: str, workload: Workload, machine: Machine) -> None:
     unknown = f"the FLOPs of {workload.title} are"
     if context.flops_per_sample is not None:
         unknown = f"the peak FLOP/s of {'a CPU' if machine.device == 'cpu' else machine.name} is"
-    raise UsageError(f"--metric {name}: {unknown} not known; use --metric {known[-1]}")
+    raise UsageError(f"`metric={name}`: {unknown} not known; use `metric={known[-1]}`")

@@ -54,11 +54,11 @@ def open_storage(storage_url: str, *, reading: bool = False) -> optuna.storages.
         # Optuna raises one of its own; the one that names the module is its cause.
         module = error.name or getattr(error.__cause__, "name", None) or "the database's driver"
         package = _DRIVER_PACKAGES.get(module, module)
-        raise UsageError(f"--storage {masked(storage_url)} needs a driver: pip install {package}") from error
+        raise UsageError(f"`storage={masked(storage_url)}` needs a driver: pip install {package}") from error
     except (*STORAGE_ERRORS, RuntimeError) as error:
         if _sqlite_code(error) in _BUSY:
             raise storage_fault(error, storage_url) from error
-        raise UsageError(f"--storage {masked(storage_url)} cannot be opened: {_said(error)}") from error
+        raise UsageError(f"`storage={masked(storage_url)}` cannot be opened: {_said(error)}") from error
 
 
 def _check_tables(storage_url: str, options: dict[str, Any], *, reading: bool) -> None:
@@ -73,13 +73,13 @@ def _check_tables(storage_url: str, options: dict[str, Any], *, reading: bool) -
         for table in there:
             if not OPTUNA_COLUMNS[table] <= {column["name"] for column in inspector.get_columns(table)}:
                 raise UsageError(
-                    f"--storage {masked(storage_url)} has a table {table} that is not Optuna's; name another database"
+                    f"`storage={masked(storage_url)}` has a table {table} that is not Optuna's; name another database"
                 )
     finally:
         engine.dispose()
     if reading and len(there) < len(OPTUNA_COLUMNS):
         raise UsageError(
-            f"--storage {masked(storage_url)} has no tables of Optuna's, so no study; name the database of one"
+            f"`storage={masked(storage_url)}` has no tables of Optuna's, so no study; name the database of one"
         )
 
 
@@ -105,7 +105,7 @@ def storage_fault(error: BaseException, storage_url: str) -> DsTuneError:
             "when that has let it go, repeat the command"
         )
     if code in _UNUSABLE:
-        return UsageError(f"--storage {masked(storage_url)} cannot be used: {_said(error)}; name another database")
+        return UsageError(f"`storage={masked(storage_url)}` cannot be used: {_said(error)}; name another database")
     return EnvironmentFault(
         f"the storage {masked(storage_url)} failed: {_said(error)}; when that is put right, repeat the command"
     )

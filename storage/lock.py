@@ -44,7 +44,7 @@ class StudyLock:
             os.close(descriptor)
             raise UsageError(
                 f"another tuner (process {holder or 'unknown'}) is working on study {self._study}; wait for it, "
-                "or use another study (--study NAME --results DIR)"
+                "or use another study (`study=NAME` `results=DIR`)"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -55,7 +55,7 @@ class StudyLock:
         """The sentence for a lock's file that cannot be opened."""
         refused = f"the folder {self._path.parent} cannot be written to ({error.strerror})"
         if sqlalchemy.engine.make_url(self._storage_url).get_backend_name() == "sqlite":
-            return UsageError(f"--storage {masked(self._storage_url)}: {refused}; name a file elsewhere")
+            return UsageError(f"`storage={masked(self._storage_url)}`: {refused}; name a file elsewhere")
         return EnvironmentFault(f"the lock of study {self._study} cannot be had: {refused}; set TMPDIR to another one")
 
     def __exit__(

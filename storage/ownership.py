@@ -31,10 +31,10 @@ def storage_place(folder: ResultsFolder, storage_url: str) -> str:
     return masked(place.render_as_string())
 
 
-def check_owner(folder: ResultsFolder, study: str, storage_url: str, *, option: str = "--results") -> None:
+def check_owner(folder: ResultsFolder, study: str, storage_url: str, *, field: str = "results") -> None:
     """
     Args:
-        option: which one named the folder.
+        field: name of what named the folder, for the message.
 
     Raises:
         UsageError: it holds another study's results.
@@ -47,15 +47,15 @@ def check_owner(folder: ResultsFolder, study: str, storage_url: str, *, option: 
         place = _recorded_place(folder, document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
-            f"{option} {folder.root} has a study.json that is not ds-tune's; name another folder"
+            f"`{field}={folder.root}` has a study.json that is not ds-tune's; name another folder"
         ) from None
     if holds == study and place in (None, storage_place(folder, storage_url)):
         return
     where = "" if holds != study else f" in {place if '://' in str(place) else folder.root / str(place)}"
     suffix = study if holds != study else "2"
     raise UsageError(
-        f"{option} {folder.root} holds the results of study {holds}{where}; "
-        f"give this one a folder of its own, such as {option} {folder.root}-{suffix}"
+        f"`{field}={folder.root}` holds the results of study {holds}{where}; "
+        f"give this one a folder of its own, such as `{field}={folder.root}-{suffix}`"
     )
 
 

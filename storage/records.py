@@ -84,7 +84,7 @@ class TrialRecord:
 
     @property
     def counts(self) -> bool:
-        """Whether the trial is one of the `--trials N`."""
+        """Whether the trial is one of the trials that were asked for."""
         return self.state is not TrialState.FAILED and self.source is not Source.ABLATION
 
     @property

@@ -80,17 +80,19 @@ class StudyStore:
         if name in optuna.get_all_study_names(storage):
             store = cls(optuna.load_study(study_name=name, storage=storage, sampler=sampler), storage)
             stored = store.attributes.get(IDENTITY)
-            if stored is None and store.study.get_trials(deepcopy=False):
+            if stored is None and store.trials():
                 # Without trials it may be one that a tuner was killed in the making of.
                 raise UsageError(
-                    f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use --study NAME"
+                    f"{masked(storage_url)} holds a study {name} that ds-tune did not make; use `study=NAME`"
                 )
             known = stored and completed(stored)
             found = differences(known, identity.to_json())
             if found and any(record.counts for record in store.records()):
+                other = all(difference.startswith("metric ") for difference in found)
+                has = "maximises another metric" if other else "measured something else"
                 raise UsageError(
-                    f"study {name} measured something else ({'; '.join(found)}): repeat its command to go on with it, "
-                    "or begin another one with --study NAME --results DIR"
+                    f"study {name} {has} ({'; '.join(found)}): repeat its command to go on with it, "
+                    "or begin another one with `study=NAME` `results=DIR`"
                 )
             if not found:
                 store._set(VERSIONS, dict(versions))
@@ -120,7 +122,7 @@ class StudyStore:
         database = sqlalchemy.engine.make_url(storage_url)
         if database.get_backend_name() == "sqlite" and not Path(database.database or "").exists():
             # To open it would make it.
-            raise UsageError(f"--storage {masked(storage_url)}: there is no such file")
+            raise UsageError(f"`storage={masked(storage_url)}`: there is no such file")
         storage = open_storage(storage_url, reading=True)
         names = optuna.get_all_study_names(storage)
         if name is None and len(names) == 1:
@@ -128,7 +130,7 @@ class StudyStore:
         if name is None or name not in names:
             there = f"it holds {', '.join(names)}" if names else "it holds none"
             wanted = f"no study {name}" if name else "no single study"
-            raise UsageError(f"{wanted} in {masked(storage_url)} ({there}); name one with --study")
+            raise UsageError(f"{wanted} in {masked(storage_url)} ({there}); name one with `study`")
         store = cls(optuna.load_study(study_name=name, storage=storage), storage)
         if IDENTITY not in store.attributes:
             raise UsageError(f"study {name} in {masked(storage_url)} was not made by ds-tune")
@@ -152,9 +154,17 @@ class StudyStore:
         """Of which kind all of the study's figures are."""
         return Provenance(self.identity["figures"])
 
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """All of Optuna's trials, in their order. They are not copies: only to be read."""
+        return self.study.get_trials(deepcopy=False)
+
+    def ask(self, distributions: Mapping[str, BaseDistribution]) -> optuna.Trial:
+        """The next trial: one that waits in the queue, or what the sampler proposes."""
+        return self.study.ask(dict(distributions))
+
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in their order. An interrupted one has no record."""
-        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        ended = [trial for trial in self.trials() if trial.state.is_finished()]
         return [record for trial in ended if (record := record_of(trial)) is not None]
 
     def summary(self) -> StudySummary:
@@ -201,7 +211,7 @@ class StudyStore:
 
     @property
     def more_pending(self) -> bool:
-        """Whether a `--more M` was begun and its end not yet seen by the person who asked for it."""
+        """Whether more trials were asked for and its end not yet seen by the person who asked for it."""
         return bool(self.attributes.get(MORE))
 
     def set_more_pending(self, pending: bool) -> None:

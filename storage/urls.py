@@ -30,13 +30,13 @@ def check_storage_url(storage_url: str) -> None:
         url = sqlalchemy.engine.make_url(storage_url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise UsageError(
-            "--storage is not a database URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
+            "`storage` is not a database URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
         ) from None
     if url.get_backend_name() not in BACKENDS:
-        raise UsageError(f"--storage {masked(storage_url)}: the database must be one of {', '.join(BACKENDS)}")
+        raise UsageError(f"`storage={masked(storage_url)}`: the database must be one of {', '.join(BACKENDS)}")
     if url.get_backend_name() == "sqlite":
         if not url.database or url.database == ":memory:":
-            raise UsageError("--storage must name a file: a SQLite database in memory would be lost with the tuner")
+            raise UsageError("`storage` must name a file: a SQLite database in memory would be lost with the tuner")
         folder = Path(url.database).resolve().parent
         if not folder.is_dir():
-            raise UsageError(f"--storage {masked(storage_url)}: there is no folder {folder}")
+            raise UsageError(f"`storage={masked(storage_url)}`: there is no folder {folder}")

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,16 @@ LAYERS = ("objectives", "storage", "tuner")
 RANK_ONLY = {"torch", "deepspeed", "transformers", "datasets"}
 MODULES = sorted(path.relative_to(CHECKOUT) for layer in LAYERS for path in (CHECKOUT / layer).rglob("*.py"))
 TESTS = sorted(path.relative_to(CHECKOUT) for path in (CHECKOUT / "tests").rglob("*.py"))
+
+# The command line, a command line of its own, and what writes DeepSpeed's; all others name fields in backticks.
+SPELLS_OPTIONS = {
+    Path("tuner/cli.py"),
+    Path("tuner/arguments.py"),
+    Path("tuner/__main__.py"),
+    Path("objectives/rank/train.py"),
+    Path("tuner/reports/export.py"),
+}
+NVIDIA_SMI = {"--query-gpu=name,memory.total,compute_cap,index,uuid", "--format=csv,noheader,nounits"}
 
 
 def imported(module: Path) -> Iterator[tuple[str, int]]:
@@ -73,6 +84,30 @@ def test_the_command_line_does_not_load_what_ranks_load() -> None:
     loaded = f"import sys, ds_tune.tuner.cli; print(*sorted({RANK_ONLY!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", loaded], cwd=CHECKOUT, check=True, capture_output=True, text=True)
     assert result.stdout.split() == []
+
+
+def texts(module: Path) -> Iterator[tuple[str, int]]:
+    """Every string constant of a module with its line, less docstrings and the command that trains a workload."""
+    tree = ast.parse((CHECKOUT / module).read_text(), filename=str(module))
+    left_out = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for command in ast.walk(tree):
+        if isinstance(command, ast.FunctionDef) and command.name == "training_words":
+            left_out |= {id(node) for node in ast.walk(command)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+            yield node.value, node.lineno
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in SPELLS_OPTIONS], ids=str)
+def test_only_command_lines_spell_options(module: Path) -> None:
+    option = re.compile(r"(?<![\w-])--[a-z]")
+    found = [f"{module}:{line} {text}" for text, line in texts(module) if option.search(text)]
+    assert [each for each in found if not any(each.endswith(f" {word}") for word in NVIDIA_SMI)] == []
+
+
+def test_command_lines_spell_options() -> None:
+    spelled = [text for module in SPELLS_OPTIONS for text, _ in texts(module) if text.startswith("--")]
+    assert {"--trials", "--port", "--deepspeed_config", "--knob"} <= set(spelled)
 
 
 @pytest.mark.parametrize("module", MODULES + TESTS, ids=str)

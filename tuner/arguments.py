@@ -1,7 +1,11 @@
 """The command line: every option of every command, and what it takes."""
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+import functools
+import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +13,22 @@ from ds_tune.objectives.cost_model.hardware import CATALOGUE
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
-from ds_tune.objectives.trial import KNOBS
 from ds_tune.objectives.workload.huggingface import DTYPES, SHIPPED_MODELS
 from ds_tune.storage.layout import DEFAULT_RESULTS
+from ds_tune.storage.urls import masked
+from ds_tune.tuner.request import (
+    DEFAULT_SAMPLER,
+    DEFAULT_STUDY,
+    DEFAULT_TRIAL_SECONDS,
+    DEFAULT_TRIALS,
+    NUMERICS,
+    SAMPLER_NAMES,
+    PlanRequest,
+    SearchRequest,
+    TuneRequest,
+    as_fields,
+)
 from ds_tune.tuner.space import PRESETS
-from ds_tune.tuner.spec import DEFAULT_SAMPLER, DEFAULT_STUDY, DEFAULT_TRIAL_SECONDS, DEFAULT_TRIALS, SAMPLER_NAMES
-
-NUMERICS = [f"numerics:{field}" for field, knob in KNOBS.items() if knob.numerics is not None]
-
-TRAINING_OPTIONS = (
-    "model", "dtype", "seq_len", "dataset", "tokenizer", "pretrained", "ds_config",
-    "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
-)  # fmt: skip
-"""What is trained and on what: of use only where something is trained."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,7 +152,10 @@ def tune_parser() -> argparse.ArgumentParser:
         "--fresh-ranks", action="store_true", help="start new processes for every trial instead of keeping them"
     )
     machine.add_argument(
-        "--no-verify", action="store_true", help="don't run the fastest trials and the baseline again to be sure"
+        "--no-verify",
+        action="store_false",
+        dest="verify",
+        help="don't run the fastest trials and the baseline again to be sure",
     )
     machine.add_argument(
         "--replay",
@@ -210,16 +220,66 @@ def _add_hardware(group: argparse._ActionsContainer) -> None:
     group.add_argument("--hardware", metavar="GPUS", help="imagined GPUs, such as 16xV100-32GB (see tune plan --help)")
 
 
-def given(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Those of the named options that were given, as they were typed; none of them may have a default of its own."""
-    values = {name: getattr(arguments, name) for name in names}
-    return [f"--{name.replace('_', '-')}" for name, value in values.items() if value is not None and value is not False]
-
-
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON document; everything else goes to stderr")
     output.add_argument("--quiet", action="store_true", help="show errors only")
+
+
+def in_options(text: str) -> str:
+    """A text for the command line: fields in backticks as its options, `gpus=0` as --gpus 0.
+
+    Other words in backticks stay as they are.
+    """
+
+    def option(field: re.Match[str]) -> str:
+        action = _options().get(field[1])
+        if action is None:
+            return field[0]
+        value = "" if field[2] is None or action.nargs == 0 else f" {field[2]}"
+        return action.option_strings[-1] + value
+
+    return _FIELD.sub(option, text)
+
+
+_FIELD = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+
+
+@functools.cache
+def _options() -> dict[str, argparse.Action]:
+    """The options of all commands, by the fields that they fill."""
+    parsers = (tune_parser(), plan_parser(), report_parser(), export_parser(), dashboard_parser())
+    return {action.dest: action for parser in parsers for action in parser._actions if action.dest != "help"}
+
+
+def dashboard_command(storage: str | None, results: Path) -> str:
+    """The line for a shell that shows a study in optuna-dashboard; a password in its URL is left out."""
+    program = os.environ.get("DS_TUNE_PROGRAM", "ds-tune")
+    where = ["--storage", masked(storage)] if storage else ["--results", str(results)]
+    return shlex.join([program, "dashboard", *where])
+
+
+def tune_request(arguments: argparse.Namespace) -> TuneRequest:
+    """The request that the options of `tune` make.
+
+    Raises:
+        UsageError: they do not go together.
+    """
+    return TuneRequest(**_fields(TuneRequest, arguments))
+
+
+def plan_request(arguments: argparse.Namespace) -> PlanRequest:
+    """The request that the options of `plan` make; those that it does not have are at their defaults.
+
+    Raises:
+        UsageError: they do not go together.
+    """
+    return PlanRequest(**_fields(PlanRequest, arguments))
+
+
+def _fields(request: type[SearchRequest], arguments: argparse.Namespace) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(request))
+    return as_fields({name: getattr(arguments, name) for name in names if name in arguments})
 
 
 def _stored_study_parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -1,9 +1,8 @@
-"""What answers a study's trials, as the command line chose it: ranks that train here, a recording, or the cost model.
+"""What answers a study's trials, as a request chose it: ranks that train here, a recording, or the cost model.
 
 Another way to answer is one more function that returns `Backend`, and its line in `backend_for`.
 """
 
-import argparse
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +27,28 @@ from ds_tune.objectives.workload.huggingface import (
     check_workload,
     load_base_ds_config,
 )
-from ds_tune.tuner.arguments import TRAINING_OPTIONS, given
+from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.finals import Verification
-from ds_tune.tuner.spec import DEFAULTS, StudySpec, parse_memory
+from ds_tune.tuner.request import SearchRequest, TuneRequest
+from ds_tune.tuner.space import Limits
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What differs between a run on GPUs and the same request on a CPU."""
+
+    model: str
+    dtype: str
+    seq_len: int
+    max_micro_batch: int
+    max_samples_per_rank: int
+    """Bounds the global batch, and with it the seconds of one step."""
+
+
+DEFAULTS = {
+    "cuda": Defaults(model="gpt2-xl", dtype="fp16", seq_len=1024, max_micro_batch=64, max_samples_per_rank=128),
+    "cpu": Defaults(model="gpt2-nano", dtype="fp32", seq_len=128, max_micro_batch=16, max_samples_per_rank=32),
+}
 
 Objectives: TypeAlias = tuple[Objective, Verification | None]
 """Whom the search asks, and who verifies; None where there is nothing that could run again."""
@@ -42,88 +60,121 @@ class Backend:
 
     machine: Machine
     workload: HuggingFaceWorkload
-    max_micro_batch: int
-    """Unless the user says otherwise, as is the next."""
-    max_global_batch: int
-    objectives: Callable[[StudySpec, Callable[[str], None], contextlib.ExitStack], Objectives]
-    """Makes them for a study; the second argument is told in one line what a person should know, and the third gives
-    back what outlives both."""
+    limits: Limits
+    objectives: Callable[[ResultsFolder, Callable[[str], None], contextlib.ExitStack], Objectives]
+    """Makes them for a results folder; the second argument is told in one line what a person should know, and the third
+    gives back what outlives both."""
+    verifies: bool = False
+    """Whether there is something to run the finalists again."""
     restricted_to: Sequence[TrialConfig] | None = None
-    """See `StudySpec`, as for the next two."""
+    """The only configurations that can be answered; None for all within the limits."""
     recording: str | None = None
+    """Which recording answers, where one does."""
     versions: Mapping[str, str] | None = None
+    """The software that the figures are of, where it is not what is installed here."""
     notes: Sequence[str] = ()
     """Lines for the person before the study begins."""
 
 
-def backend_for(arguments: argparse.Namespace) -> Backend:
+def backend_for(request: TuneRequest) -> Backend:
     """
     Raises:
         UsageError: what was asked for cannot be.
         EnvironmentFault: the machine does not say what it has.
     """
-    if arguments.replay is not None:
-        return _replayed(arguments)
-    if arguments.simulate:
-        return _simulated(arguments)
-    if arguments.hardware is not None:
-        raise UsageError(
-            "--hardware imagines GPUs; add --simulate to search on them, or use tune plan --hardware to see what fits"
-        )
-    return _measured(arguments)
+    if request.replay is not None:
+        return _replayed(request, request.replay)
+    if request.hardware is not None:
+        return _simulated(request, parse_hardware(request.hardware, memory_cap_bytes=request.memory_cap_bytes))
+    return _measured(request)
 
 
-def _measured(arguments: argparse.Namespace) -> Backend:
+def _measured(request: TuneRequest) -> Backend:
     """Real training, in ranks on this machine."""
-    cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
-    if arguments.gpus is not None and arguments.gpus < 0:
-        raise UsageError(f"--gpus {arguments.gpus}: a number of GPUs, or 0 for the CPU")
-    machine = detect_machine(gpus=arguments.gpus, cpu_ranks=arguments.ranks or DEFAULT_CPU_RANKS, memory_cap_bytes=cap)
-    defaults = DEFAULTS[machine.device]
-    workload = HuggingFaceWorkload(
-        model=_as_path(arguments.model) if arguments.model else defaults.model,
-        seq_len=arguments.seq_len or defaults.seq_len,
-        dtype=arguments.dtype or defaults.dtype,
-        pretrained=arguments.pretrained,
-        dataset=_as_path(arguments.dataset) if arguments.dataset else None,
-        tokenizer=_as_path(arguments.tokenizer) if arguments.tokenizer else None,
-        base_ds_config=load_base_ds_config(arguments.ds_config) if arguments.ds_config else {},
+    machine = detect_machine(
+        gpus=request.gpus,
+        cpu_ranks=request.ranks or DEFAULT_CPU_RANKS,
+        memory_cap_bytes=request.memory_cap_bytes,
     )
-    check_workload(workload)
+    workload = workload_of(request, machine.device)
     notes = []
     if machine.device == "cpu":
         if workload.dtype == "fp16":
-            raise UsageError("--dtype fp16 needs a GPU: DeepSpeed on a CPU trains in fp32 or bf16")
+            raise UsageError("`dtype=fp16` needs a GPU: DeepSpeed on a CPU trains in fp32 or bf16")
         notes.append(
             f"No GPU in use: real DeepSpeed on {machine.ranks} CPU ranks with {workload.title}; "
             "what is fastest here need not be on a GPU."
         )
 
-    def objectives(spec: StudySpec, notice: Callable[[str], None], resources: contextlib.ExitStack) -> Objectives:
-        launcher = resources.enter_context(LAUNCHERS[DEFAULT_LAUNCHER](spec.machine))
+    def objectives(
+        results: ResultsFolder, notice: Callable[[str], None], resources: contextlib.ExitStack
+    ) -> Objectives:
+        launcher = resources.enter_context(LAUNCHERS[DEFAULT_LAUNCHER](machine))
         searching, verifying = (
             DeepSpeedObjective(
-                spec.workload,
-                spec.machine,
+                workload,
+                machine,
                 launcher=launcher,
-                log_folder=spec.results.process_logs.resolve(),
-                trial_seconds=spec.trial_seconds,
+                log_folder=results.process_logs.resolve(),
+                trial_seconds=request.trial_seconds,
                 plan=plan,
                 fresh_ranks=fresh_ranks,
                 notice=notice,
             )
-            for plan, fresh_ranks in ((StepPlan(), arguments.fresh_ranks), (PRECISE, True))
+            for plan, fresh_ranks in ((StepPlan(), request.fresh_ranks), (PRECISE, True))
         )
         return searching, Verification(fresh=verifying, training=searching)
 
     return Backend(
         machine=machine,
         workload=workload,
-        max_micro_batch=defaults.max_micro_batch,
-        max_global_batch=defaults.max_samples_per_rank * machine.ranks,
+        limits=limits_of(request, machine),
         objectives=objectives,
+        verifies=True,
         notes=notes,
     )
+
+
+def limits_of(request: SearchRequest, machine: Machine) -> Limits:
+    """The batch sizes to search, as far as the request does not bound them by the machine's defaults."""
+    defaults = DEFAULTS[machine.device]
+    return request.limits(
+        machine.ranks,
+        max_micro_batch=defaults.max_micro_batch,
+        max_global_batch=defaults.max_samples_per_rank * machine.ranks,
+    )
+
+
+def workload_of(request: SearchRequest, device: str) -> HuggingFaceWorkload:
+    """The training job that a request describes, on a kind of device.
+
+    Raises:
+        UsageError: the model, the data or the precision cannot be what was meant.
+    """
+    defaults = DEFAULTS[device]
+    workload = HuggingFaceWorkload(
+        model=_as_path(request.model) if request.model else defaults.model,
+        seq_len=request.seq_len or defaults.seq_len,
+        dtype=request.dtype or defaults.dtype,
+        pretrained=request.pretrained,
+        dataset=_as_path(request.dataset) if request.dataset else None,
+        tokenizer=_as_path(request.tokenizer) if request.tokenizer else None,
+        base_ds_config=load_base_ds_config(request.ds_config) if request.ds_config else {},
+    )
+    check_workload(workload)
+    return workload
+
+
+def imagined_workload(request: SearchRequest, hardware: Hardware) -> HuggingFaceWorkload:
+    """The training job that a request describes, on GPUs that need not be here.
+
+    Raises:
+        UsageError: see `workload_of`; or the GPUs lack the precision.
+    """
+    workload = workload_of(request, hardware.device)
+    if workload.dtype == "bf16" and not hardware.accelerator.has_bf16:
+        raise UsageError(f"`dtype=bf16`: {hardware.accelerator.name} has no bf16; use fp16")
+    return workload
 
 
 def _as_path(name: str) -> str:
@@ -131,77 +182,39 @@ def _as_path(name: str) -> str:
     return str(Path(name).resolve()) if name not in SHIPPED_MODELS and Path(name).exists() else name
 
 
-NOT_SIMULATED = (
-    "dataset", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
-)  # fmt: skip
-"""Options that only mean something where ranks train."""
-
-
-def _simulated(arguments: argparse.Namespace) -> Backend:
+def _simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     """The cost model's own figures, with errors and noise."""
-    refused = given(arguments, NOT_SIMULATED)
-    if refused:
-        raise UsageError(f"--simulate does not go with {', '.join(refused)}: nothing is trained; leave out one")
-    if arguments.hardware is None:
-        raise UsageError("--simulate needs to know on what: add --hardware, such as --hardware 16xV100-32GB")
-    cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
-    hardware = parse_hardware(arguments.hardware, memory_cap_bytes=cap)
     machine = machine_of(hardware)
-    workload = imagined_workload(arguments, hardware)
+    workload = imagined_workload(request, hardware)
     model = CostModel(workload, hardware)
-    defaults = DEFAULTS[hardware.device]
     return Backend(
         machine=machine,
         workload=workload,
-        max_micro_batch=defaults.max_micro_batch,
-        max_global_batch=defaults.max_samples_per_rank * machine.ranks,
-        objectives=lambda spec, notice, resources: (SimulatedObjective(model, machine, spec.seed), None),
+        limits=limits_of(request, machine),
+        objectives=lambda results, notice, resources: (SimulatedObjective(model, machine, request.seed), None),
         # Another seed is another machine: its deviations from the formulas are drawn from it.
-        recording=f"simulated machine {arguments.seed}",
+        recording=f"simulated machine {request.seed}",
         notes=[f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run."],
     )
 
 
-def imagined_workload(arguments: argparse.Namespace, hardware: Hardware) -> HuggingFaceWorkload:
-    """The training job of `--simulate` and of `tune plan`, where there is no data.
-
-    Raises:
-        UsageError: the model or the precision cannot be what was meant.
-    """
-    defaults = DEFAULTS[hardware.device]
-    ds_config = getattr(arguments, "ds_config", None)
-    workload = HuggingFaceWorkload(
-        model=_as_path(arguments.model) if arguments.model else defaults.model,
-        seq_len=arguments.seq_len or defaults.seq_len,
-        dtype=arguments.dtype or defaults.dtype,
-        base_ds_config=load_base_ds_config(ds_config) if ds_config else {},
-    )
-    check_workload(workload)
-    if workload.dtype == "bf16" and not hardware.accelerator.has_bf16:
-        raise UsageError(f"--dtype bf16: {hardware.accelerator.name} has no bf16; use fp16")
-    return workload
-
-
-def _replayed(arguments: argparse.Namespace) -> Backend:
+def _replayed(request: TuneRequest, path: Path) -> Backend:
     """Nothing but what was recorded, on the machine that it was recorded on."""
-    refused = given(arguments, TRAINING_OPTIONS)
-    if refused:
-        raise UsageError(
-            f"--replay does not go with {', '.join(refused)}: the recording says what was trained on what; "
-            "leave out one or the other"
-        )
-    recording = read_recording(arguments.replay)
+    recording = read_recording(path)
     ranks = recording.machine.ranks
     return Backend(
         machine=recording.machine,
         workload=recording.workload,
-        max_micro_batch=max(config.micro_batch_size for config in recording.outcomes),
-        max_global_batch=max(config.global_batch_size(ranks) for config in recording.outcomes),
-        objectives=lambda spec, notice, resources: (ReplayObjective(recording), None),
+        limits=request.limits(
+            ranks,
+            max_micro_batch=max(config.micro_batch_size for config in recording.outcomes),
+            max_global_batch=max(config.global_batch_size(ranks) for config in recording.outcomes),
+        ),
+        objectives=lambda results, notice, resources: (ReplayObjective(recording), None),
         restricted_to=tuple(recording.outcomes),
         recording=recording.fingerprint,
         versions=recording.versions,
-        notes=[_recording_words(arguments.replay, recording)],
+        notes=[_recording_words(path, recording)],
     )
 
 

@@ -7,41 +7,36 @@ import errno
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 
-import rich.console
-
-from ds_tune.objectives.cost_model.hardware import hardware_of, machine_of
-from ds_tune.objectives.cost_model.knob_context import knob_context_of
-from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import DsTuneError, UsageError
-from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.metric import check_metric
-from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.database import storage_faults
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.ownership import check_owner
 from ds_tune.storage.records import StudyState, StudySummary
 from ds_tune.storage.study_store import StudyStore
-from ds_tune.storage.urls import check_storage_url, masked
 from ds_tune.tuner import dashboard
-from ds_tune.tuner.arguments import NUMERICS, dashboard_parser, export_parser, plan_parser, report_parser, tune_parser
-from ds_tune.tuner.backend import Backend, backend_for, imagined_workload
+from ds_tune.tuner.arguments import (
+    dashboard_command,
+    dashboard_parser,
+    export_parser,
+    in_options,
+    plan_parser,
+    plan_request,
+    report_parser,
+    tune_parser,
+    tune_request,
+)
+from ds_tune.tuner.backend import backend_for
 from ds_tune.tuner.console import Console
-from ds_tune.tuner.plan import hardware_asked_for, make_plan, print_plan
+from ds_tune.tuner.output import output
+from ds_tune.tuner.plan import plan_of, print_plan
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.export import export
-from ds_tune.tuner.space import Limits, study_space
-from ds_tune.tuner.space_file import SpaceFile
-from ds_tune.tuner.spec import DEFAULT_SAMPLER, DEFAULT_TRIAL_SECONDS, DEFAULTS, StudySpec, parse_memory, results_folder
+from ds_tune.tuner.spec import make_spec, results_folder
 from ds_tune.tuner.stopping import StopNow, StopSignals
-from ds_tune.tuner.study import Study, quiet_optuna
-
-PIPE_COLUMNS = 120
-"""Where nobody says how wide a line may be."""
+from ds_tune.tuner.study import quiet_optuna, run_study
 
 OUTPUT_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
 
@@ -50,29 +45,28 @@ EXIT_FOUND, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs or resumes a study."""
-    backend = backend_for(arguments)
-    spec = make_spec(arguments, backend)
+    request = tune_request(arguments)
+    spec = make_spec(request, backend_for(request))
     # With --json, standard output belongs to the document alone.
-    output = _output(stderr=arguments.json)
-    console = Console(output, quiet=arguments.quiet)
-    for line in backend.notes:
-        console.say(line)
-    spec, model = _with_cost_model(spec, console)
-    resources = contextlib.ExitStack()
-    objective, verification = backend.objectives(spec, console.say, resources)
-    console.verifies = spec.verify and verification is not None
+    console = Console(output(stderr=arguments.json), quiet=arguments.quiet)
+    console.verifies = request.verify and spec.backend.verifies
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))
     try:
-        with stop, console, resources:
-            Study(spec, objective, verification, console, stop, model).run()
+        with stop, console:
+            run_study(spec, console, stop)
         interrupted = stop.requested
     except StopNow:
         interrupted = True
-    store = StudyStore.load(spec.storage_url, spec.study)
+    try:
+        store = StudyStore.load(spec.storage_url, request.study)
+    except UsageError:
+        if interrupted:  # before there was a study
+            raise KeyboardInterrupt from None
+        raise
     summary = store.summary()
     written = export(summary, spec.results)
-    console.finish(summary, written, _dashboard_command(arguments))
+    console.finish(summary, written, dashboard_command(arguments.storage, arguments.results))
     if summary.state is not StudyState.UNFINISHED:
         store.set_more_pending(False)
     _print_document(arguments, summary)
@@ -80,23 +74,6 @@ def tune(arguments: argparse.Namespace) -> int:
         console.say("Interrupted; the same command goes on from here.")
         return EXIT_INTERRUPTED
     return _exit_status(summary, console)
-
-
-def _with_cost_model(spec: StudySpec, console: Console) -> tuple[StudySpec, CostModel | None]:
-    """The cost model that the search asks; a model whose sizes are not known is searched without one."""
-    if spec.sampler != DEFAULT_SAMPLER:
-        return spec, None
-    try:
-        return spec, CostModel(spec.workload, hardware_of(spec.machine))
-    except UsageError as error:
-        console.say(f"Searching without a cost model (--sampler tpe): {error}")
-        return dataclasses.replace(spec, sampler="tpe"), None
-
-
-def _output(*, stderr: bool = False) -> rich.console.Console:
-    on_terminal = rich.console.Console(stderr=stderr).is_terminal
-    known = on_terminal or "COLUMNS" in os.environ
-    return rich.console.Console(stderr=stderr, width=None if known else PIPE_COLUMNS)
 
 
 def _exit_status(summary: StudySummary, console: Console) -> int:
@@ -107,120 +84,25 @@ def _exit_status(summary: StudySummary, console: Console) -> int:
     return EXIT_FOUND
 
 
-def make_spec(arguments: argparse.Namespace, backend: Backend) -> StudySpec:
-    """
-    Raises:
-        UsageError: something asked for cannot be; nothing was run or written yet.
-    """
-    limits = Limits(
-        ranks=backend.machine.ranks,
-        max_micro_batch=arguments.max_micro_batch or backend.max_micro_batch,
-        max_global_batch=arguments.max_global_batch or backend.max_global_batch,
-        global_batch=arguments.global_batch,
-    )
-    if arguments.space is not None and backend.restricted_to is not None:
-        raise UsageError("--space does not go with --replay, whose space is what was recorded; leave out one")
-    check_metric(arguments.metric, backend.workload, backend.machine)
-    preset, allowed = _preset(arguments)
-    restricted_to = backend.restricted_to or _listed_space(
-        arguments, limits, backend.workload, backend.machine, allowed
-    )
-    study_space(
-        limits,
-        preset=preset,
-        allowed=allowed,
-        workload=backend.workload,
-        machine=backend.machine,
-        restricted_to=restricted_to,
-    )
-    if arguments.storage is not None:
-        check_storage_url(arguments.storage)
-    results = results_folder(arguments.results)
-    return StudySpec(
-        study=arguments.study,
-        storage_url=arguments.storage or results.storage_url,
-        results=results,
-        workload=backend.workload,
-        machine=backend.machine,
-        limits=limits,
-        trials=arguments.trials,
-        more=arguments.more,
-        seed=arguments.seed,
-        trial_seconds=float(arguments.trial_timeout or DEFAULT_TRIAL_SECONDS),
-        preset=preset,
-        allowed=allowed,
-        sampler=arguments.sampler,
-        metric=arguments.metric,
-        verify=not arguments.no_verify,
-        restricted_to=restricted_to,
-        recording=backend.recording,
-        versions=backend.versions,
-    )
-
-
-def _preset(arguments: argparse.Namespace) -> tuple[str, frozenset[str]]:
-    """The preset, and the knobs allowed besides.
-
-    Raises:
-        UsageError: a knob is named that there is not, or that needs no allowance.
-    """
-    for word in arguments.allow:
-        if word not in NUMERICS:
-            raise UsageError(f"--allow {word}: what can be allowed is {', '.join(NUMERICS)}")
-    return arguments.preset or "core", frozenset(word.removeprefix("numerics:") for word in arguments.allow)
-
-
-def _listed_space(
-    arguments: argparse.Namespace, limits: Limits, workload: Workload, machine: Machine, allowed: frozenset[str]
-) -> Sequence[TrialConfig] | None:
-    """The configurations of `--space FILE`; None without one.
-
-    Raises:
-        UsageError: the file is not to be understood, or describes nothing that could be tried.
-    """
-    if arguments.space is None:
-        return None
-    if arguments.preset is not None:
-        raise UsageError("--space does not go with --preset: the file can name one itself; leave out one")
-    limits.check()
-    return SpaceFile.read(arguments.space).configurations(limits, knob_context_of(workload, machine), allowed)
-
-
 def plan(arguments: argparse.Namespace) -> int:
     """Predicts, without running anything."""
-    cap = parse_memory(arguments.memory_cap) if arguments.memory_cap else None
-    hardware = hardware_asked_for(arguments, cap)
-    model = CostModel(imagined_workload(arguments, hardware), hardware)
-    defaults = DEFAULTS[hardware.device]
-    limits = Limits(
-        ranks=hardware.ranks,
-        max_micro_batch=arguments.max_micro_batch or defaults.max_micro_batch,
-        max_global_batch=arguments.max_global_batch or defaults.max_samples_per_rank * hardware.ranks,
-        global_batch=arguments.global_batch,
-    )
-    preset, allowed = _preset(arguments)
-    machine = machine_of(hardware)
-    restricted_to = _listed_space(arguments, limits, model.workload, machine, allowed)
-    space = study_space(
-        limits, preset=preset, allowed=allowed, workload=model.workload, machine=machine, restricted_to=restricted_to
-    )  # fmt: skip
-    found = make_plan(model, space, best=arguments.best, each_accumulation=arguments.json)
+    found = plan_of(plan_request(arguments), each_accumulation=arguments.json)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     elif not arguments.quiet:
-        print_plan(found, _output())
+        print_plan(found, output())
     return EXIT_FOUND if found.fitting else EXIT_NOTHING_FITS
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Prints a stored study."""
     summary = _load(arguments).summary()
-    console = Console(_output(stderr=arguments.json), quiet=arguments.quiet)
+    console = Console(output(stderr=arguments.json), quiet=arguments.quiet)
     console.study_opened(summary, [])
     for count, record in enumerate(summary.records, start=1):
         # As it looked then: nothing was known yet of any loss.
         console.trial_finished(record, dataclasses.replace(summary, records=summary.records[:count], numerics={}))
-    console.finish(summary, [], _dashboard_command(arguments))
+    console.finish(summary, [], dashboard_command(arguments.storage, arguments.results))
     _print_document(arguments, summary)
     return _exit_status(summary, console)
 
@@ -228,8 +110,8 @@ def report(arguments: argparse.Namespace) -> int:
 def export_again(arguments: argparse.Namespace) -> int:
     """Writes a stored study's files."""
     store = _load(arguments)
-    check_owner(ResultsFolder(arguments.out), store.study.study_name, _storage_url(arguments), option="--out")
-    folder = results_folder(arguments.out, option="--out")
+    check_owner(ResultsFolder(arguments.out), store.study.study_name, _storage_url(arguments), field="out")
+    folder = results_folder(arguments.out, field="out")
     for path in export(store.summary(), folder):
         print(path)
     return EXIT_FOUND
@@ -255,13 +137,7 @@ def _load(arguments: argparse.Namespace) -> StudyStore:
 
 def _print_document(arguments: argparse.Namespace, summary: StudySummary) -> None:
     if arguments.json:
-        print(json.dumps(study_document(summary), indent=2))
-
-
-def _dashboard_command(arguments: argparse.Namespace) -> str:
-    program = os.environ.get("DS_TUNE_PROGRAM", "ds-tune")
-    where = ["--storage", masked(arguments.storage)] if arguments.storage else ["--results", str(arguments.results)]
-    return shlex.join([program, "dashboard", *where])
+        print(in_options(json.dumps(study_document(summary), indent=2)))
 
 
 COMMANDS = {
@@ -287,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # what cannot be written is said here, not by the interpreter in its last moment
         return status
     except DsTuneError as error:
-        print(f"ds-tune: {error}", file=sys.stderr)
+        print(f"ds-tune: {in_options(str(error))}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
     except BrokenPipeError:
         # The reader of our output has gone (`ds-tune report | head`): nothing is left to tell anybody.
@@ -301,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _forget_output()
         return EXIT_ERROR
     except KeyboardInterrupt:
+        print("ds-tune: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

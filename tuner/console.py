@@ -16,6 +16,7 @@ from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
+from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.reports.explanation import explanation_lines
 from ds_tune.tuner.reports.forecasts import forecast_errors
 from ds_tune.tuner.reports.markdown import (
@@ -78,6 +79,7 @@ class Console:
         """One line for the person, wrapped between words on a terminal unless it is to be copied whole."""
         if self._quiet:
             return
+        text = in_options(text)
         if whole or self._columns is None:
             self._output.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -107,7 +109,7 @@ class Console:
         if (words := after_search_words(summary, goes_on=self.verifies)) is not None:
             self.say(f"Study {summary.study}: the search is done ({done} trials{why}); {words}.")
         elif summary.is_searched:
-            self.say(f"Study {summary.study} is finished ({done} trials{why}); --more M adds M trials.")
+            self.say(f"Study {summary.study} is finished ({done} trials{why}); `more=M` adds M trials.")
         elif done:
             self.say(f"Study {summary.study} goes on: {done} of {summary.trials_total} trials are done.")
         for name in again:
@@ -206,7 +208,7 @@ class Console:
         if batches[0] != batches[1]:
             self.say(
                 f"Its global batch is {batches[0]} samples, the baseline's {batches[1]}; "
-                "--global-batch B searches at one batch size."
+                "`global_batch=B` searches at one batch size."
             )
 
 
@@ -299,7 +301,7 @@ def trial_line(record: TrialRecord, summary: StudySummary, width: int | None) ->
     )
     state = summary.provenance.mark(record.state.value)
     if record.reason is not None:
-        endings = [f"{state}: {record.reason}", f"{state}: {short_reason(record)}"]
+        endings = [f"{state}: {in_options(record.reason)}", f"{state}: {short_reason(record)}"]
         endings.append(summary.provenance.mark(short_reason(record)))
     elif summary.fastest is not None and summary.fastest.number == record.number:
         endings = [f"{state}  ★ best so far", f"{state} ★"]

@@ -24,7 +24,7 @@ def serve(storage_url: str, port: int) -> None:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:  # OverflowError: 65536 or more
             why = getattr(error, "strerror", None) or "ports end at 65535"
-            raise UsageError(f"--port {port} cannot be used ({why}); name another one") from error
+            raise UsageError(f"`port={port}` cannot be used ({why}); name another one") from error
     # Started in the background of a script, a process ignores Ctrl-C; this one promises to end by it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"optuna-dashboard on http://{HOST}:{port}/dashboard/ (Ctrl-C ends it)", flush=True)

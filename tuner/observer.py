@@ -12,6 +12,9 @@ from ds_tune.tuner.time_left import RunsLeft
 class Observer(Protocol):
     """Who is told how a study goes."""
 
+    def say(self, text: str) -> None:
+        """One line for the person, such as what a study does without."""
+
     def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
         """The study is open; `again` names interrupted configurations that will run again."""
 
@@ -39,3 +42,42 @@ class Observer(Protocol):
 
     def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:
         """Without one of its settings the winner was faster, so that this is a finalist, too."""
+
+
+class SilentObserver:
+    """Observer that does nothing; an observer of some events overrides theirs."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def study_opened(self, summary: StudySummary, again: Sequence[str]) -> None:
+        pass
+
+    def trial_started(self, number: int, config: TrialConfig, summary: StudySummary) -> None:
+        pass
+
+    def phase(self, phase: str) -> None:
+        pass
+
+    def trial_finished(self, record: TrialRecord, summary: StudySummary) -> None:
+        pass
+
+    def verification_started(self, record: TrialRecord, summary: StudySummary, left: RunsLeft) -> None:
+        pass
+
+    def verification_finished(self, record: TrialRecord, outcome: Outcome) -> None:
+        pass
+
+    def numerics_started(
+        self, record: TrialRecord, compared: TrialConfig, summary: StudySummary, left: RunsLeft
+    ) -> None:
+        pass
+
+    def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
+        pass
+
+    def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary, left: RunsLeft) -> None:
+        pass
+
+    def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:
+        pass

@@ -1,6 +1,5 @@
 """`ds-tune plan`: what would fit and how fast it is predicted to be, on hardware that need not be here."""
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -10,14 +9,17 @@ import rich.console
 import rich.table
 
 from ds_tune.objectives.cost_model.forecast import Forecast
-from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of, parse_hardware
+from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of, machine_of, parse_hardware
 from ds_tune.objectives.cost_model.memory_calibration import Fragments
 from ds_tune.objectives.cost_model.model import CostModel, Prediction
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.kinds import Workload
+from ds_tune.tuner.backend import imagined_workload, limits_of
 from ds_tune.tuner.proposer import Proposer
+from ds_tune.tuner.request import PlanRequest
 from ds_tune.tuner.space import Space
+from ds_tune.tuner.spec import search_space
 
 CERTAIN_ENOUGH = 0.5
 """A configuration is said to fit when that is likelier than not."""
@@ -100,16 +102,25 @@ class Plan:
         }
 
 
-def hardware_asked_for(arguments: argparse.Namespace, memory_cap_bytes: int | None) -> Hardware:
-    """The hardware that `--hardware` names, or this machine's.
+def plan_of(request: PlanRequest, *, each_accumulation: bool = True) -> Plan:
+    """The plan that a request asks for; see `make_plan`.
 
     Raises:
-        UsageError: it is not known.
+        UsageError: something asked for cannot be, or is not known.
     """
-    if arguments.hardware is not None:
-        return parse_hardware(arguments.hardware, memory_cap_bytes=memory_cap_bytes)
-    machine = detect_machine(gpus=None, cpu_ranks=DEFAULT_CPU_RANKS, memory_cap_bytes=memory_cap_bytes)
-    return hardware_of(machine)
+    hardware = _hardware_of(request)
+    model = CostModel(imagined_workload(request, hardware), hardware)
+    machine = machine_of(hardware)
+    space = search_space(request, limits_of(request, machine), workload=model.workload, machine=machine)
+    return make_plan(model, space, best=request.best, each_accumulation=each_accumulation)
+
+
+def _hardware_of(request: PlanRequest) -> Hardware:
+    """The hardware that the request names, or this machine's."""
+    cap = request.memory_cap_bytes
+    if request.hardware is not None:
+        return parse_hardware(request.hardware, memory_cap_bytes=cap)
+    return hardware_of(detect_machine(gpus=None, cpu_ranks=DEFAULT_CPU_RANKS, memory_cap_bytes=cap))
 
 
 def make_plan(model: CostModel, space: Space, *, best: int, each_accumulation: bool = True) -> Plan:

@@ -19,11 +19,11 @@ from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.storage.attributes import record_of
 from ds_tune.storage.records import TrialRecord
-from ds_tune.tuner.proposer import Proposal, Proposer
+from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposal, Proposer
 from ds_tune.tuner.space import Space
 
 STARTUP_TRIALS = 4
-"""Optuna's default of 10 random trials would make all of `--trials 9` a random search."""
+"""Optuna's default of 10 random trials would make all of nine trials a random search."""
 
 EARLIER_ERROR = 0.02
 """Relative standard deviation of what an earlier study measured, as today would have it."""
@@ -34,7 +34,10 @@ nearest new configuration is taken instead."""
 
 
 class SpaceSampler(optuna.samplers.BaseSampler):
-    """What every sampler of a `Space` has in common."""
+    """What every sampler of a `Space` has in common, and what the study's loop asks each of them beside a proposal.
+
+    One that predicts nothing has no more to say than the answers here.
+    """
 
     def __init__(self, space: Space, seed: int) -> None:
         self._space = space
@@ -54,6 +57,25 @@ class SpaceSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         raise AssertionError(f"{param_name} is not a dimension of the space")
+
+    def learn_from(self, records: Sequence[TrialRecord]) -> None:
+        """Takes trials of earlier studies into account."""
+
+    def forecast(self, config: TrialConfig, trials: Sequence[FrozenTrial]) -> Forecast | None:
+        """Prediction for a configuration after these trials; None where there is none."""
+        return None
+
+    def excluded(self, trials: Sequence[FrozenTrial]) -> Sequence[Excluded]:
+        """Configurations that certainly do not fit, after these trials."""
+        return ()
+
+    def baselines(self, trials: Sequence[FrozenTrial]) -> Sequence[TrialConfig]:
+        """The space's baselines in the order to try them."""
+        return self._space.baselines
+
+    def settled(self, trials: Sequence[FrozenTrial]) -> str | None:
+        """Why no further trial is worth its time; None to go on."""
+        return None
 
     def _choose(self, study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
         raise NotImplementedError
@@ -94,20 +116,29 @@ class CostModelSampler(SpaceSampler):
         return self.proposer.propose(self.observations(trials), self._taken(trials), self._random(number))
 
     def forecast(self, config: TrialConfig, trials: Sequence[FrozenTrial]) -> Forecast | None:
-        """What these trials make of a configuration; None for one that is not of the space."""
+        """Prediction for a configuration after these trials; None for one that is not of the space."""
         row = self.proposer.row(config)
         if row is None:
             return None
         return self.proposer.forecast(row, *self.proposer.beliefs(self.observations(trials)))
 
     def excluded(self, trials: Sequence[FrozenTrial]) -> list[Excluded]:
-        """What these trials leave no doubt about: it does not fit."""
+        """See `SpaceSampler`; of each kind the smallest, as `Proposer.excluded` has it."""
         _, memory = self.proposer.beliefs(self.observations(trials))
         return self.proposer.excluded(memory, self._taken(trials))
 
     def baselines(self, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
         """Those of the space in the order to try them, as `Proposer.baselines` has it."""
         return self.proposer.baselines(self._space.baselines, self.observations(trials))
+
+    def settled(self, trials: Sequence[FrozenTrial]) -> str | None:
+        proposal = self.propose(trials, len(trials))
+        if proposal is None:
+            return "none of the configurations that are left can fit"
+        found = any(each.log_rate is not None and each.from_this_study for each in self.observations(trials))
+        if not found or proposal.expected_gain >= ENOUGH_GAIN:
+            return None
+        return f"no configuration that is left is expected to be {ENOUGH_GAIN:.1%} faster (`more=M` tries M more)"
 
     def _taken(self, trials: Sequence[FrozenTrial]) -> list[int]:
         rows = (self.proposer.row(config) for config in visited(self._space, trials))
@@ -196,7 +227,7 @@ SAMPLERS: dict[str, Callable[[Space, int], SpaceSampler]] = {
     "random": lambda space, seed: RandomSampler(space, seed),
     "grid": lambda space, seed: GridSampler(space, seed),
 }
-"""Those that need no cost model, by their name in `--sampler`."""
+"""Those that need no cost model, by their name in a request."""
 
 OWN = "cost-model"
 

@@ -42,18 +42,18 @@ class Limits:
         Raises:
             UsageError: no configuration could keep to these limits.
         """
-        for option, value in (
-            ("--max-micro-batch", self.max_micro_batch),
-            ("--max-global-batch", self.max_global_batch),
+        for field, value in (
+            ("max_micro_batch", self.max_micro_batch),
+            ("max_global_batch", self.max_global_batch),
         ):
             if value < 1:
-                raise UsageError(f"{option} must be at least 1 (got {value})")
+                raise UsageError(f"`{field}` must be at least 1 (got {value})")
         if self.global_batch is not None:
             if self.global_batch < 1 or self.global_batch % self.ranks:
-                raise UsageError(f"--global-batch {self.global_batch} must be a multiple of the {self.ranks} ranks")
+                raise UsageError(f"`global_batch={self.global_batch}` must be a multiple of the {self.ranks} ranks")
         elif self.max_global_batch < self.ranks:
             raise UsageError(
-                f"--max-global-batch {self.max_global_batch} is less than one sample on each of {self.ranks} ranks"
+                f"`max_global_batch={self.max_global_batch}` is less than one sample on each of {self.ranks} ranks"
             )
 
     def allow(self, config: TrialConfig) -> bool:
@@ -216,7 +216,7 @@ class Space:
         if self.restricted_to == ():
             raise UsageError(
                 f"none of the {len(restricted_to or ())} configurations that may be tried keeps to the limits of the "
-                "batch sizes; change --max-micro-batch, --max-global-batch or --global-batch"
+                "batch sizes; change `max_micro_batch`, `max_global_batch` or `global_batch`"
             )
         self.dimensions: tuple[Dimension, ...] = ()
         self.distributions: dict[str, BaseDistribution] = {}

@@ -1,4 +1,4 @@
-"""`--space FILE`: a search space in the user's own words, in TOML or YAML.
+"""The file of a search space, in the user's own words, in TOML or YAML.
 
     preset = "core"                                  # what is not listed below: core or speed
     [search]
@@ -92,7 +92,7 @@ class SpaceFile:
         """
         for field in self.values:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
-                raise _refusal(self.path, f"{field} changes the numbers of training: add --allow numerics:{field}")
+                raise _refusal(self.path, f"{field} changes the numbers of training: add `allow=numerics:{field}`")
         kinds: list[dict[str, Any]] = [{}]
         for field, choices in self._choices(context, allowed).items():
             kinds = [{**kind, field: value} for kind in kinds for value in _meaningful(kind, field, choices, context)]
@@ -152,18 +152,18 @@ class SpaceFile:
             sizes = [size for size, step in self._batch_sizes(limits) if size * step * limits.ranks == total]
             if not sizes:
                 return (
-                    f"no micro_batch_size × gradient_accumulation_steps of it makes --global-batch {total} on "
+                    f"no micro_batch_size × gradient_accumulation_steps of it makes `global_batch={total}` on "
                     f"{limits.ranks} ranks; list other values, or name another batch"
                 )
             return (
-                f"--global-batch {total} takes a micro_batch_size of {min(sizes)} or more of it, and "
-                f"--max-micro-batch is {limits.max_micro_batch}; list smaller values, or add "
-                f"--max-micro-batch {min(sizes)}"
+                f"`global_batch={total}` takes a micro_batch_size of {min(sizes)} or more of it, and "
+                f"`max_micro_batch` is {limits.max_micro_batch}; list smaller values, or add "
+                f"`max_micro_batch={min(sizes)}`"
             )
         size, step = (min(map(int, self.values.get(field, (1,)))) for field in BATCH_FIELDS)
         samples = size * step * limits.ranks
-        options = [f"--max-micro-batch {size}"] if size > limits.max_micro_batch else []
-        options += [f"--max-global-batch {samples}"] if samples > limits.max_global_batch else []
+        options = [f"`max_micro_batch={size}`"] if size > limits.max_micro_batch else []
+        options += [f"`max_global_batch={samples}`"] if samples > limits.max_global_batch else []
         return (
             f"its smallest batch, micro_batch_size {size} and gradient_accumulation_steps {step} on {limits.ranks} "
             f"ranks, is beyond the limits; list smaller values, or add {' '.join(options)}"
@@ -192,7 +192,7 @@ def _parse(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text()
     except OSError as error:
-        raise UsageError(f"--space {path}: {error.strerror}") from None
+        raise UsageError(f"`space={path}`: {error.strerror}") from None
     except UnicodeDecodeError:
         raise _refusal(path, "it is not a text file") from None
     if path.suffix not in (".toml", ".yaml", ".yml"):
@@ -284,4 +284,4 @@ def _unknown(word: str, known: Sequence[str]) -> str:
 
 def _refusal(path: Path, why: str) -> UsageError:
     """In one line, whatever line breaks the file's own words have."""
-    return UsageError(f"--space {path}: {' '.join(why.splitlines())}")
+    return UsageError(f"`space={path}`: {' '.join(why.splitlines())}")

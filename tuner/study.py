@@ -1,11 +1,13 @@
 """The loop of a study: ask -> run -> save -> tell, from wherever an earlier run left it."""
 
+import contextlib
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 
 import optuna
 
+from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import software_versions
@@ -19,16 +21,17 @@ from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialStat
 from ds_tune.storage.study_store import SOURCE, StudyStore
 from ds_tune.tuner.finals import Finals, Verification
 from ds_tune.tuner.observer import Observer
-from ds_tune.tuner.proposer import ENOUGH_GAIN
 from ds_tune.tuner.reports.export import write_trial_inputs
 from ds_tune.tuner.reports.notes import publish, save_trial_note
-from ds_tune.tuner.sampler import CostModelSampler, make_sampler, unvisited
-from ds_tune.tuner.space import study_space
+from ds_tune.tuner.sampler import OWN, SpaceSampler, make_sampler, unvisited
 from ds_tune.tuner.spec import StudySpec
 from ds_tune.tuner.stopping import StopSignals
 
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
+
+WITHOUT_MODEL = "tpe"
+"""The sampler for a model that the cost model cannot know."""
 
 OBJECTIVE = "samples_per_second, end to end"
 
@@ -39,15 +42,14 @@ class Study:
     def __init__(
         self,
         spec: StudySpec,
+        sampler: SpaceSampler,
         objective: Objective,
         verification: Verification | None,
         observer: Observer,
         stop: StopSignals,
-        model: CostModel | None = None,
     ) -> None:
         """
         Args:
-            model: what ds-tune's own sampler asks; no other needs it.
             verification: who runs the finalists again; None where there is nothing to run: the best is then the winner
                 of the search.
         """
@@ -56,16 +58,10 @@ class Study:
         self._verification = verification
         self._observer = observer
         self._stop = stop
-        self._space = study_space(
-            spec.limits,
-            preset=spec.preset,
-            allowed=spec.allowed,
-            workload=spec.workload,
-            machine=spec.machine,
-            restricted_to=spec.restricted_to,
-        )
-        self._sampler = make_sampler(spec.sampler, self._space, spec.seed, model)
-        self._versions = software_versions() if spec.versions is None else spec.versions
+        self._space = spec.space
+        self._sampler = sampler
+        versions = spec.backend.versions
+        self._versions = software_versions() if versions is None else versions
 
     def run(self) -> StudySummary:
         """Goes on until the study has its trials, is exhausted, or is told to stop.
@@ -75,37 +71,36 @@ class Study:
             EnvironmentFault: trials fail for reasons that no configuration can mend.
             StopNow: told to stop at once; everything finished is stored.
         """
-        spec = self._spec
-        check_owner(spec.results, spec.study, spec.storage_url)
-        with StudyLock(spec.storage_url, spec.study):
+        spec, request = self._spec, self._spec.request
+        check_owner(spec.results, request.study, spec.storage_url)
+        with StudyLock(spec.storage_url, request.study):
             identity = Identity(
                 objective=OBJECTIVE,
-                workload=spec.workload,
-                machine=spec.machine,
+                workload=spec.backend.workload,
+                machine=spec.backend.machine,
                 space=self._space.to_json(),
                 provenance=self._objective.provenance,
-                recording=spec.recording,
-                metric=spec.metric,
+                recording=spec.backend.recording,
+                metric=request.metric,
             )
-            store = StudyStore.create_or_resume(spec.storage_url, spec.study, identity, self._versions, self._sampler)
+            store = StudyStore.create_or_resume(
+                spec.storage_url, request.study, identity, self._versions, self._sampler
+            )
             # Not before: a storage that turned out to be of no use owns nothing.
-            claim(spec.results, spec.study, spec.storage_url)
-            if isinstance(self._sampler, CostModelSampler):
-                self._sampler.learn_from(earlier_records(store, identity))
+            claim(spec.results, request.study, spec.storage_url)
+            self._sampler.learn_from(earlier_records(store, identity))
             again = store.recover(self._space.config_of)
-            begins_more = spec.more is not None and not store.more_pending
+            begins_more = request.more is not None and not store.more_pending
             store.set_target(self._target(store.summary(), more_pending=store.more_pending), afresh=begins_more)
-            if spec.more is not None:
+            if request.more is not None:
                 store.set_more_pending(True)
             self._observer.study_opened(store.summary(), again)
             try:
                 self._run_trials(store)
             finally:
                 self._objective.close()
-            sampler = self._sampler
-            trials = store.study.get_trials(deepcopy=False)
-            store.set_excluded(sampler.excluded(trials) if isinstance(sampler, CostModelSampler) else [])
-            if spec.verify and self._verification is not None:
+            store.set_excluded(self._sampler.excluded(store.trials()))
+            if request.verify and self._verification is not None:
                 Finals(store, spec.results, self._verification, self._observer, self._stop, self._space).run()
             summary = store.summary()
             publish(store.study, summary)
@@ -114,15 +109,15 @@ class Study:
     def _target(self, summary: StudySummary, *, more_pending: bool) -> int:
         """The total of finished trials to reach.
 
-        `--more M` adds to a study that reached its total; on an unfinished one it only goes on, so that repeating
-        an interrupted `--more M` does not add twice.
+        `more` adds to a study that reached its total; on an unfinished one it only goes on, so that repeating an
+        interrupted request does not add twice.
         """
-        if self._spec.more is None:
-            return max(self._spec.trials, summary.finished_trials)
+        if self._spec.request.more is None:
+            return max(self._spec.request.trials, summary.finished_trials)
         unfinished = summary.finished_trials < summary.trials_total and summary.ended is None
         if unfinished or more_pending:
             return summary.trials_total
-        return summary.finished_trials + self._spec.more
+        return summary.finished_trials + self._spec.request.more
 
     def _run_trials(self, store: StudyStore) -> None:
         clock = time.monotonic()
@@ -132,7 +127,7 @@ class Study:
             summary = store.summary()
             if summary.finished_trials >= summary.trials_total or summary.ended is not None:
                 return
-            ended = self._queue_baseline(store, summary) or self._exhausted(store) or self._settled(store, summary)
+            ended = self._queue_baseline(store, summary) or self._exhausted(store) or self._settled(store)
             if ended is not None:
                 store.set_ended(ended)
                 return
@@ -149,13 +144,13 @@ class Study:
             check_failure(record, failures_in_a_row)
 
     def _run_trial(self, store: StudyStore, summary: StudySummary) -> TrialRecord:
-        spec = self._spec
-        before = store.study.get_trials(deepcopy=False)
-        trial = store.study.ask(self._space.distributions)
+        spec, machine = self._spec, self._spec.backend.machine
+        before = store.trials()
+        trial = store.ask(self._space.distributions)
         config = TrialConfig(**trial.params)
         started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         folder = spec.results.trial(config)
-        write_trial_inputs(folder, config, spec.workload, spec.machine)
+        write_trial_inputs(folder, config, spec.backend.workload, machine)
         self._observer.trial_started(trial.number, config, summary)
         source = Source(trial.user_attrs.get(SOURCE, Source.SEARCH.value))
         best = summary.best
@@ -171,9 +166,9 @@ class Study:
             outcome=outcome,
             source=source,
             started_at=started_at,
-            machine=spec.machine,
+            machine=machine,
             versions=self._versions,
-            forecast=self._sampler.forecast(config, before) if isinstance(self._sampler, CostModelSampler) else None,
+            forecast=self._sampler.forecast(config, before),
         )
         store.save(trial, record)
         store.tell(trial, record)
@@ -189,10 +184,7 @@ class Study:
         if summary.baseline is not None or store.has_waiting():
             return None
         tried = {record.config.name: record for record in summary.records}
-        in_turn: Sequence[TrialConfig] = self._space.baselines
-        if isinstance(self._sampler, CostModelSampler):
-            in_turn = self._sampler.baselines(store.study.get_trials(deepcopy=False))
-        for config in in_turn:
+        for config in self._sampler.baselines(store.trials()):
             record = tried.get(config.name)
             if record is None:
                 store.enqueue(self._space.params(config), Source.BASELINE)
@@ -203,24 +195,18 @@ class Study:
         if any(record.state is TrialState.FAILED for record in known):
             return None  # a crash says nothing about memory
         smallest = "one sample a rank" if self._space.restricted_to is None else "the smallest configuration there is"
-        core = self._spec.restricted_to is None and self._spec.preset == "core"
-        hint = "; --preset speed also searches what saves memory" if core else ""
+        core = self._space.restricted_to is None and self._spec.request.preset in (None, "core")
+        hint = "; `preset=speed` also searches what saves memory" if core else ""
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
 
-    def _settled(self, store: StudyStore, summary: StudySummary) -> str | None:
-        """Why no further trial is worth its time; None to go on, and where trials were asked for by `--more`."""
-        if not isinstance(self._sampler, CostModelSampler) or store.has_waiting() or self._spec.more is not None:
+    def _settled(self, store: StudyStore) -> str | None:
+        """Why no further trial is worth its time; None to go on, and where trials were asked for by `more`."""
+        if store.has_waiting() or self._spec.request.more is not None:
             return None
-        trials = store.study.get_trials(deepcopy=False)
-        proposal = self._sampler.propose(trials, len(trials))
-        if proposal is None:
-            return "none of the configurations that are left can fit"
-        if summary.best is None or proposal.expected_gain >= ENOUGH_GAIN:
-            return None
-        return f"no configuration that is left is expected to be {ENOUGH_GAIN:.1%} faster (--more M tries M more)"
+        return self._sampler.settled(store.trials())
 
     def _exhausted(self, store: StudyStore) -> str | None:
-        if store.has_waiting() or unvisited(self._space, store.study.get_trials(deepcopy=False)):
+        if store.has_waiting() or unvisited(self._space, store.trials()):
             return None
         return "every configuration of the space has been tried"
 
@@ -235,12 +221,50 @@ def check_failure(record: TrialRecord, failures_in_a_row: int) -> None:
     if not isinstance(record.outcome, Failure):
         return
     if record.outcome.kind is FailureKind.INVALID_CONFIG:
-        raise UsageError(f"DeepSpeed refuses the configuration, correct --ds-config: {record.outcome.message}")
+        raise UsageError(f"DeepSpeed refuses the configuration, correct `ds_config`: {record.outcome.message}")
     if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
         raise EnvironmentFault(
             f"the last {failures_in_a_row} trials failed, the last one with {record.reason}; "
             f"what it wrote last:\n{record.outcome.log_tail}"
         )
+
+
+def run_study(spec: StudySpec, observer: Observer, stop: StopSignals) -> StudySummary:
+    """Runs or resumes the study of a spec.
+
+    Raises:
+        UsageError, EnvironmentFault, StopNow: see `Study.run`.
+    """
+    for line in spec.backend.notes:
+        observer.say(line)
+    sampler = _sampler_of(spec, observer.say)
+    with contextlib.ExitStack() as resources:
+        objective, verification = spec.backend.objectives(spec.results, observer.say, resources)
+        return Study(spec, sampler, objective, verification, observer, stop).run()
+
+
+def _sampler_of(spec: StudySpec, notice: Callable[[str], None]) -> SpaceSampler:
+    """The sampler asked for; a model whose sizes are not known is searched without the cost model."""
+    request, backend = spec.request, spec.backend
+    if request.sampler == OWN:
+        try:
+            model = CostModel(backend.workload, hardware_of(backend.machine))
+            return make_sampler(OWN, spec.space, request.seed, model)
+        except UsageError as error:
+            notice(f"Searching without a cost model (`sampler={WITHOUT_MODEL}`): {error}")
+            return make_sampler(WITHOUT_MODEL, spec.space, request.seed, None)
+    return make_sampler(request.sampler, spec.space, request.seed, None)
+
+
+@contextlib.contextmanager
+def optuna_silenced() -> Iterator[None]:
+    """Keeps Optuna's lines out of a program that uses Optuna itself, and then has them as they were."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def quiet_optuna() -> None:

@@ -96,7 +96,7 @@ def architecture_from_config(document: Mapping[str, Any], model: str) -> Archite
     def size(name: str, default: int | None = None) -> int:
         found = next((config[key] for key in SIZE_NAMES[name] if key in config), default)
         if not isinstance(found, int) or found < 1:
-            raise UsageError(f"--model {model}: its configuration does not say its {name.replace('_', ' ')}")
+            raise UsageError(f"`model={model}`: its configuration does not say its {name.replace('_', ' ')}")
         return found
 
     hidden, layers, heads, vocabulary = size("hidden"), size("layers"), size("heads"), size("vocabulary")

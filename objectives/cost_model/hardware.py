@@ -162,18 +162,18 @@ def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardwar
         if not found:
             sizes = [name for chip in chips for name in _with_sizes(chip)]
             raise UsageError(
-                f"--hardware {text}: no {sized[1]} with {sized[2]} GB is known; write {' or '.join(sizes)}"
+                f"`hardware={text}`: no {sized[1]} with {sized[2]} GB is known; write {' or '.join(sizes)}"
             )
     if len(found) != 1:
         hint = f"say which: {', '.join(each.name for each in found)}" if found else f"known are {', '.join(CATALOGUE)}"
-        raise UsageError(f"--hardware {text}: write a number and a GPU, such as 16xV100-32GB; {hint}")
+        raise UsageError(f"`hardware={text}`: write a number and a GPU, such as 16xV100-32GB; {hint}")
     ranks = int(count or 1)
     if ranks < 1:
-        raise UsageError(f"--hardware {text}: at least one GPU")
+        raise UsageError(f"`hardware={text}`: at least one GPU")
     accelerator = found[0]
     if memory_cap_bytes is not None and memory_cap_bytes > accelerator.memory_bytes:
         has = accelerator.memory_bytes / GIB
-        raise UsageError(f"--memory-cap is more than an {accelerator.name} has ({has:.1f} GiB)")
+        raise UsageError(f"`memory_cap` is more than an {accelerator.name} has ({has:.1f} GiB)")
     return Hardware(accelerator=accelerator, ranks=ranks, capacity_bytes=memory_cap_bytes or accelerator.memory_bytes)
 
 

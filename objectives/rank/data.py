@@ -38,8 +38,8 @@ def load_blocks(workload: HuggingFaceWorkload, vocab_size: int) -> datasets.Data
     blocks = len(tokens) // workload.seq_len
     if blocks == 0:
         raise UsageError(
-            f"--dataset {workload.dataset} holds {len(tokens)} tokens, too few for one block of "
-            f"--seq-len {workload.seq_len}"
+            f"`dataset={workload.dataset}` holds {len(tokens)} tokens, too few for one block of "
+            f"`seq_len={workload.seq_len}`"
         )
     tokens = tokens[: blocks * workload.seq_len].reshape(blocks, workload.seq_len)
     return datasets.Dataset.from_dict({"input_ids": list(tokens)}).with_format("torch")
@@ -55,7 +55,7 @@ def _open(name: str) -> datasets.Dataset:
     except Exception as error:  # the loaders of many formats raise errors of many libraries
         reason = error.__cause__ or error  # `datasets` wraps the reader's own words
         said = str(reason).strip().splitlines() or [f"{type(reason).__name__} in its reader; is it empty?"]
-        raise UsageError(f"--dataset {name} cannot be read: {said[0]}") from error
+        raise UsageError(f"`dataset={name}` cannot be read: {said[0]}") from error
 
 
 def _token_stream(rows: datasets.Dataset, workload: HuggingFaceWorkload, vocab_size: int) -> Iterator[int]:
@@ -70,7 +70,7 @@ def _token_stream(rows: datasets.Dataset, workload: HuggingFaceWorkload, vocab_s
     )
     if text_column is None:
         found = ", ".join(columns)
-        raise UsageError(f"--dataset {workload.dataset} has neither a text nor an input_ids column (it has {found})")
+        raise UsageError(f"`dataset={workload.dataset}` has neither a text nor an input_ids column (it has {found})")
     encode = _encoder(workload)
     for row in rows:
         yield from (token % vocab_size for token in encode(row[text_column] or ""))  # None where a cell is empty
@@ -92,7 +92,7 @@ def _encoder(workload: HuggingFaceWorkload) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name or workload.model)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"no tokenizer for --dataset: {str(error).splitlines()[0]} (name one with --tokenizer)"
+            f"no tokenizer for `dataset`: {str(error).splitlines()[0]} (name one with `tokenizer`)"
         ) from error
     return lambda text: tokenizer(text)["input_ids"]
 

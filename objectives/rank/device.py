@@ -59,7 +59,7 @@ def claim_device(machine: Machine, local_rank: int) -> torch.device:
         )
         raise EnvironmentFault(
             f"torch {torch.__version__} {why}, so it cannot use {wanted}: install a torch that fits the driver "
-            "(https://pytorch.org/get-started/locally), or run on the CPU with --gpus 0"
+            "(https://pytorch.org/get-started/locally), or run on the CPU with `gpus=0`"
         )
     index = machine.device_ids[local_rank]
     torch.cuda.set_device(index)

@@ -94,13 +94,13 @@ def parse_knobs(words: list[str]) -> dict[str, Any]:
         entry = KNOBS.get(name)
         if entry is None or not entry.in_model:
             known = ", ".join(field for field, each in KNOBS.items() if each.in_model)
-            raise ValueError(f"--knob {word}: the model's knobs are {known}")
+            raise ValueError(f"{word}: the model's knobs are {known}")
         if isinstance(entry.off, int):
             if not text.isdecimal():
-                raise ValueError(f"--knob {word}: {name} takes a whole number")
+                raise ValueError(f"{word}: {name} takes a whole number")
             knobs[name] = int(text)
         elif text in entry.values:
             knobs[name] = text
         else:
-            raise ValueError(f"--knob {word}: {name} is one of {', '.join(map(str, entry.values))}")
+            raise ValueError(f"{word}: {name} is one of {', '.join(map(str, entry.values))}")
     return knobs

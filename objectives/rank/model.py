@@ -32,12 +32,12 @@ def load_config(workload: HuggingFaceWorkload) -> transformers.PretrainedConfig:
             config = transformers.AutoConfig.from_pretrained(str(path) if path else workload.model)
     except (OSError, ValueError, StrictDataclassError) as error:
         said = " ".join(str(error).splitlines()[:2])
-        raise UsageError(f"--model {workload.model} cannot be loaded: {said}") from error
+        raise UsageError(f"`model={workload.model}` cannot be loaded: {said}") from error
     check_sizes(config.to_dict(), workload.model)
     model_class(config)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and workload.seq_len > limit:
-        raise UsageError(f"{workload.model} takes at most {limit} positions; --seq-len {workload.seq_len} is too long")
+        raise UsageError(f"{workload.model} takes at most {limit} positions; `seq_len={workload.seq_len}` is too long")
     config.use_cache = False  # the key-value cache is for generation; in training it only costs memory
     return config
 

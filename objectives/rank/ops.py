@@ -55,7 +55,7 @@ def load_optimizer_op(ds_config: Mapping[str, Any], notice: Callable[..., None],
     if name is None:
         return
     builder = get_accelerator().create_op_builder(name)
-    instead = 'let --ds-config set "torch_adam": true in the optimizer\'s params'
+    instead = 'let `ds_config` set "torch_adam": true in the optimizer\'s params'
     load_op(builder.name, lambda: builder.load(verbose=False), notice, instead=instead, is_required=is_required)
 
 

@@ -49,9 +49,12 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     try:
         arguments.ds_config = load_ds_config(arguments.deepspeed_config)
-        arguments.knobs = parse_knobs(arguments.knob)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        arguments.knobs = parse_knobs(arguments.knob)
+    except ValueError as error:
+        parser.error(f"--knob {error}")
     return arguments
 
 

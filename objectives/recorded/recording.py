@@ -80,7 +80,7 @@ def _line(path: Path, number: int) -> Iterator[None]:
     try:
         yield
     except _Malformed as error:
-        raise UsageError(f"--replay {path}, line {number}: {error}; docs/surfaces.md has the format") from None
+        raise UsageError(f"`replay={path}`, line {number}: {error}; docs/surfaces.md has the format") from None
 
 
 def read_recording(path: Path) -> Recording:
@@ -93,9 +93,9 @@ def read_recording(path: Path) -> Recording:
         # Not splitlines, which also splits at characters that may stand in a JSON text.
         lines = path.read_text(encoding="utf-8").rstrip().split("\n")
     except OSError as error:
-        raise UsageError(f"--replay {path} cannot be read ({error.strerror}); name a recorded surface") from error
+        raise UsageError(f"`replay={path}` cannot be read ({error.strerror}); name a recorded surface") from error
     except UnicodeDecodeError:
-        raise UsageError(f"--replay {path} is not text; name a recorded surface") from None
+        raise UsageError(f"`replay={path}` is not text; name a recorded surface") from None
     with _line(path, 1):
         if lines == [""]:
             raise _Malformed("the file is empty; its first line says what was recorded on what")
@@ -116,7 +116,7 @@ def read_recording(path: Path) -> Recording:
             outcomes[config] = outcome
     if not outcomes:
         raise UsageError(
-            f"--replay {path} has no configuration to replay; record some with benchmarks/record_surface.py"
+            f"`replay={path}` has no configuration to replay; record some with benchmarks/record_surface.py"
         )
     return Recording(
         machine=machine, workload=workload, versions=versions, outcomes=outcomes, repeated=repeated, crashed=crashed

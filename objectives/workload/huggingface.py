@@ -108,19 +108,19 @@ def check_workload(workload: HuggingFaceWorkload) -> None:
         UsageError: the model, data or precision named cannot be what was meant.
     """
     if workload.dtype not in DTYPES:
-        raise UsageError(f"--dtype {workload.dtype} is none of {', '.join(DTYPES)}")
+        raise UsageError(f"`dtype={workload.dtype}` is none of {', '.join(DTYPES)}")
     if workload.seq_len < 2:
-        raise UsageError(f"--seq-len must be at least 2 (got {workload.seq_len})")
+        raise UsageError(f"`seq_len` must be at least 2 (got {workload.seq_len})")
     _check_model(workload)
     if workload.tokenizer is not None and workload.dataset is None:
         raise UsageError(
-            f"--tokenizer {workload.tokenizer} is for the text of --dataset, and synthetic tokens have none; "
-            "add --dataset or leave out --tokenizer"
+            f"`tokenizer={workload.tokenizer}` is for the text of `dataset`, and synthetic tokens have none; "
+            "add `dataset` or leave out `tokenizer`"
         )
     if workload.dataset is not None and not _HUB_ID.fullmatch(workload.dataset):
         _, files = dataset_files(workload.dataset)
         if all(Path(file).stat().st_size == 0 for file in files):
-            raise UsageError(f"--dataset {workload.dataset} is empty; name files with text or token ids in them")
+            raise UsageError(f"`dataset={workload.dataset}` is empty; name files with text or token ids in them")
 
 
 def _check_model(workload: HuggingFaceWorkload) -> None:
@@ -128,26 +128,26 @@ def _check_model(workload: HuggingFaceWorkload) -> None:
     if model in SHIPPED_MODELS:
         limit = SHIPPED_MODELS[model].get("n_positions", 1024)
         if workload.seq_len > limit:
-            raise UsageError(f"{model} takes at most {limit} positions; --seq-len {workload.seq_len} is too long")
+            raise UsageError(f"{model} takes at most {limit} positions; `seq_len={workload.seq_len}` is too long")
         return
     path = model_config_path(model)
     if path is None:
         if Path(model).exists():
             raise UsageError(
-                f"--model {model} has no config.json; name a folder that a Hugging Face model was saved to"
+                f"`model={model}` has no config.json; name a folder that a Hugging Face model was saved to"
             )
         if not _HUB_ID.fullmatch(model) or model.startswith("."):
             known = ", ".join(SHIPPED_MODELS)
             raise UsageError(
-                f"--model {model} is neither a file, a folder nor a hub id (owner/name); shipped models: {known}"
+                f"`model={model}` is neither a file, a folder nor a hub id (owner/name); shipped models: {known}"
             )
         return
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--model {model}: {path} cannot be read as JSON ({error})") from error
+        raise UsageError(f"`model={model}`: {path} cannot be read as JSON ({error})") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise UsageError(f"--model {model}: {path} is no Hugging Face configuration (it has no model_type)")
+        raise UsageError(f"`model={model}`: {path} is no Hugging Face configuration (it has no model_type)")
     check_sizes(config, model)
 
 
@@ -160,7 +160,7 @@ def _from_hub(model: str) -> Any:
     except Exception as error:  # the library raises a dozen kinds, for network, login and missing files
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"--model {model}: its config.json cannot be had from the hub ({said}); name a local folder"
+            f"`model={model}`: its config.json cannot be had from the hub ({said}); name a local folder"
         ) from error
 
 
@@ -179,7 +179,7 @@ DATASET_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "c
 
 
 def dataset_files(pattern: str) -> tuple[str, list[str]]:
-    """The `datasets` builder and the files that a local `--dataset` names (a file, a folder or a glob).
+    """The `datasets` builder and the files that a local `dataset` names (a file, a folder or a glob).
 
     Raises:
         UsageError: nothing is there, or the files are of no kind, or of several.
@@ -193,18 +193,18 @@ def dataset_files(pattern: str) -> tuple[str, list[str]]:
         anchor = Path(path.anchor or ".")
         files = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)))
     if not files:
-        raise UsageError(f"--dataset {pattern}: no such file, and no hub id (owner/name) either")
+        raise UsageError(f"`dataset={pattern}`: no such file, and no hub id (owner/name) either")
     endings = {file.suffix for file in files}
     if len(endings) > 1 or not endings <= set(DATASET_LOADERS):
         kinds = ", ".join(DATASET_LOADERS)
         raise UsageError(
-            f"--dataset {pattern}: files must be all of one kind of {kinds} (found {', '.join(sorted(endings))})"
+            f"`dataset={pattern}`: files must be all of one kind of {kinds} (found {', '.join(sorted(endings))})"
         )
     return DATASET_LOADERS[endings.pop()], [str(file.resolve()) for file in files]
 
 
 def load_base_ds_config(path: Path) -> dict[str, Any]:
-    """Reads the user's DeepSpeed configuration for `--ds-config`.
+    """Reads the user's DeepSpeed configuration for `ds_config`.
 
     Raises:
         UsageError: the file is missing, is no JSON, or is no DeepSpeed configuration.
@@ -212,13 +212,13 @@ def load_base_ds_config(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"--ds-config {path} cannot be read ({error.strerror})") from error
+        raise UsageError(f"`ds_config={path}` cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--ds-config {path} is not JSON ({error})") from error
+        raise UsageError(f"`ds_config={path}` is not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise UsageError(f"--ds-config {path} must hold a JSON object")
+        raise UsageError(f"`ds_config={path}` must hold a JSON object")
     if (mistake := _mistake_in(document)) is not None:
-        raise UsageError(f"--ds-config {path}: {mistake}")
+        raise UsageError(f"`ds_config={path}`: {mistake}")
     return document
 
 

@@ -75,16 +75,16 @@ def check_sizes(document: Mapping[str, Any], model: str) -> None:
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if value < 1 if is_whole else is_known:
             raise UsageError(
-                f"--model {model} cannot be built: its {keys[name]} must be a whole number from 1 on, not {value!r}"
+                f"`model={model}` cannot be built: its {keys[name]} must be a whole number from 1 on, not {value!r}"
             )
     hidden, heads, shared = (keys[name] for name in ("hidden", "heads", "key_value_heads"))
     if family in HEADS_SPLIT_THE_WIDTH and config[hidden] % config[heads]:
         raise UsageError(
-            f"--model {model} cannot be built: its {hidden} of {config[hidden]} cannot be divided among "
+            f"`model={model}` cannot be built: its {hidden} of {config[hidden]} cannot be divided among "
             f"{config[heads]} heads ({heads})"
         )
     if family in LLAMA_LIKE and shared and config[heads] % config[shared]:
         raise UsageError(
-            f"--model {model} cannot be built: its {config[heads]} heads ({heads}) cannot share "
+            f"`model={model}` cannot be built: its {config[heads]} heads ({heads}) cannot share "
             f"{config[shared]} keys and values ({shared}) evenly"
         )

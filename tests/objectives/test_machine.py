@@ -81,7 +81,7 @@ def test_a_driver_without_devices_is_no_fault(nvidia_smi: NvidiaSmi) -> None:
 
 def test_a_driver_that_fails_is_a_fault_with_its_own_words(nvidia_smi: NvidiaSmi) -> None:
     nvidia_smi("Failed to initialize NVML: Driver/library version mismatch\n", status=18)
-    with pytest.raises(EnvironmentFault, match="Driver/library version mismatch; --gpus 0 runs on the CPU"):
+    with pytest.raises(EnvironmentFault, match="Driver/library version mismatch; `gpus=0` runs on the CPU"):
         visible_gpus()
 
 
@@ -108,7 +108,7 @@ def test_fewer_gpus_can_be_asked_for(nvidia_smi: NvidiaSmi) -> None:
 
 def test_more_gpus_than_there_are_is_a_user_s_error(nvidia_smi: NvidiaSmi) -> None:
     nvidia_smi(TWO_GPUS)
-    with pytest.raises(UsageError, match="--gpus 3: 2 GPUs are visible here"):
+    with pytest.raises(UsageError, match="`gpus=3`: 2 GPUs are visible here"):
         detect_machine(gpus=3, cpu_ranks=2, memory_cap_bytes=None)
 
 
@@ -134,7 +134,7 @@ def test_a_cap_lowers_what_a_rank_may_use() -> None:
 
 @pytest.mark.usefixtures("no_nvidia_smi")
 def test_a_cap_above_what_is_there_is_a_user_s_error() -> None:
-    with pytest.raises(UsageError, match=r"--memory-cap 1048576\.0GiB is more than a rank has here"):
+    with pytest.raises(UsageError, match=r"`memory_cap=1048576\.0GiB` is more than a rank has here"):
         detect_machine(gpus=None, cpu_ranks=1, memory_cap_bytes=2**50)
 
 

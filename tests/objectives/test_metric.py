@@ -102,7 +102,7 @@ def test_every_metric_can_be_asked_for_on_a_known_gpu(name: str) -> None:
 def test_mfu_without_a_peak_is_refused_with_what_to_use_instead(machine: Machine, what: str) -> None:
     with pytest.raises(UsageError) as refused:
         check_metric("mfu", WORKLOAD, machine)
-    assert str(refused.value) == (f"--metric mfu: the peak FLOP/s of {what} is not known; use --metric tflops_per_gpu")
+    assert str(refused.value) == (f"`metric=mfu`: the peak FLOP/s of {what} is not known; use `metric=tflops_per_gpu`")
 
 
 def test_flops_of_a_model_without_known_sizes_are_refused(tmp_path: Path) -> None:
@@ -110,5 +110,5 @@ def test_flops_of_a_model_without_known_sizes_are_refused(tmp_path: Path) -> Non
     workload = dataclasses.replace(WORKLOAD, model=str(tmp_path))
     with pytest.raises(UsageError) as refused:
         check_metric("tflops_per_gpu", workload, H100)
-    assert str(refused.value).endswith("are not known; use --metric tokens_per_second_per_gpu")
+    assert str(refused.value).endswith("are not known; use `metric=tokens_per_second_per_gpu`")
     check_metric("tokens_per_second", workload, H100)

@@ -29,7 +29,7 @@ def opened(folder: Path, identity: Identity) -> StudyStore:
 
 def ask(store: StudyStore, record: TrialRecord) -> optuna.Trial:
     store.enqueue(record.config.to_json(), record.source)
-    return store.study.ask(SPACE)
+    return store.ask(SPACE)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_an_unreachable_server_is_said_in_one_sentence(driver: str) -> None:
 
 
 def test_an_unknown_driver_is_said() -> None:
-    with pytest.raises(UsageError, match=r"postgresql\+nonsense://me:\*\*\*@host/db cannot be opened") as caught:
+    with pytest.raises(UsageError, match=r"postgresql\+nonsense://me:\*\*\*@host/db` cannot be opened") as caught:
         open_storage("postgresql+nonsense://me:hunter2@host/db")
     assert "hunter2" not in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_reading_leaves_another_programs_database_as_it_is(tmp_path: Path, state
     with pytest.raises(UsageError) as caught:
         StudyStore.load(url, None)
     assert str(caught.value) == (
-        f"--storage sqlite:///{tmp_path}/other.db has no tables of Optuna's, so no study; name the database of one"
+        f"`storage=sqlite:///{tmp_path}/other.db` has no tables of Optuna's, so no study; name the database of one"
     )
     assert (tmp_path / "other.db").read_bytes() == before
 
@@ -159,7 +159,7 @@ def test_a_database_that_may_only_be_read_is_the_users_to_change(optunas: str) -
     fault = storage_fault(sqlalchemy.exc.OperationalError("DELETE", {}, refused.value), optunas)
     assert isinstance(fault, UsageError)
     assert str(fault) == (
-        f"--storage {optunas} cannot be used: attempt to write a readonly database; name another database"
+        f"`storage={optunas}` cannot be used: attempt to write a readonly database; name another database"
     )
 
 

@@ -76,7 +76,7 @@ def test_a_lock_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UsageError) as refused, StudyLock("sqlite:////proc/x.db", "study"):
         pass
     assert str(refused.value) == (
-        "--storage sqlite:////proc/x.db: the folder /proc cannot be written to (No such file or directory); "
+        "`storage=sqlite:////proc/x.db`: the folder /proc cannot be written to (No such file or directory); "
         "name a file elsewhere"
     )
     monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/gone")

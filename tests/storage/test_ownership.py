@@ -55,8 +55,8 @@ def test_a_study_of_the_same_name_in_another_storage_is_refused(folder: ResultsF
         with pytest.raises(UsageError) as refused:
             claim(folder, "ds-tune", other)
         assert str(refused.value) == (
-            f"--results {folder.root} holds the results of study ds-tune in sqlite:///{tmp_path}/a.db; "
-            f"give this one a folder of its own, such as --results {folder.root}-2"
+            f"`results={folder.root}` holds the results of study ds-tune in sqlite:///{tmp_path}/a.db; "
+            f"give this one a folder of its own, such as `results={folder.root}-2`"
         )
     assert folder.owner.read_text() == before
 
@@ -64,14 +64,14 @@ def test_a_study_of_the_same_name_in_another_storage_is_refused(folder: ResultsF
 def test_the_folders_own_database_is_named_by_its_path(folder: ResultsFolder) -> None:
     claim(folder, "ds-tune", folder.storage_url)
     with pytest.raises(
-        UsageError, match=f"^--out {folder.root} holds .* study ds-tune in {folder.root}/study.db; give"
+        UsageError, match=f"^`out={folder.root}` holds .* study ds-tune in {folder.root}/study.db; give"
     ):
-        check_owner(folder, "ds-tune", "postgresql://me@host/db", option="--out")
+        check_owner(folder, "ds-tune", "postgresql://me@host/db", field="out")
 
 
 def test_a_study_of_another_name_in_the_same_storage_is_refused(folder: ResultsFolder) -> None:
     claim(folder, "first", folder.storage_url)
-    with pytest.raises(UsageError, match=f"holds the results of study first; give .* --results {folder.root}-second$"):
+    with pytest.raises(UsageError, match=f"holds the results of study first; give .* `results={folder.root}-second`$"):
         claim(folder, "second", folder.storage_url)
 
 

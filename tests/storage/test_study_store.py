@@ -45,7 +45,7 @@ def store(open_store: Callable[..., StudyStore]) -> StudyStore:
 
 def ask(store: StudyStore, record: TrialRecord) -> optuna.Trial:
     store.enqueue(record.config.to_json(), record.source)
-    return store.study.ask(SPACE)
+    return store.ask(SPACE)
 
 
 def run(store: StudyStore, record: TrialRecord) -> optuna.trial.FrozenTrial:
@@ -277,7 +277,7 @@ def test_the_same_study_goes_on_with_other_versions_and_keeps_those_of_each_tria
 
 def test_a_study_that_another_program_made_is_left_alone(url: str, open_store: Callable[..., StudyStore]) -> None:
     optuna.create_study(study_name="study", storage=url).add_trial(optuna.trial.create_trial(value=1.0))
-    with pytest.raises(UsageError, match=r"holds a study study that ds-tune did not make; use --study NAME"):
+    with pytest.raises(UsageError, match=r"holds a study study that ds-tune did not make; use `study=NAME`"):
         open_store()
     with pytest.raises(UsageError, match=r"study study in .* was not made by ds-tune"):
         StudyStore.load(url, None)
@@ -296,7 +296,7 @@ def test_the_only_study_needs_no_name(url: str, store: StudyStore) -> None:
 
 
 def test_an_unknown_study_is_answered_with_those_there(url: str, store: StudyStore) -> None:
-    with pytest.raises(UsageError, match=r"no study other in .* \(it holds study\); name one with --study"):
+    with pytest.raises(UsageError, match=r"no study other in .* \(it holds study\); name one with `study`"):
         StudyStore.load(url, "other")
     optuna.create_study(study_name="second", storage=url)
     with pytest.raises(UsageError, match=r"no single study in .* \(it holds study, second\)"):

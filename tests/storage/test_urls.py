@@ -37,7 +37,7 @@ def test_a_password_among_the_parameters_is_not_shown_either(parameter: str) -> 
     ],
 )
 def test_a_broken_url_is_said_to_be_none_and_not_repeated(url: str) -> None:
-    with pytest.raises(UsageError, match=r"--storage is not a database URL; write sqlite:///FILE") as caught:
+    with pytest.raises(UsageError, match=r"`storage` is not a database URL; write sqlite:///FILE") as caught:
         check_storage_url(url)
     assert "hunter2" not in str(caught.value)
     assert masked(url) == "(unreadable URL)"

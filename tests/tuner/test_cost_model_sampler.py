@@ -104,7 +104,7 @@ def record_of(config: TrialConfig, outcome: Outcome, number: int = 0) -> TrialRe
 
 def run_trial(store: StudyStore, space: Space = SPACE, outcome: Outcome | None = None) -> TrialConfig:
     """Asks, answers from the recording unless told, saves and tells."""
-    trial = store.study.ask(space.distributions)
+    trial = store.ask(space.distributions)
     config = TrialConfig(**trial.params)
     record = record_of(config, outcome or SURFACE.outcomes[config], trial.number)
     store.save(trial, record)
@@ -117,7 +117,7 @@ def search(store: StudyStore, trials: int, space: Space = SPACE) -> list[str]:
 
 
 def trials_of(store: StudyStore) -> list[optuna.trial.FrozenTrial]:
-    return store.study.get_trials(deepcopy=False)
+    return store.trials()
 
 
 Open = Callable[..., StudyStore]
@@ -183,7 +183,7 @@ def test_a_trial_counts_once_it_is_told_and_not_before(open_study: Open) -> None
     """A tuner may be killed between saving and telling; the next one tells what was saved."""
     sampler = sampler_of()
     store = open_study(sampler)
-    trial = store.study.ask(SPACE.distributions)
+    trial = store.ask(SPACE.distributions)
     config = TrialConfig(**trial.params)
     store.save(trial, record_of(config, SURFACE.outcomes[config], trial.number))
     assert sampler.observations(trials_of(store)) == []
@@ -193,7 +193,7 @@ def test_a_trial_counts_once_it_is_told_and_not_before(open_study: Open) -> None
 
 def test_what_is_running_is_not_proposed(open_study: Open) -> None:
     store = open_study(sampler_of())
-    running = [TrialConfig(**store.study.ask(SPACE.distributions).params).name for _ in range(5)]
+    running = [TrialConfig(**store.ask(SPACE.distributions).params).name for _ in range(5)]
     assert len(set(running)) == 5
 
 

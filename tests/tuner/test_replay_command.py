@@ -19,8 +19,9 @@ from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.study_store import StudyStore
-from ds_tune.tuner.arguments import TRAINING_OPTIONS, tune_parser
+from ds_tune.tuner.arguments import tune_parser
 from ds_tune.tuner.cli import main
+from ds_tune.tuner.request import TRAINING_FIELDS
 
 Line = dict[str, Any]
 Run = Callable[..., tuple[int, str, str]]
@@ -229,10 +230,10 @@ def test_limits_of_the_batch_sizes_hold(tune: Run, folder: Path) -> None:
 def test_every_option_of_the_training_and_the_machine_is_refused(tune: Run, folder: Path) -> None:
     groups = {group.title: group._group_actions for group in tune_parser()._action_groups}
     options = [action for title in ("what is trained", "machine") for action in groups[title]]
-    assert {action.dest for action in options} == {*TRAINING_OPTIONS, "no_verify", "replay"}
+    assert {action.dest for action in options} == {*TRAINING_FIELDS, "verify", "replay"}
     before = sorted(folder.rglob("*"))
     for action in options:
-        if action.dest not in TRAINING_OPTIONS:
+        if action.dest not in TRAINING_FIELDS:
             continue
         value = [] if action.nargs == 0 else ["fp16" if action.choices else "0" if action.dest == "gpus" else "1"]
         status, output, error = tune(action.option_strings[0], *value)

@@ -183,9 +183,9 @@ def test_the_nearest_configuration_is_of_the_same_knobs() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"global_batch": 7}, "--global-batch 7 must be a multiple of the 2 ranks"),
-        ({"max_global_batch": 1}, "--max-global-batch 1 is less than one sample on each of 2 ranks"),
-        ({"max_micro_batch": 0}, r"--max-micro-batch must be at least 1 \(got 0\)"),
+        ({"global_batch": 7}, "`global_batch=7` must be a multiple of the 2 ranks"),
+        ({"max_global_batch": 1}, "`max_global_batch=1` is less than one sample on each of 2 ranks"),
+        ({"max_micro_batch": 0}, r"`max_micro_batch` must be at least 1 \(got 0\)"),
     ],
 )
 def test_limits_that_nothing_keeps_are_refused(changes: dict[str, int], sentence: str) -> None:

@@ -100,7 +100,7 @@ def test_with_a_fixed_global_batch_gas_follows(write: Write) -> None:
 
 def test_what_changes_the_numbers_needs_its_permission(write: Write) -> None:
     path = write('[search]\ndropout = ["model", "none"]\n')
-    with pytest.raises(UsageError, match="dropout changes the numbers of training: add --allow numerics:dropout"):
+    with pytest.raises(UsageError, match="dropout changes the numbers of training: add `allow=numerics:dropout`"):
         configurations(path)
     assert {config.dropout for config in configurations(path, LIMITS, "dropout")} == {"model", "none"}
 
@@ -152,13 +152,13 @@ REFUSED = {
     "sizes beyond a limit": (
         "[fixed]\nmicro_batch_size = 100\n",
         "its smallest batch, micro_batch_size 100 and gradient_accumulation_steps 1 on 2 ranks, is beyond the limits; "
-        "list smaller values, or add --max-micro-batch 100",
+        "list smaller values, or add `max_micro_batch=100`",
     ),
     "sizes beyond the limits": (
-        "[search]\nmicro_batch_size = [1000]\n", "or add --max-micro-batch 1000 --max-global-batch 2000",
+        "[search]\nmicro_batch_size = [1000]\n", "or add `max_micro_batch=1000` `max_global_batch=2000`",
     ),
     "sums beyond the limits": (
-        "[fixed]\nmicro_batch_size = 8\ngradient_accumulation_steps = 32\n", "or add --max-global-batch 512",
+        "[fixed]\nmicro_batch_size = 8\ngradient_accumulation_steps = 32\n", "or add `max_global_batch=512`",
     ),
     "a number of 400 digits": (
         f"[fixed]\nmicro_batch_size = 1{'0' * 400}\n", "micro_batch_size takes whole numbers below 2^63",
@@ -186,7 +186,7 @@ def test_what_cannot_be_meant_is_refused_with_the_files_name(write: Write, text:
     with pytest.raises(UsageError) as refused:
         configurations(path)
     assert why in str(refused.value)
-    assert str(refused.value).startswith(f"--space {path}: ")
+    assert str(refused.value).startswith(f"`space={path}`: ")
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_meant_in_yaml_is_refused_in_one_sentence(write: Write, t
     with pytest.raises(UsageError) as refused:
         configurations(path)
     assert why in str(refused.value)
-    assert str(refused.value).startswith(f"--space {path}: ")
+    assert str(refused.value).startswith(f"`space={path}`: ")
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -217,11 +217,11 @@ def test_what_cannot_be_meant_in_yaml_is_refused_in_one_sentence(write: Write, t
     [
         (
             "micro_batch_size = [5, 7]",
-            "no micro_batch_size × gradient_accumulation_steps of it makes --global-batch 48 on 2",
+            "no micro_batch_size × gradient_accumulation_steps of it makes `global_batch=48` on 2",
         ),
         (
             "micro_batch_size = [12, 24]",
-            "takes a micro_batch_size of 12 or more of it, and --max-micro-batch is 8; list",
+            "takes a micro_batch_size of 12 or more of it, and `max_micro_batch` is 8; list",
         ),
     ],
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.tuner.spec import parse_memory, results_folder
+from ds_tune.tuner.request import parse_memory
+from ds_tune.tuner.spec import results_folder
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_results_folder_is_made(tmp_path: Path) -> None:
 
 def test_a_file_is_no_results_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--results .*file cannot be written to \(File exists\); name another folder"):
+    with pytest.raises(UsageError, match=r"`results=.*file` cannot be written to \(File exists\); name another folder"):
         results_folder(tmp_path / "file")
     with pytest.raises(UsageError, match="cannot be written to"):
         results_folder(tmp_path / "file" / "below")

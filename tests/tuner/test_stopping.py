@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_tune.tuner import cli
 from ds_tune.tuner.stopping import StopNow, StopSignals
 
 INTERRUPTED_IMPORT = """
@@ -78,13 +79,25 @@ def test_a_search_under_nohup_outlives_its_terminal(
     assert process.wait(60) == 130
 
 
-def test_ctrl_c_while_the_command_is_still_imported_is_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["report"], ["--json"]])
+def test_ctrl_c_while_the_command_is_still_imported_is_one_line(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IMPORT)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "ds_tune.tuner", "report"],
+        [sys.executable, "-P", "-m", "ds_tune.tuner", *words],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "ds-tune: interrupted\n")
+
+
+@pytest.mark.parametrize("point", ["backend_for", "make_spec", "run_study"])
+def test_an_interruption_before_there_is_a_study_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], point: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    number = signal.SIGTERM if point == "run_study" else signal.SIGINT
+    monkeypatch.setattr(cli, point, lambda *unused: os.kill(os.getpid(), number))
+    assert cli.main(["--simulate", "--hardware", "2xH100", "--json"]) == 130
+    assert capsys.readouterr() == ("", "ds-tune: interrupted\n")

@@ -1,4 +1,4 @@
-"""StudySummary -> the JSON document that `--json` prints; `tuner/reports/study.schema.json` describes it."""
+"""StudySummary -> the JSON document of a study; `tuner/reports/study.schema.json` describes it."""
 
 import dataclasses
 from typing import Any

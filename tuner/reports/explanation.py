@@ -159,7 +159,7 @@ def next_step_lines(config: TrialConfig, model: CostModel, context: KnobContext)
         value = max(gains, key=lambda each: gains[each])
         if gains[value] >= WORTH_SAYING:
             lines.append(
-                f"--allow numerics:{field} ({value}) is predicted to bring {gains[value]:.0%}; {knob.numerics}."
+                f"`allow=numerics:{field}` ({value}) is predicted to bring {gains[value]:.0%}; {knob.numerics}."
             )
     hardware = model.hardware
     if hardware.device == "cuda":

@@ -23,6 +23,7 @@ from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Measurement, Provenance
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
+from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.markdown import closing_line, stage_table, summary_markdown
 from ds_tune.tuner.reports.metrics import metric_values
@@ -172,9 +173,9 @@ def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
             if not (trial_folder / log).exists():
                 write_atomically(trial_folder / log, text)
     write_atomically(folder.summary_text, summary_text(summary))
-    write_atomically(folder.summary_markdown, summary_markdown(summary))
-    write_atomically(folder.trials_csv, trials_csv(summary))
-    write_json(folder.study_json, study_document(summary))
+    write_atomically(folder.summary_markdown, in_options(summary_markdown(summary)))
+    write_atomically(folder.trials_csv, in_options(trials_csv(summary)))
+    write_atomically(folder.study_json, in_options(as_json(study_document(summary))))
     written = [folder.summary_markdown, folder.summary_text, folder.trials_csv, folder.study_json]
     best = summary.best
     if best is None:
@@ -198,4 +199,9 @@ def _origin(summary: StudySummary) -> str:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(document, indent=2) + "\n")
+    write_atomically(path, as_json(document))
+
+
+def as_json(document: Mapping[str, Any]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(document, indent=2) + "\n"

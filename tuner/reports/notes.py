@@ -6,6 +6,7 @@ import optuna_dashboard
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import Failure, Provenance
 from ds_tune.storage.records import StudySummary, TrialRecord
+from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.reports.markdown import rate_words, summary_markdown, verified_words
 from ds_tune.tuner.reports.verdict import standing_words, verdict_lines
 
@@ -16,7 +17,7 @@ OWN_NOTE = "**{name}**"
 def save_trial_note(study: optuna.Study, record: TrialRecord, provenance: Provenance) -> None:
     """Notes beside a trial that has just ended what it measured, while the study goes on."""
     trial = optuna.Trial(study, study.get_trials(deepcopy=False)[record.number]._trial_id)
-    optuna_dashboard.save_note(trial, trial_note(record, provenance=provenance))
+    optuna_dashboard.save_note(trial, in_options(trial_note(record, provenance=provenance)))
 
 
 def publish(study: optuna.Study, summary: StudySummary) -> None:
@@ -26,11 +27,11 @@ def publish(study: optuna.Study, summary: StudySummary) -> None:
     """
     best = summary.best
     study.set_user_attr("best", "" if best is None else f"{best.config.name} (trial {best.number})")
-    optuna_dashboard.save_note(study, study_note(summary))
+    optuna_dashboard.save_note(study, in_options(study_note(summary)))
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for record in summary.records:
         trial = optuna.Trial(study, trials[record.number]._trial_id)
-        text, there = trial_note(record, summary), optuna_dashboard.get_note(trial)
+        text, there = in_options(trial_note(record, summary)), optuna_dashboard.get_note(trial)
         if there != text and (not there or there.startswith(OWN_NOTE.format(name=record.config.name))):
             optuna_dashboard.save_note(trial, text)
 

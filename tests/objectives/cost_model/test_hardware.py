@@ -61,7 +61,7 @@ def test_a_number_and_a_gpu_are_read_as_people_write_them(text: str, name: str) 
     ],
 )
 def test_what_could_be_several_is_asked_about_by_name(text: str, candidates: list[str]) -> None:
-    with pytest.raises(UsageError, match=f"--hardware {text}: .*say which: {', '.join(candidates)}$"):
+    with pytest.raises(UsageError, match=f"`hardware={text}`: .*say which: {', '.join(candidates)}$"):
         parse_hardware(text)
 
 
@@ -78,7 +78,7 @@ def test_what_could_be_several_is_asked_about_by_name(text: str, candidates: lis
 def test_a_size_that_there_is_not_is_answered_with_those_that_there_are(text: str, sentence: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse_hardware(text)
-    assert str(refused.value) == f"--hardware {text}: {sentence}"
+    assert str(refused.value) == f"`hardware={text}`: {sentence}"
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_a_size_it_is_sold_with_is_near_what_can_be_allocated(chip: Accelerator)
 def test_what_is_not_known_is_answered_with_all_that_is(text: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse_hardware(text)
-    assert str(refused.value).startswith(f"--hardware {text}: write a number and a GPU, such as 16xV100-32GB; ")
+    assert str(refused.value).startswith(f"`hardware={text}`: write a number and a GPU, such as 16xV100-32GB; ")
     assert str(refused.value).endswith(f"known are {', '.join(CATALOGUE)}")
 
 
 @pytest.mark.parametrize("text", ["", "nvidia", "0xH200"])
 def test_no_gpu_is_no_hardware(text: str) -> None:
-    with pytest.raises(UsageError, match="--hardware"):
+    with pytest.raises(UsageError, match="`hardware="):
         parse_hardware(text)
 
 
@@ -139,7 +139,7 @@ def test_a_cpu_rank_has_all_of_its_memory() -> None:
 def test_a_cap_of_more_than_there_is_is_refused() -> None:
     has = CATALOGUE["V100-32GB"].memory_bytes
     assert parse_hardware("V100-32GB", memory_cap_bytes=has).capacity_bytes == has
-    with pytest.raises(UsageError, match=r"--memory-cap is more than an? V100-32GB has \(31\.7 GiB\)"):
+    with pytest.raises(UsageError, match=r"`memory_cap` is more than an? V100-32GB has \(31\.7 GiB\)"):
         parse_hardware("V100-32GB", memory_cap_bytes=32 * GIB)
 
 

@@ -92,7 +92,7 @@ def test_rows_without_text_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("short.txt", "abc\n", r"holds 3 tokens, too few for one block of --seq-len 8$"),
+        ("short.txt", "abc\n", r"holds 3 tokens, too few for one block of `seq_len=8`$"),
         ("numbers.jsonl", '{"a": 1, "b": 2}\n', r"neither a text nor an input_ids column \(it has a, b\)$"),
         ("broken.jsonl", '{"text":\n', "cannot be read: "),
         ("empty.csv", "", "cannot be read: "),
@@ -115,7 +115,7 @@ def test_an_empty_dataset_is_refused_although_its_reader_raises_without_a_word(t
 
 def test_a_dataset_without_a_tokenizer_for_a_pretrained_model_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "corpus.txt", [TEXT])
-    with pytest.raises(UsageError, match=r"no tokenizer for --dataset: .* \(name one with --tokenizer\)"):
+    with pytest.raises(UsageError, match=r"no tokenizer for `dataset`: .* \(name one with `tokenizer`\)"):
         blocks_of(tmp_path / "corpus.txt", tokenizer=str(tmp_path / "nowhere"))
 
 

@@ -55,7 +55,7 @@ def test_a_cpu_rank_needs_no_claim(machine: Machine) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this torch can use CUDA")
 def test_gpus_that_torch_cannot_use_are_an_environment_fault_that_says_what_to_do() -> None:
     gpus = Machine(device="cuda", name="NVIDIA H200", ranks=2, device_ids=(0, 1), memory_bytes=140 * GIB)
-    with pytest.raises(EnvironmentFault, match=r"cannot use 2 × NVIDIA H200: install a torch .* --gpus 0"):
+    with pytest.raises(EnvironmentFault, match=r"cannot use 2 × NVIDIA H200: install a torch .* `gpus=0`"):
         claim_device(gpus, 0)
 
 

@@ -19,9 +19,9 @@ def test_the_model_s_knobs_are_read_as_a_command_line_has_them() -> None:
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("nonsense=1", "--knob nonsense=1: the model's knobs are activation_checkpointing, compile, "),
-        ("overlap_comm=on", "--knob overlap_comm=on: the model's knobs are "),
-        ("compile", "--knob compile: compile is one of blocks, model, deepcompile"),
+        ("nonsense=1", "nonsense=1: the model's knobs are activation_checkpointing, compile, "),
+        ("overlap_comm=on", "overlap_comm=on: the model's knobs are "),
+        ("compile", "compile: compile is one of blocks, model, deepcompile"),
         ("compile=everything", "compile is one of blocks, model, deepcompile"),
         ("activation_checkpointing=all", "activation_checkpointing takes a whole number"),
         ("padded_vocabulary=-64", "padded_vocabulary takes a whole number"),

@@ -74,12 +74,12 @@ def test_sizes_that_cannot_be_are_refused_wherever_the_configuration_is_from(tmp
 
 
 def test_a_hub_model_that_cannot_be_had_is_refused() -> None:
-    with pytest.raises(UsageError, match="--model nobody/nothing cannot be loaded"):
+    with pytest.raises(UsageError, match="`model=nobody/nothing` cannot be loaded"):
         load_config(dataclasses.replace(NANO, model="nobody/nothing"))
 
 
 def test_a_sequence_longer_than_the_model_takes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="at most 16 positions; --seq-len 32 is too long"):
+    with pytest.raises(UsageError, match="at most 16 positions; `seq_len=32` is too long"):
         load_config(local(tmp_path, model_type="gpt2", n_positions=16))
 
 

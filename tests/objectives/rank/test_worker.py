@@ -150,5 +150,5 @@ def test_what_only_a_rank_can_know_to_be_wrong_is_the_user_s_error_before_any_tr
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    with pytest.raises(UsageError, match=r"holds 9 tokens, too few for one block of --seq-len 32$"):
+    with pytest.raises(UsageError, match=r"holds 9 tokens, too few for one block of `seq_len=32`$"):
         objective(workload=dataclasses.replace(workload, dataset=str(short))).prepare()

@@ -179,7 +179,7 @@ def test_a_malformed_line_is_refused_with_its_number(read: Read, tmp_path: Path,
     line, wrong = MALFORMED[case]
     with pytest.raises(UsageError) as refused:
         read(LINE, "", line, LINE)
-    assert str(refused.value).startswith(f"--replay {tmp_path}/surface.jsonl, line 4: {wrong}")
+    assert str(refused.value).startswith(f"`replay={tmp_path}/surface.jsonl`, line 4: {wrong}")
     assert str(refused.value).endswith("; docs/surfaces.md has the format")
     assert "\n" not in str(refused.value)
 

@@ -40,7 +40,7 @@ def test_a_workload_survives_json() -> None:
 
 def test_an_unknown_model_is_told_what_there_is() -> None:
     sentence = refusal(model="gtp2")
-    assert "--model gtp2" in sentence
+    assert "`model=gtp2`" in sentence
     assert "gpt2-xl" in sentence
 
 
@@ -79,7 +79,7 @@ def test_a_model_is_named_by_its_folder_or_its_configuration(tmp_path: Path) -> 
 )
 def test_a_model_whose_sizes_cannot_be_is_refused(tmp_path: Path, fields: dict[str, Any], why: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **fields}))
-    assert refusal(model=str(tmp_path)) == f"--model {tmp_path} cannot be built: {why}"
+    assert refusal(model=str(tmp_path)) == f"`model={tmp_path}` cannot be built: {why}"
 
 
 @pytest.mark.parametrize(("model", "limit"), [("gpt2-nano", 256), ("gpt2", 1024)])
@@ -89,11 +89,11 @@ def test_a_sequence_longer_than_the_model_takes_is_refused(model: str, limit: in
 
 
 def test_a_sequence_of_one_token_teaches_nothing() -> None:
-    assert "--seq-len must be at least 2" in refusal(seq_len=1)
+    assert "`seq_len` must be at least 2" in refusal(seq_len=1)
 
 
 def test_an_unknown_precision_is_told_what_there_is() -> None:
-    assert refusal(dtype="fp8") == "--dtype fp8 is none of fp16, bf16, fp32"
+    assert refusal(dtype="fp8") == "`dtype=fp8` is none of fp16, bf16, fp32"
 
 
 def test_a_dataset_that_is_not_there_is_refused() -> None:
@@ -114,14 +114,14 @@ def test_a_dataset_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     empty, full = tmp_path / "a.txt", tmp_path / "b.txt"
     empty.touch()
-    assert refusal(dataset=str(empty)) == f"--dataset {empty} is empty; name files with text or token ids in them"
+    assert refusal(dataset=str(empty)) == f"`dataset={empty}` is empty; name files with text or token ids in them"
     assert "is empty" in refusal(dataset=str(tmp_path))
     full.write_text("Some text.\n")
     check_workload(dataclasses.replace(NANO, dataset=str(tmp_path)))
 
 
 def test_a_tokenizer_is_for_a_dataset(tmp_path: Path) -> None:
-    sentence = "--tokenizer words is for the text of --dataset, and synthetic tokens have none; "
+    sentence = "`tokenizer=words` is for the text of `dataset`, and synthetic tokens have none; "
     assert refusal(tokenizer="words").startswith(sentence)
     (tmp_path / "a.txt").write_text("Some text.\n")
     check_workload(dataclasses.replace(NANO, tokenizer="words", dataset=str(tmp_path)))
@@ -193,7 +193,7 @@ def test_a_file_that_is_no_deepspeed_configuration_is_refused(
         path.write_text(content)
     with pytest.raises(UsageError) as raised:
         load_base_ds_config(path)
-    assert str(raised.value).startswith(f"--ds-config {path}")
+    assert str(raised.value).startswith(f"`ds_config={path}`")
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value)
 

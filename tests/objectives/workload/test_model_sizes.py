@@ -48,7 +48,7 @@ def build(document: dict[str, Any]) -> None:
 def test_what_cannot_be_built_is_refused_in_the_configuration_s_own_words(document: dict[str, Any], why: str) -> None:
     with pytest.raises(UsageError) as refused:
         check_sizes(document, "m")
-    assert str(refused.value).startswith("--model m cannot be built: ")
+    assert str(refused.value).startswith("`model=m` cannot be built: ")
     assert why in str(refused.value)
     with pytest.raises(Exception):  # noqa: B017 - whatever transformers and torch say
         build(document)

@@ -216,7 +216,7 @@ def test_a_compilation_found_in_a_cache_later_still_counts() -> None:
 def test_numbers_are_advised_where_allowing_them_offers_something() -> None:
     def advised(workload: HuggingFaceWorkload) -> set[str]:
         lines = explanation_lines(summary(workload=workload))
-        return {found[1] for line in lines if (found := re.match(r"--allow numerics:(\w+) ", line))}
+        return {found[1] for line in lines if (found := re.match(r"`allow=numerics:(\w+)` ", line))}
 
     assert advised(WORKLOAD) == {"dropout", "vocabulary"}
     # A vocabulary that fits its weights is what they were trained for.

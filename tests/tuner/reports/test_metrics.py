@@ -167,7 +167,7 @@ def opened(folder: Path, identity: Identity) -> StudyStore:
 
 
 def tell(store: StudyStore, record: TrialRecord) -> optuna.trial.FrozenTrial:
-    trial = store.study.ask()
+    trial = store.ask({})
     record = dataclasses.replace(record, number=trial.number)
     store.save(trial, record)
     store.tell(trial, record)

@@ -1,0 +1,80 @@
+"""Requests: the defaults of the options, what is refused, and how the command line spells fields."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_tune.objectives.errors import UsageError
+from ds_tune.tuner.arguments import in_options, plan_parser, plan_request, tune_parser, tune_request
+from ds_tune.tuner.request import PlanRequest, TuneRequest
+
+OUTPUT = {"json", "quiet", "help"}
+"""Options that ask nothing of a study, but of how it is shown."""
+
+
+def test_a_command_without_options_is_the_request_without_fields() -> None:
+    assert tune_request(tune_parser().parse_args([])) == TuneRequest()
+    assert plan_request(plan_parser().parse_args([])) == PlanRequest()
+
+
+def test_every_option_is_a_field_and_every_field_of_a_study_an_option() -> None:
+    fields = {field.name for field in dataclasses.fields(TuneRequest)}
+    assert {action.dest for action in tune_parser()._actions} - OUTPUT == fields
+    assert {action.dest for action in plan_parser()._actions} - OUTPUT <= {
+        field.name for field in dataclasses.fields(PlanRequest)
+    }
+
+
+def test_options_become_fields_with_their_types() -> None:
+    words = ["--trials", "3", "--no-verify", "--allow", "numerics:dropout", "--ds-config", "ds.json", "--gpus", "0"]
+    assert tune_request(tune_parser().parse_args(words)) == TuneRequest(
+        trials=3, verify=False, allow=("numerics:dropout",), ds_config=Path("ds.json"), gpus=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"trials": 0}, "`trials` must be at least 1 (got 0)"),
+        ({"trials": "9"}, "`trials` must be a whole number (got '9')"),
+        ({"trials": True}, "`trials` must be a whole number (got True)"),
+        ({"trials": 10**20}, f"`trials` must be at most 1000000 (got {10**20})"),
+        ({"more": 1_000_001}, "`more` must be at most 1000000 (got 1000001)"),
+        ({"seed": -1}, "`seed` must be at least 0 (got -1)"),
+        ({"gpus": -1}, "`gpus=-1`: a number of GPUs, or 0 for the CPU"),
+        ({"trial_timeout": 0}, "`trial_timeout` must be more than 0 (got 0)"),
+        ({"sampler": "best"}, "`sampler=best` is none of cost-model, tpe, gp, random, grid"),
+        ({"preset": "all"}, "`preset=all` is none of core, speed, full"),
+        ({"dtype": "fp8"}, "`dtype=fp8` is none of fp16, bf16, fp32"),
+        ({"allow": ("dropout",)}, "`allow=dropout`: what can be allowed is numerics:"),
+        ({"memory_cap": "lots"}, "`memory_cap=lots`: write a size such as 24GiB or 512MiB"),
+        ({"global_batch": 8, "max_global_batch": 8}, "`global_batch` does not go with `max_global_batch`"),
+        ({"hardware": "2xH100"}, "`hardware` imagines GPUs; add `simulate` to search on them"),
+        ({"simulate": True}, "`simulate` needs to know on what: add `hardware`"),
+        ({"replay": Path("r"), "gpus": 0, "fresh_ranks": True}, "`replay` does not go with `gpus`, `fresh_ranks`: "),
+    ],
+)  # fmt: skip
+def test_a_request_that_cannot_be_is_refused_in_the_words_of_its_fields(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        TuneRequest(**fields)
+    assert str(refused.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("`seq_len` must be at least 2 (got 1)", "--seq-len must be at least 2 (got 1)"),
+        ("`gpus=0` runs on the CPU", "--gpus 0 runs on the CPU"),
+        ("`allow=numerics:dropout`", "--allow numerics:dropout"),
+        ("or `study=NAME` `results=DIR`", "or --study NAME --results DIR"),
+        ("`results=a folder/b` holds", "--results a folder/b holds"),
+        ("`out=there` and `port=80`", "--out there and --port 80"),
+        ("add `verify=False`, `simulate=True`", "add --no-verify, --simulate"),
+        ("``model`` and `numpy` and `help`", "`--model` and `numpy` and `help`"),
+        ("nothing --of it", "nothing --of it"),
+    ],
+)
+def test_the_command_line_spells_fields_as_its_options(text: str, spelled: str) -> None:
+    assert in_options(text) == spelled

@@ -1,0 +1,249 @@
+"""Requests to the tuner: what a person asks for, checked as far as it can be without a look at the machine.
+
+A field's name is that of its option on the command line. Messages name fields in backticks, with a value if there is
+one; the command line spells them as its options (`ds_tune.tuner.arguments.in_options`).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
+from ds_tune.objectives.trial import KNOBS
+from ds_tune.objectives.workload.huggingface import DTYPES
+from ds_tune.storage.layout import DEFAULT_RESULTS
+from ds_tune.tuner.space import PRESETS, Limits
+
+DEFAULT_STUDY = "ds-tune"
+DEFAULT_TRIALS = 9
+DEFAULT_TRIAL_SECONDS = 300.0
+DEFAULT_SAMPLER = "cost-model"
+SAMPLER_NAMES = (DEFAULT_SAMPLER, "tpe", "gp", "random", "grid")
+
+MAX_TRIALS = 1_000_000
+"""No study of whole trainings has more; a larger number is a slip of the finger, or more than a database can hold."""
+
+NUMERICS = tuple(f"numerics:{field}" for field, knob in KNOBS.items() if knob.numerics is not None)
+"""What can be allowed."""
+
+TRAINING_FIELDS = (
+    "model", "dtype", "seq_len", "dataset", "tokenizer", "pretrained", "ds_config",
+    "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
+)  # fmt: skip
+"""What is trained and on what: of use only where something is trained."""
+
+NOT_SIMULATED = (
+    "dataset", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
+)  # fmt: skip
+"""Fields that only mean something where ranks train."""
+
+PATH_FIELDS = {"ds_config", "space", "results", "replay"}
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB|G|M)?", re.IGNORECASE)
+_UNIT_BYTES = {"gib": 2**30, "g": 2**30, "gb": 10**9, "mib": 2**20, "m": 2**20, "mb": 10**6}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest:
+    """What is trained, on which hardware, and among which configurations."""
+
+    model: str | None = None
+    """A shipped model, a folder or config.json, or a hub id; None, here as below, for the default on the device."""
+    dtype: str | None = None
+    seq_len: int | None = None
+    dataset: str | None = None
+    """Local files or a hub id; None for synthetic tokens."""
+    tokenizer: str | None = None
+    pretrained: bool = False
+    ds_config: Path | None = None
+    """A DeepSpeed configuration; trials keep all of it that is not searched."""
+    preset: str | None = None
+    space: Path | None = None
+    """A TOML or YAML file with the space to search, instead of a preset."""
+    allow: tuple[str, ...] = ()
+    """Knobs to search although they change the numbers, as in `NUMERICS`."""
+    max_micro_batch: int | None = None
+    max_global_batch: int | None = None
+    global_batch: int | None = None
+    hardware: str | None = None
+    """Imagined GPUs, such as 16xV100-32GB; None for this machine."""
+    memory_cap: str | None = None
+    """Most memory that a rank may have, such as 24GiB."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UsageError: a field has a value that it cannot have, or does not go with another.
+        """
+        for name in ("seq_len", "max_micro_batch", "max_global_batch", "global_batch"):
+            check_count(name, getattr(self, name))
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("preset", self.preset, PRESETS)
+        for word in self.allow:
+            if word not in NUMERICS:
+                raise UsageError(f"`allow={word}`: what can be allowed is {', '.join(NUMERICS)}")
+        if self.max_global_batch is not None and self.global_batch is not None:
+            raise UsageError("`global_batch` does not go with `max_global_batch`; leave out one")
+        if self.space is not None and self.preset is not None:
+            raise UsageError("`space` does not go with `preset`: the file can name one itself; leave out one")
+        if self.memory_cap is not None:
+            parse_memory(self.memory_cap)
+
+    @property
+    def allowed(self) -> frozenset[str]:
+        """Fields of the knobs that change the numbers and may be searched all the same."""
+        return frozenset(word.removeprefix("numerics:") for word in self.allow)
+
+    @property
+    def memory_cap_bytes(self) -> int | None:
+        return None if self.memory_cap is None else parse_memory(self.memory_cap)
+
+    def limits(self, ranks: int, *, max_micro_batch: int, max_global_batch: int) -> Limits:
+        """Limits of the batch sizes on so many ranks, with bounds for where it has none of its own."""
+        return Limits(
+            ranks=ranks,
+            max_micro_batch=self.max_micro_batch or max_micro_batch,
+            max_global_batch=self.max_global_batch or max_global_batch,
+            global_batch=self.global_batch,
+        )
+
+    def given(self, names: Sequence[str]) -> list[str]:
+        """Those of the named fields that were given, in backticks; none of them may have a default of its own."""
+        return [f"`{name}`" for name in names if getattr(self, name) is not None and getattr(self, name) is not False]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest(SearchRequest):
+    """What to predict without running anything."""
+
+    best: int = 12
+    """Configurations to show."""
+
+    def __post_init__(self) -> None:
+        SearchRequest.__post_init__(self)
+        check_count("best", self.best)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRequest(SearchRequest):
+    """What one run of the tuner is asked for."""
+
+    trials: int = DEFAULT_TRIALS
+    """Finished trials that the study is to have."""
+    more: int | None = None
+    """Trials to add to a study that has reached its total; None to begin one or to go on with it."""
+    study: str = DEFAULT_STUDY
+    storage: str | None = None
+    """URL of the study's database; None for SQLite in the results folder."""
+    results: Path = Path(DEFAULT_RESULTS)
+    sampler: str = DEFAULT_SAMPLER
+    seed: int = 0
+    metric: str = DEFAULT_METRIC
+    """Name of the metric that Optuna is told, one of `METRICS`."""
+    gpus: int | None = None
+    """Use the first so many visible GPUs; None for all, 0 for the CPU."""
+    ranks: int | None = None
+    """Ranks to start on the CPU."""
+    trial_timeout: float | None = None
+    """Seconds after which a trial is killed."""
+    fresh_ranks: bool = False
+    """Start new processes for every trial instead of keeping them."""
+    verify: bool = True
+    """Run the fastest trials and the baseline again in fresh processes."""
+    replay: Path | None = None
+    """A recorded surface that answers instead of training."""
+    simulate: bool = False
+    """The cost model answers, for `hardware`, instead of training."""
+
+    def __post_init__(self) -> None:
+        SearchRequest.__post_init__(self)
+        for name in ("trials", "more", "ranks"):
+            check_count(name, getattr(self, name))
+        for name, count in (("trials", self.trials), ("more", self.more)):
+            if count is not None and count > MAX_TRIALS:
+                raise UsageError(f"`{name}` must be at most {MAX_TRIALS} (got {count})")
+        check_count("seed", self.seed, least=0)
+        if self.trial_timeout is not None and not self.trial_timeout > 0:
+            raise UsageError(f"`trial_timeout` must be more than 0 (got {self.trial_timeout})")
+        check_choice("sampler", self.sampler, SAMPLER_NAMES)
+        check_choice("metric", self.metric, tuple(METRICS))
+        if self.gpus is not None and self.gpus < 0:
+            raise UsageError(f"`gpus={self.gpus}`: a number of GPUs, or 0 for the CPU")
+        if self.replay is not None:
+            self._check_replay()
+        elif self.simulate:
+            self._check_simulate()
+        elif self.hardware is not None:
+            raise UsageError(
+                "`hardware` imagines GPUs; add `simulate` to search on them, or use tune plan `hardware` to see what "
+                "fits"
+            )
+
+    @property
+    def trial_seconds(self) -> float:
+        return float(self.trial_timeout or DEFAULT_TRIAL_SECONDS)
+
+    def _check_replay(self) -> None:
+        if refused := self.given(TRAINING_FIELDS):
+            raise UsageError(
+                f"`replay` does not go with {', '.join(refused)}: the recording says what was trained on what; "
+                "leave out one or the other"
+            )
+        if self.space is not None:
+            raise UsageError("`space` does not go with `replay`, whose space is what was recorded; leave out one")
+
+    def _check_simulate(self) -> None:
+        if refused := self.given(NOT_SIMULATED):
+            raise UsageError(f"`simulate` does not go with {', '.join(refused)}: nothing is trained; leave out one")
+        if self.hardware is None:
+            raise UsageError("`simulate` needs to know on what: add `hardware`, such as `hardware=16xV100-32GB`")
+
+
+def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as a request holds them: paths as such, and lists as tuples."""
+    fields = dict(values)
+    for name in PATH_FIELDS & fields.keys():
+        if fields[name] is not None:
+            fields[name] = Path(fields[name])
+    if "allow" in fields:
+        fields["allow"] = tuple(fields["allow"])
+    return fields
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """
+    Raises:
+        UsageError: the field has a value, and that is no whole number or too small.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"`{name}` must be a whole number (got {value!r})")
+    if value < least:
+        raise UsageError(f"`{name}` must be at least {least} (got {value})")
+
+
+def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: the field has a value that is none of the choices.
+    """
+    if value is not None and value not in choices:
+        raise UsageError(f"`{name}={value}` is none of {', '.join(choices)}")
+
+
+def parse_memory(text: str) -> int:
+    """Bytes from `24GiB`, `24GB`, `512MiB` or a bare number of GiB.
+
+    Raises:
+        UsageError: it is none of these, less than a byte, or more than a number can be.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = float(match[1]) * _UNIT_BYTES[(match[2] or "GiB").lower()] if match is not None else 0.0
+    if size < 1 or not math.isfinite(size):
+        raise UsageError(f"`memory_cap={text}`: write a size such as 24GiB or 512MiB")
+    return int(size)
