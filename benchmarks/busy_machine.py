@@ -3,9 +3,9 @@
     python benchmarks/busy_machine.py [--studies 300] [--seed 0] [--json FILE]
 
 Each study is a search of nine trials and the verification of its finalists by the rules of `objectives.timing`,
-`storage.finalists`, `storage.verdict` and `tuner.verification`, on a machine whose clock runs through: what slows it slows
-whatever is timed then. The true seconds of a step are drawn for each study: the fastest, one that is 5% slower, one 15%,
-and others 20 to 60%. A row a kind of noise:
+`storage.finalists`, `storage.verdict` and `tuner.verification`, on a machine whose clock runs through: what slows it
+slows whatever is timed then. The true seconds of a step are drawn for each study: the fastest, one that is 5% slower,
+one 15%, and others 20 to 60%. A row a kind of noise:
 
 `right` is how often the fastest, or one within 2% of it, is the winner, and `loss` how much slower the winner is on
 average and in the 95th percentile; `told` how often the verification says that it cannot tell; `covered` how often the
