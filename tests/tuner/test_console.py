@@ -153,6 +153,9 @@ def test_interrupted_verification_marks_its_leader_so_far_and_compares_figures_o
     assert "★ best so far" in text and "★ winner" not in text
     [figures] = [line for line in text.splitlines() if line.startswith("  samples/s")]
     assert "samples/s in the search" in figures and "44.00" in figures and "20.00" in figures
+    assert "Speed-up over the baseline: 2.20× in the search (95% interval" in text
+    [tokens] = [line.split() for line in text.splitlines() if line.startswith("  tokens/s  ")]
+    assert tokens[1:] == [f"{44 * 1024}", f"{20 * 1024}"]
     assert "Verification is incomplete: the same command goes on with it." in text
 
 

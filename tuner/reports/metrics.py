@@ -21,9 +21,10 @@ def metric_values(
 
 
 def metric_rows(records: Sequence[TrialRecord | None], summary: StudySummary) -> list[list[str]]:
-    """A row a metric other than samples/s: its unit, then its value for each record, verified where there is one."""
+    """A row a metric other than samples/s: its unit, then its value for each record, verified where all of them are."""
+    verified = all(record is None or summary.verified(record) is not None for record in records)
     values = [
-        metric_values(record.outcome, summary, samples_per_second=summary.rate(record))
+        metric_values(record.outcome, summary, samples_per_second=summary.rate(record) if verified else None)
         if record is not None and isinstance(record.outcome, Measurement)
         else dict.fromkeys(METRICS)
         for record in records

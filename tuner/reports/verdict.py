@@ -57,11 +57,13 @@ def improvement_words(summary: StudySummary) -> str:
     if summary.best is summary.baseline:
         return summary.provenance.mark("1.00× (nothing tried was faster than the baseline)")
     low, high = speedup.ci95
+    words = f"{speedup.factor:.2f}×"
     if not speedup.settled:
         # Rounded down, for it is a bound.
-        bound = f"at least {math.floor(10 * low) / 10:.1f} times" if low >= LEAST_BOUND else "too noisy to tell"
-        return summary.provenance.mark(f"{bound} (95% interval {low:.2f}–{high:.2f})")
-    return summary.provenance.mark(f"{speedup.factor:.2f}× (95% interval {low:.2f}–{high:.2f})")
+        words = f"at least {math.floor(10 * low) / 10:.1f} times" if low >= LEAST_BOUND else "too noisy to tell"
+    verified = [summary.verified(record) for record in (summary.best, summary.baseline) if record is not None]
+    search = " in the search" if summary.verification and None in verified else ""
+    return summary.provenance.mark(f"{words}{search} (95% interval {low:.2f}–{high:.2f})")
 
 
 def verdict_lines(summary: StudySummary) -> list[str]:
