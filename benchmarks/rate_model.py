@@ -21,7 +21,7 @@ from scipy.optimize import least_squares
 
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig

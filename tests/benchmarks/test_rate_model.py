@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "benchmarks" / "data"

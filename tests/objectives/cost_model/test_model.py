@@ -13,7 +13,7 @@ import pytest
 from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
 from ds_tune.objectives.cost_model.memory import MemoryConstants
 from ds_tune.objectives.cost_model.model import CostModel, grid_of
-from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.recorded.recording import read_recording
