@@ -1,14 +1,14 @@
 """The formulas alone beside everything that was recorded on GPUs and committed: studies and surfaces."""
 
+import importlib
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
+from ds_tune.objectives.cost_model.calibration import Observation
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import calibrate_memory
 from ds_tune.objectives.cost_model.model import CostModel, Prediction, grid_of
@@ -75,22 +75,8 @@ def test_peaks_of_a_surface_are_as_near_as_the_documentation_says(path: Path, mo
 def test_intervals_hold_what_is_then_measured_on_every_surface(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """95% intervals of what nine trials left open, over 20 random searches."""
     monkeypatch.chdir(ROOT)
-    surface = read_recording(path)
-    configs = [config for config, outcome in surface.outcomes.items() if isinstance(outcome, Measurement)]
-    grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
-    capacity_bytes = float(surface.machine.capacity_bytes)
-    observations = [
-        observation
-        for row, config in enumerate(configs)
-        if (observation := observation_of(row, surface.outcomes[config], capacity_bytes)) is not None
-    ]
-    held = []
-    for seed in range(20):
-        order = np.random.default_rng(seed).permutation(len(configs))
-        rates = calibrate_rates(grid, [observations[row] for row in order[:9]])
-        for row in order[9:]:
-            held.append(abs((observations[row].log_rate or 0.0) - rates.mean[row]) < 1.96 * rates.deviation[row])
-    assert 0.87 < np.mean(held) < 0.99
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert 0.87 < importlib.import_module("rate_model").coverage(path, 20) < 0.99
 
 
 def test_rates_are_as_near_as_the_documentation_says_where_compute_decides(
