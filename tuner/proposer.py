@@ -234,7 +234,7 @@ class Proposer:
         square of that of fitting, since a trial that runs out of memory leaves one with a result fewer.
 
         What the formulas are wrong by in speed is mostly the same for all, so that the rows are drawn together. Whether
-        one fits is mostly its own: what it loses to fragments (`OWN_LOST_SHARE_SPREAD`).
+        one fits is mostly its own: what it loses to fragments (`LOST_SHARE_DEVIATION`).
         """
         odds = np.zeros(len(self.grid))
         timed = [each for each in observations if each.log_rate is not None]
