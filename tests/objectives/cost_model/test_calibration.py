@@ -13,8 +13,8 @@ import pytest
 
 from ds_tune.objectives.cost_model.calibration import (
     ERROR_PRIORS,
-    RUN_NOISE,
     TIGHT,
+    TRIAL_NOISE,
     Observation,
     calibrate_rates,
     observation_of,
@@ -268,7 +268,7 @@ def test_what_was_measured_is_believed_to_within_its_noise() -> None:
     trials = observed_all(*names)
     rates = calibrate_rates(GRID, trials)
     for each in trials:
-        noise = math.hypot(RUN_NOISE, each.relative_error)
+        noise = math.hypot(TRIAL_NOISE, each.relative_error)
         assert rates.mean[each.row] == pytest.approx(each.log_rate, abs=2 * noise)
         assert rates.deviation[each.row] < 2 * noise
 
