@@ -23,7 +23,7 @@ from ds_tune.objectives.workload.huggingface import Workload
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 SCRIPT = ROOT / "benchmarks" / "published.py"
-CLAIMS = ROOT / "docs" / "cost-model.md"
+CLAIMS = ROOT / "benchmarks" / "results" / "cost-model.md"
 
 XL = Workload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 GPT2_ROWS = ("GPT2", "GPT2-medium", "GPT2-large", "GPT2-xl")

@@ -22,7 +22,7 @@ STUDIES = sorted((ROOT / "benchmarks" / "data" / "studies").glob("*.json"))
 SURFACES = [
     path for folder in (".", "models") for path in sorted((ROOT / "benchmarks" / "data" / folder).glob("*.jsonl"))
 ]
-CLAIMS = " ".join((ROOT / "docs" / "cost-model.md").read_text().split())
+CLAIMS = " ".join((ROOT / "benchmarks" / "results" / "cost-model.md").read_text().split())
 
 LARGE_MICRO_BATCH = 6
 
