@@ -25,7 +25,7 @@ from ds_tune.objectives.cost_model.architecture import Architecture, architectur
 from ds_tune.objectives.cost_model.hardware import parse_hardware
 from ds_tune.objectives.cost_model.memory import MemoryConstants
 from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload

@@ -1,11 +1,12 @@
 """How wrong predicted rates are on recorded machines, by what decides; and the fit of the constants of compute.
 
-    python benchmarks/rate_model.py [--fit]
+    python benchmarks/rate_model.py [--fit | --intervals [--seeds 50]]
 
 Each cell: how many configurations, the median and the largest relative error of the formulas alone. What decides is
 what takes most of the predicted step. The fit is by least squares (robust, of logarithms) to the trials of studies on
 GPUs (`benchmarks/data/studies`) in which compute decides, from micro-batches of 3 on, without ZeRO-3 and offloading.
-The surfaces give it nothing.
+The surfaces give it nothing. `--intervals` prints how many rates that nine random trials left open lie inside their 95%
+interval.
 """
 
 import argparse
@@ -16,12 +17,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tabulate
 from scipy.optimize import least_squares
 
+from ds_tune.objectives.cost_model.calibration import calibrate_rates, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
-from ds_tune.objectives.cost_model.model import CostModel
-from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.cost_model.model import CostModel, grid_of
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
@@ -108,10 +111,37 @@ def cell(errors: Sequence[float]) -> str:
     return f"{len(errors)}: {statistics.median(errors):.0%}, {max(errors):.0%}" if errors else "–"
 
 
+def coverage(path: Path, seeds: int, *, trials: int = 9) -> float:
+    """Fraction of the rates that random searches of some trials left open which lie inside their 95% interval."""
+    surface = read_recording(path)
+    configs = [config for config, outcome in surface.outcomes.items() if isinstance(outcome, Measurement)]
+    grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
+    capacity_bytes = float(surface.machine.capacity_bytes)
+    observations = [
+        observation
+        for row, config in enumerate(configs)
+        if (observation := observation_of(row, surface.outcomes[config], capacity_bytes)) is not None
+    ]
+    inside = []
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(configs))
+        rates = calibrate_rates(grid, [observations[row] for row in order[:trials]])
+        for row in order[trials:]:
+            inside.append(abs((observations[row].log_rate or 0.0) - rates.mean[row]) < 1.96 * rates.deviation[row])
+    return statistics.fmean(inside)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fit", action="store_true", help="print the constants of compute that fit the studies")
-    if parser.parse_args().fit:
+    parser.add_argument("--intervals", action="store_true", help="print how often 95%% intervals hold what is measured")
+    parser.add_argument("--seeds", type=int, default=50, help="random searches of each surface, for --intervals")
+    arguments = parser.parse_args()
+    if arguments.intervals:
+        shown = [[path.stem, f"{coverage(path, arguments.seeds):.1%}"] for path in sorted(DATA.glob("*.jsonl"))]
+        print(tabulate.tabulate(shown, ["surface", "in 95% interval"], tablefmt="pipe", disable_numparse=True))
+        return
+    if arguments.fit:
         default, found = StepConstants(), fitted(sorted((DATA / "studies").glob("*.json")))
         lines = [[name, f"{getattr(default, name):.3g}", f"{getattr(found, name):.3g}"] for name in FITTED]
         print(tabulate.tabulate(lines, ["constant", "in use", "fitted"], tablefmt="pipe", disable_numparse=True))

@@ -34,6 +34,7 @@ import tabulate
 from least_memory import lost_shares
 from policies import MAKERS, Ours, Policy, Run
 
+from ds_tune.objectives.cost_model.calibration import TRIAL_NOISE
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import UsageError
@@ -42,7 +43,6 @@ from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
 from ds_tune.tuner.space import Limits, Space
 
-RUN_NOISE = 0.01
 CHECKPOINTS = (5, 9, 20)
 WITHIN = 0.02
 DATA = Path(__file__).parent / "data"
@@ -65,7 +65,7 @@ class Search:
 def search(surface: Recording, space: Space, policy: Policy, seed: int, trials: int) -> Search:
     """Runs one policy once."""
     random = np.random.default_rng([seed, 7])
-    noise = {config: math.exp(RUN_NOISE * random.standard_normal()) for config in space.legal}
+    noise = {config: math.exp(TRIAL_NOISE * random.standard_normal()) for config in space.legal}
     truth = {config: surface.outcomes[config] for config in space.legal}
     best = max(outcome.samples_per_second for outcome in truth.values() if isinstance(outcome, Measurement))
     runs: list[Run] = []

@@ -10,7 +10,7 @@ import rich.table
 
 from ds_tune.objectives.cost_model.forecast import Forecast
 from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of, machine_of, parse_hardware
-from ds_tune.objectives.cost_model.memory_calibration import Fragments
+from ds_tune.objectives.cost_model.memory_calibration import usable_bytes
 from ds_tune.objectives.cost_model.model import CostModel, Prediction
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from ds_tune.objectives.trial import TrialConfig
@@ -52,8 +52,8 @@ class PlanRow:
             }
         largest = sorted(parts, key=lambda name: -parts[name])[:2]
         needs = " and ".join(f"{parts[name] / GIB:.1f} GiB of {name}" for name in largest)
-        fragments = Fragments(hardware.capacity_bytes - hardware.outside_bytes)
-        usable = float(fragments.usable_bytes(memory.large_bytes)) / GIB
+        for_tensors_bytes = hardware.capacity_bytes - hardware.outside_bytes
+        usable = float(usable_bytes(for_tensors_bytes, memory.large_bytes)) / GIB
         left = f"about {usable:.1f}" if usable > 0 else "nothing"
         return (
             f"needs {self.forecast.peak_memory_bytes / GIB:.1f} GiB where fragmentation leaves it {left}, "

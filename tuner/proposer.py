@@ -27,17 +27,15 @@ ENOUGH_GAIN = 0.003
 """What is not expected to make training so much faster is not worth a trial. Replayed on six recorded surfaces, the
 best that is left out is 0.0 to 0.4% faster on average (benchmarks/search.py)."""
 
-COST_POWER = 0.5
-"""How much a trial's seconds weigh: 0 not at all, 1 for gain a second."""
+COST_POWER = 0.2
+"""How much a trial's seconds weigh: 0 not at all, 1 for gain a second. A long trial says more about the others, most of
+which are as long. Recorded surfaces cannot tell 0 from 0.5; it keeps compiling, which takes minutes, for what gains."""
 
 AS_GOOD = 0.02
 """What is so near to the best is as good."""
 
 ODDS_TO_SPEAK_OF = 0.1
 """Where no configuration is so likely to be as good as the best, the most to gain decides."""
-
-ODDS_COST_POWER = 0.2
-"""How much a trial's seconds weigh there. A long trial says more about the others, most of which are as long."""
 
 DRAWS = 1000
 CONTENDERS = 200
@@ -139,7 +137,7 @@ class Proposer:
         contends[in_vain] = False
         odds = self._odds(rates, memory, observations, contends)
         if float(odds.max()) >= ODDS_TO_SPEAK_OF:
-            score = odds / self._seconds**ODDS_COST_POWER
+            score = odds / self._seconds**COST_POWER
         elif expected_gain >= ENOUGH_GAIN:
             score = gains / self._seconds**COST_POWER
         else:
@@ -236,7 +234,7 @@ class Proposer:
         square of that of fitting, since a trial that runs out of memory leaves one with a result fewer.
 
         What the formulas are wrong by in speed is mostly the same for all, so that the rows are drawn together. Whether
-        one fits is mostly its own: what it loses to fragments (`OWN_LOST_SHARE_SPREAD`).
+        one fits is mostly its own: what it loses to fragments (`LOST_SHARE_DEVIATION`).
         """
         odds = np.zeros(len(self.grid))
         timed = [each for each in observations if each.log_rate is not None]

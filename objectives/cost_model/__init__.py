@@ -1,5 +1,5 @@
 """Predicted bytes and seconds of a `TrialConfig`, before anything is launched: no torch, no GPU.
 
 `model.CostModel` is the whole of it: `architecture` counts parameters, `hardware` knows what GPUs can do, `memory` and
-`step_time` hold the formulas, `calibration` corrects them by what was measured.
+`step_time` add up the terms, `calibration` corrects them by what was measured.
 """

@@ -66,7 +66,13 @@ class Architecture:
         )
 
     def flops_per_sample(self, seq_len: int) -> float:
-        """Model FLOPs of a sample's forward and backward pass: seq_len × (6N + 12·L·h·s) (PaLM, appendix B)."""
+        """Model FLOPs of a sample's forward and backward pass: s × (6N + 12·L·H·Q·s).
+
+        N parameters, L layers, H heads of dimension Q, s positions (Chowdhery et al. 2022, PaLM, appendix B).
+
+        A rank computes the same of the model it has built (`rank.model.flops_per_sample`): measured figures rest on the
+        real N also where the one here is a guess (`is_exact`).
+        """
         return float(seq_len * (6 * self.parameters + 12 * self.layers * self.heads * self.head_dim * seq_len))
 
 

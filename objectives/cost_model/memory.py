@@ -1,45 +1,32 @@
-"""Bytes that a rank needs at its peak, part by part, from a `TrialConfig` and the model's sizes.
+"""Bytes that a rank needs at its peak: a sum of named terms, each a function with its constants beside it.
 
 Two moments can be the peak: the start of the backward pass, when every activation is alive; and the optimizer step,
-when activations are gone and DeepSpeed holds its gradients in fp32. What is kept of a block is counted tensor by
-tensor (after Korthikanti et al. 2022, "Reducing Activation Recomputation", with what Hugging Face's models keep
-besides); the states follow ZeRO (Rajbhandari et al. 2020) and DeepSpeed 0.19's optimizers.
+when activations are gone and DeepSpeed holds its gradients in fp32. The states follow ZeRO (Rajbhandari et al. 2020)
+and DeepSpeed 0.19's optimizers; `block_tensors` counts what is kept of a block. docs/cost-model.md has the table.
 """
 
 import dataclasses
 
 from ds_tune.objectives.cost_model.architecture import Architecture
+from ds_tune.objectives.cost_model.block_tensors import tensors_of_a_block
 from ds_tune.objectives.knobs import LOSS_CHUNKS
 from ds_tune.objectives.trial import TrialConfig
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's `reduce_bucket_size`."""
 
-LIVE_PARAMETER_ELEMENTS = 1_000_000_000
-"""ZeRO-3 keeps at most so many gathered parameters (`stage3_max_live_parameters`)."""
-
-SUB_GROUP_ELEMENTS = 1_000_000_000
-"""ZeRO-3's optimizer takes so many at once (`sub_group_size`)."""
-
-REUSE_ELEMENTS = 1_000_000_000
-"""ZeRO-3 keeps what it needs again before it has used so many others (`stage3_max_reuse_distance`)."""
-
-PREFETCH_ELEMENTS = 50_000_000
-"""ZeRO-3 gathers so many ahead (`stage3_prefetch_bucket_size`)."""
+OFFLOADED_SHARE = {"cpu": 1.0, "cpu_half": 0.5}
+"""Fraction of the optimizer in the host's memory, by the values of `offload_optimizer`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConstants:
-    """What no formula gives (docs/cost-model.md)."""
+    """Constants that other versions of transformers and torch need differently (benchmarks/published.py)."""
 
-    fixed_bytes: float = 0.3e9
-    """Workspaces and buffers that every configuration has."""
-    process_bytes: float = 0.5e9
-    """The same on a CPU, where the interpreter and its libraries count as well."""
     activation_factor: float = 1.0
     """Measured bytes of a sample over the tensors that were counted."""
     logit_bytes: float | None = None
-    """Of each logit; None for what today's transformers keep."""
+    """Bytes of each logit; None for what today's transformers keep."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,25 +35,25 @@ class MemoryEstimate:
 
     parameters: float
     gradients: float
-    """Those that wait while another micro-step runs: none where there is only one."""
+    """Gradients that wait while another micro-step runs: none where there is only one."""
     optimizer_states: float
     gathered: float
     """Whole parameters that ZeRO-3 has from the other ranks, or from the host, where the backward pass begins."""
     buckets: float
-    """Those that are there when the backward pass begins; other stages make theirs, and let go of them, within it."""
+    """Buckets that are there when the backward pass begins; other stages make and free theirs within it."""
     activations: float
-    """Of one micro-batch, logits and loss not counted."""
+    """Activations of one micro-batch, logits and loss not counted."""
     logits: float
-    """What is kept of them for the loss, and their gradients."""
+    """Logits kept for the loss, and their gradients."""
     recomputed_block: float
-    """What a checkpointed block holds while it is computed again, when the logits are gone."""
+    """Tensors of a checkpointed block while it is computed again, when the logits are gone."""
     step_transient: float
-    """What the optimizer step holds besides parameters and states."""
+    """Tensors of the optimizer step besides parameters and states."""
     large_in_backward: float
-    """Of what is there when the backward pass begins or soon after, that which a few tensors make up: the logits in the
-    loss's precision, and the bucket in which gradients are reduced."""
+    """The few largest tensors when the backward pass begins or soon after: the logits in the loss's precision, and the
+    bucket in which gradients are reduced."""
     large_in_step: float
-    """The same in the optimizer step: the gradients in fp32, flattened."""
+    """The few largest tensors of the optimizer step: the gradients in fp32, flattened."""
     fixed: float
 
     @property
@@ -75,17 +62,17 @@ class MemoryEstimate:
 
     @property
     def backward_bytes(self) -> float:
-        """At the start of the backward pass."""
+        """Bytes at the start of the backward pass."""
         return self.states_bytes + self.gradients + self.gathered + self.buckets + self.fixed + self.batch_bytes
 
     @property
     def batch_bytes(self) -> float:
-        """What grows with the micro-batch."""
+        """Bytes that grow with the micro-batch."""
         return self.activations + max(self.logits, self.recomputed_block)
 
     @property
     def step_bytes(self) -> float:
-        """In the optimizer step."""
+        """Bytes in the optimizer step."""
         return self.states_bytes + self.step_transient + self.fixed
 
     @property
@@ -94,8 +81,68 @@ class MemoryEstimate:
 
     @property
     def large_bytes(self) -> float:
-        """At the peak, what an allocator has to find in a few large pieces."""
+        """Bytes at the peak that an allocator has to find in a few large pieces."""
         return self.large_in_step if self.step_bytes > self.backward_bytes else self.large_in_backward
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Rank:
+    """A rank whose peak is to be predicted, as every term takes it."""
+
+    config: TrialConfig
+    architecture: Architecture
+    ranks: int
+    seq_len: int
+    dtype: str
+    attention: str
+    bucket_elements: int
+    """Elements of a bucket of gradients, which is no larger than the model."""
+    constants: MemoryConstants
+
+    @property
+    def stage(self) -> int:
+        return self.config.zero_stage
+
+    @property
+    def count(self) -> int:
+        """Parameters of the model."""
+        return self.architecture.parameters
+
+    @property
+    def shard(self) -> float:
+        """Parameters of a partition."""
+        return self.count / self.ranks
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element in the training precision."""
+        return bytes_per_element(self.dtype)
+
+    @property
+    def offloaded_share(self) -> float:
+        return OFFLOADED_SHARE.get(self.config.offload_optimizer, 0.0)
+
+    @property
+    def accumulates(self) -> bool:
+        return self.config.gradient_accumulation_steps > 1
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return self.stage == 3 and self.config.offload_parameters == "cpu"
+
+    @property
+    def largest_module(self) -> int:
+        """Parameters of the largest module that is gathered, or reduced, as a whole."""
+        return max(self.architecture.vocabulary * self.architecture.hidden, self.architecture.block_parameters)
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.config.micro_batch_size * self.seq_len
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a tensor of shape (mbs, seq_len, hidden)."""
+        return self.width * self.batch_tokens * self.architecture.hidden
 
 
 def predict_memory(
@@ -120,123 +167,190 @@ def predict_memory(
         attention: `sdpa` for a fused kernel, `eager` where the scores of all pairs of positions are kept.
         bucket_elements: DeepSpeed's `reduce_bucket_size`.
     """
-    constants = constants or MemoryConstants()
     if config.vocabulary:
         architecture = architecture.enlarged(config.vocabulary)
-    stage, count = config.zero_stage, architecture.parameters
-    width = 4 if dtype == "fp32" else 2
-    shard = count / ranks
     if config.dropout == "none":
         architecture = dataclasses.replace(architecture, dropout=False)
     if config.attention != "default":
         attention = "eager" if config.attention == "eager" else "sdpa"
-    # fp32 master weights and Adam's two moments; in fp32 the weights are their own master.
-    state_width = 8 if dtype == "fp32" else 12
-    offloaded = {"cpu": 1.0, "cpu_half": 0.5}.get(config.offload_optimizer, 0.0)
-    transient: float
-    if stage == 0 and dtype == "fp32":
-        # Plain torch Adam steps in place, tensor by tensor.
-        transient = width * count
-    elif stage == 0:
-        transient = width * count + 8 * count  # the gradients, their fp32 copies, and these flattened
-    elif stage in (1, 2):
-        transient = 2 * width * shard + 4 * shard  # averaged gradients, flattened, in fp32
-    else:
-        # The gradients; those of one group flattened, and in fp32.
-        copies = 4 if dtype == "fp32" else width + 4
-        transient = width * shard + copies * min(shard, SUB_GROUP_ELEMENTS) + width * min(bucket_elements, count)
-    if offloaded:
-        # The gradients, and the bucket through which they go to the host.
-        on_their_way = width * shard + width * min(bucket_elements, count)
-        transient = offloaded * on_their_way + (1 - offloaded) * transient
-    # Plain torch Adam flattens nothing.
-    flattened = 4.0 * min(shard, SUB_GROUP_ELEMENTS) if stage else 0.0 if dtype == "fp32" else 4.0 * count
-    largest = max(architecture.vocabulary * architecture.hidden, architecture.block_parameters)
-    accumulates = config.gradient_accumulation_steps > 1
-    buckets = 0.0
-    if stage == 3:
-        buckets = width * min(bucket_elements, count)
-    elif offloaded:
-        # GPT2-xl on one H100: 19.54 and 19.33 GiB measured, 19.42 predicted; without these 18.34.
-        buckets = width * (min(bucket_elements, count) + largest)
-    elif stage == 1 and accumulates:
-        # Made in the first micro-step's backward pass, and not let go before the gradients are reduced in the last.
-        buckets = width * min(bucket_elements, count)
-    gathered = 0.0
-    kept_elsewhere = stage == 3 and config.offload_parameters == "cpu"
-    if stage == 3 and (ranks > 1 or kept_elsewhere):
-        # What comes next, and what the forward pass had last, which is kept: it and its reuse are as far from the turn.
-        elements = largest + architecture.block_parameters + PREFETCH_ELEMENTS + REUSE_ELEMENTS // 2
-        gathered = width * min(LIVE_PARAMETER_ELEMENTS, elements, count)
-    # ZeRO-3's gradient buffer is there from the start.
-    waits = stage == 3 or accumulates
-    waiting = (shard if stage >= 2 else count) if waits else 0.0
-    if offloaded and stage >= 2:
-        waiting = 0.0  # on the host, too
-    batch_tokens = config.micro_batch_size * seq_len
-    hidden_tensor = width * batch_tokens * architecture.hidden
-    tensors = tensors_of_a_block(
-        architecture, seq_len=seq_len, width=width, attention=attention, compiled=config.compile != "off"
+    rank = _Rank(
+        config=config,
+        architecture=architecture,
+        ranks=ranks,
+        seq_len=seq_len,
+        dtype=dtype,
+        attention=attention,
+        bucket_elements=min(bucket_elements, architecture.parameters),
+        constants=constants or MemoryConstants(),
     )
-    block = constants.activation_factor * hidden_tensor * tensors
-    every = config.activation_checkpointing
-    checkpointed = -(-architecture.layers // every) if every else 0
-    # Of a checkpointed block only its input is kept.
-    activations = (architecture.layers - checkpointed) * block + checkpointed * hidden_tensor
-    # The log-softmax, its gradient and that of the logits; transformers takes causal models' loss in fp32.
-    loss_width = width if architecture.is_masked else 4
-    logits = batch_tokens * architecture.vocabulary * (constants.logit_bytes or 3 * loss_width)
-    large: float = batch_tokens * architecture.vocabulary * loss_width
-    if config.loss_computation != "default":
-        large /= LOSS_CHUNKS
-        # Those of a piece, and the sum of the pieces' gradients of the projection.
-        logits = logits / LOSS_CHUNKS + width * architecture.vocabulary * architecture.hidden
-    if stage >= 1:
-        large += width * min(bucket_elements, count)
-    partition = 0.0 if kept_elsewhere else shard
-    if config.parameter_group:
-        partition += count / config.parameter_group  # the group's copy for the backward pass
     return MemoryEstimate(
-        parameters=width * (partition if stage == 3 else count),
-        gradients=width * waiting,
-        optimizer_states=(1 - offloaded) * state_width * (count if stage == 0 else shard),
-        gathered=gathered,
-        buckets=buckets,
-        activations=activations,
-        logits=logits,
-        recomputed_block=block if every else 0.0,
-        step_transient=transient,
-        large_in_backward=large,
-        large_in_step=width * largest + (1 - offloaded) * flattened,
-        fixed=constants.fixed_bytes if device == "cuda" else constants.process_bytes,
+        parameters=_parameter_bytes(rank),
+        gradients=_waiting_gradient_bytes(rank),
+        optimizer_states=_optimizer_state_bytes(rank),
+        gathered=_gathered_bytes(rank),
+        buckets=_bucket_bytes(rank),
+        activations=_activation_bytes(rank),
+        logits=_logit_bytes(rank),
+        recomputed_block=_block_bytes(rank) if config.activation_checkpointing else 0.0,
+        step_transient=_step_transient_bytes(rank),
+        large_in_backward=_large_bytes_in_backward(rank),
+        large_in_step=_large_bytes_in_step(rank),
+        fixed=FIXED_BYTES if device == "cuda" else PROCESS_BYTES,
     )
 
 
-def tensors_of_a_block(
-    architecture: Architecture, *, seq_len: int, width: int, attention: str, compiled: bool
-) -> float:
-    """Tensors that one block keeps, in units of one of shape (mbs, seq_len, hidden) in the training precision.
+def bytes_per_element(dtype: str) -> int:
+    """Bytes of an element of the training precision."""
+    return 4 if dtype == "fp32" else 2
 
-    A compiled block computes cheap things again in the backward pass: activations, and dropout from its seed.
-    """
-    query = architecture.heads * architecture.head_dim / architecture.hidden
-    key_value = 2 * architecture.key_value_heads * architecture.head_dim / architecture.hidden
-    feed_forward = architecture.intermediate / architecture.hidden
-    mask = 1 / width if architecture.dropout and not compiled else 0.0  # a byte an element
-    norms = 5.0 if compiled else 4.0  # two norms' inputs and outputs; compiled, a residual more
-    if architecture.rms_norm:
-        norms += 2 * 4 / width  # transformers computes RMSNorm in fp32
-    mixing = query + key_value + query + mask
-    # One tensor of a score for each head and pair of positions.
-    scores = architecture.heads * seq_len / architecture.hidden
-    if attention == "eager" or architecture.relative_columns:
-        mixing += scores * (2 + mask if architecture.dropout else 1)  # the softmax and what dropout left of it
-    if architecture.relative_columns:
-        # The scores that are looked up by position, the positions' embeddings, repeated for each sample, and keys that
-        # are scaled beside those that are not.
-        mixing += architecture.relative_columns * (architecture.heads / architecture.hidden + query / seq_len)
-        mixing += key_value / 2
-    activations = feed_forward * (4 if architecture.gated_mlp else 2) + mask
-    if architecture.unfused_activation and not compiled:
-        activations += 3 * feed_forward  # tanh, half of x, one plus tanh
-    return norms + mixing + activations
+
+FIXED_BYTES = 0.3e9
+"""Workspaces and buffers that every configuration has: the one fitted figure, on the first surface of an H200."""
+PROCESS_BYTES = 0.5e9
+"""Fixed bytes on a CPU, where the interpreter and its libraries count as well."""
+
+
+# States: parameters, gradients, optimizer.
+
+
+def _parameter_bytes(rank: _Rank) -> float:
+    """Bytes of parameters in the training precision, partitioned by ZeRO-3."""
+    if rank.stage < 3:
+        return rank.width * rank.count
+    partition = 0.0 if rank.offloads_parameters else rank.shard
+    if rank.config.parameter_group:
+        partition += rank.count / rank.config.parameter_group  # the group's copy for the backward pass
+    return rank.width * partition
+
+
+def _waiting_gradient_bytes(rank: _Rank) -> float:
+    """Bytes of gradients that wait for another micro-step. ZeRO-3's buffer is there from the start."""
+    if rank.stage < 3 and not rank.accumulates:
+        return 0.0
+    if rank.stage < 2:
+        return rank.width * rank.count
+    return 0.0 if rank.offloaded_share else rank.width * rank.shard  # they follow the optimizer to the host
+
+
+MIXED_STATE_BYTES = 12
+"""Bytes for each parameter: fp32 master weights and Adam's two moments."""
+SINGLE_STATE_BYTES = 8
+"""Bytes for each parameter in fp32, where the weights are their own master."""
+
+
+def _optimizer_state_bytes(rank: _Rank) -> float:
+    """Bytes of Adam's states on the device, partitioned from ZeRO-1 on."""
+    state_bytes = SINGLE_STATE_BYTES if rank.dtype == "fp32" else MIXED_STATE_BYTES
+    return (1 - rank.offloaded_share) * state_bytes * (rank.count if rank.stage == 0 else rank.shard)
+
+
+LIVE_PARAMETER_ELEMENTS = 1_000_000_000
+"""ZeRO-3 keeps at most so many gathered parameters (`stage3_max_live_parameters`)."""
+REUSE_ELEMENTS = 1_000_000_000
+"""ZeRO-3 keeps what it needs again before it has used so many others (`stage3_max_reuse_distance`)."""
+PREFETCH_ELEMENTS = 50_000_000
+"""ZeRO-3 gathers so many ahead (`stage3_prefetch_bucket_size`)."""
+
+
+def _gathered_bytes(rank: _Rank) -> float:
+    """Bytes of whole parameters that ZeRO-3 holds where the backward pass begins."""
+    if rank.stage < 3 or (rank.ranks == 1 and not rank.offloads_parameters):
+        return 0.0
+    # What comes next, and what the forward pass had last, which is kept: it and its reuse are as far from the turn.
+    elements = rank.largest_module + rank.architecture.block_parameters + PREFETCH_ELEMENTS + REUSE_ELEMENTS // 2
+    return rank.width * min(LIVE_PARAMETER_ELEMENTS, elements, rank.count)
+
+
+def _bucket_bytes(rank: _Rank) -> float:
+    """Bytes of buckets that are there when the backward pass begins."""
+    if rank.stage == 3:
+        return rank.width * rank.bucket_elements
+    if rank.offloaded_share:
+        # GPT2-xl on one H100: 19.54 and 19.33 GiB measured, 19.42 predicted; without these 18.34.
+        return rank.width * (rank.bucket_elements + rank.largest_module)
+    # ZeRO-1 makes its bucket in the first micro-step, and frees it when gradients are reduced in the last.
+    return rank.width * rank.bucket_elements if rank.stage == 1 and rank.accumulates else 0.0
+
+
+# The micro-batch: activations, logits.
+
+
+def _block_bytes(rank: _Rank) -> float:
+    """Bytes that one block keeps for its backward pass."""
+    is_compiled = rank.config.compile != "off"
+    tensors = tensors_of_a_block(
+        rank.architecture, seq_len=rank.seq_len, width=rank.width, attention=rank.attention, compiled=is_compiled
+    )
+    return rank.constants.activation_factor * rank.hidden_bytes * tensors
+
+
+def _activation_bytes(rank: _Rank) -> float:
+    """Bytes of all blocks' activations; of a checkpointed block only its input is kept."""
+    every, layers = rank.config.activation_checkpointing, rank.architecture.layers
+    checkpointed = -(-layers // every) if every else 0
+    return (layers - checkpointed) * _block_bytes(rank) + checkpointed * rank.hidden_bytes
+
+
+LOSS_COPIES = 3
+"""Tensors of the logits' size: the log-softmax, its gradient and that of the logits."""
+
+
+def _loss_width(rank: _Rank) -> int:
+    """Bytes of an element in the loss: transformers takes causal models' loss in fp32."""
+    return rank.width if rank.architecture.is_masked else 4
+
+
+def _logit_bytes(rank: _Rank) -> float:
+    """Bytes of logits and their gradients."""
+    each = rank.constants.logit_bytes or LOSS_COPIES * _loss_width(rank)
+    logits = rank.batch_tokens * rank.architecture.vocabulary * each
+    if rank.config.loss_computation == "default":
+        return logits
+    # Those of a piece, and the sum of the pieces' gradients of the projection.
+    return logits / LOSS_CHUNKS + rank.width * rank.architecture.vocabulary * rank.architecture.hidden
+
+
+# The optimizer step.
+
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""ZeRO-3's optimizer takes so many at once (`sub_group_size`)."""
+
+
+def _step_transient_bytes(rank: _Rank) -> float:
+    """Bytes of gradients and their copies in the optimizer step."""
+    share = rank.offloaded_share
+    # On the way to the host: the gradients, and the bucket through which they go.
+    on_their_way = rank.width * (rank.shard + rank.bucket_elements) if share else 0.0
+    return share * on_their_way + (1 - share) * _device_transient_bytes(rank)
+
+
+def _device_transient_bytes(rank: _Rank) -> float:
+    """Bytes of gradients and their copies where the optimizer is on the device."""
+    width = rank.width
+    if rank.stage == 0:
+        # In fp32 plain torch Adam steps in place. Else the gradients, their fp32 copies, and these flattened.
+        return width * rank.count + (0 if rank.dtype == "fp32" else 4 + 4) * rank.count
+    if rank.stage < 3:
+        return (2 * width + 4) * rank.shard  # averaged gradients, flattened, in fp32
+    # The gradients; those of one group flattened, and in fp32.
+    copies = 4 if rank.dtype == "fp32" else width + 4
+    return width * rank.shard + copies * min(rank.shard, SUB_GROUP_ELEMENTS) + width * rank.bucket_elements
+
+
+# Large tensors, for which an allocator needs large free pieces.
+
+
+def _large_bytes_in_backward(rank: _Rank) -> float:
+    """Bytes of the logits in the loss's precision, and of the bucket in which gradients are reduced."""
+    logits: float = rank.batch_tokens * rank.architecture.vocabulary * _loss_width(rank)
+    if rank.config.loss_computation != "default":
+        logits /= LOSS_CHUNKS
+    return logits + (rank.width * rank.bucket_elements if rank.stage >= 1 else 0.0)
+
+
+def _large_bytes_in_step(rank: _Rank) -> float:
+    """Bytes of the largest module's gradient, and of the fp32 gradients that an optimizer flattens."""
+    flattened = 4.0 * min(rank.shard, SUB_GROUP_ELEMENTS)
+    if rank.stage == 0:
+        flattened = 0.0 if rank.dtype == "fp32" else 4.0 * rank.count  # plain torch Adam flattens nothing
+    return rank.width * rank.largest_module + (1 - rank.offloaded_share) * flattened

@@ -1,9 +1,8 @@
 """Predicted peaks corrected by measurements, and what is lost to fragments: which configurations fit.
 
-The predicted parts of a peak (states, activations) each carry a factor, so that two measurements tell the slope of
-every micro-batch size. Two answers to how far the formulas are to be trusted are kept side by side, each weighed by how
-well it explains what ran and what ran out (Bayesian model averaging). A run out of memory says only that a peak and
-what was lost beside it are together above the capacity: it enters as the Gaussian with the moments of the truncated one
+The errors of a peak's parts (states, activations) are a Gaussian process over the configurations, so that two
+measurements tell the slope of every micro-batch size. A run out of memory says only that a peak and what was lost to
+fragments are together above the capacity: it enters as the Gaussian with the moments of the truncated one
 (assumed-density filtering, Minka 2001).
 """
 
@@ -18,7 +17,6 @@ import numpy.typing as npt
 from ds_tune.objectives.cost_model.calibration import Observation
 from ds_tune.objectives.cost_model.gaussian_process import (
     Kernel,
-    Posterior,
     Rows,
     condition,
     normal_cdf,
@@ -31,118 +29,72 @@ from ds_tune.objectives.cost_model.model import Floats, Grid
 MEMORY_NOISE = 0.008
 """Relative standard deviation of a measured peak about a smooth function."""
 
+COMMON_ERROR = 0.06
+"""Relative standard deviation of all peaks together. This and the next have the variances of two priors in one: the
+formulas off by about 2%, as on all machines so far (70%), or by about 10% (30%)."""
+STATES_ERROR = 0.02
+"""Relative standard deviation of the states' bytes."""
+STAGE_ERROR = 0.02
+"""Relative standard deviation of the states' bytes under one ZeRO stage."""
+ACTIVATIONS_ERROR = 0.07
+"""Relative standard deviation of the activations' bytes."""
+KNOBS_ERROR = 0.06
+"""Relative standard deviation of the activations' bytes under one combination of the other knobs."""
+FIXED_ERROR_BYTES = 0.4e9
+"""Standard deviation of what every configuration has."""
+
 LOST_SHARE = 0.65
-"""Of `Grid.large_bytes`, lost to fragments: those few tensors find no free piece that is large enough, though there is
-enough in all. From 20 configurations on an H100 that were run under ever smaller caps:
-docs/log/2026-11-26-memory-fragments.md."""
-LOST_SHARE_SPREAD = 0.15
-"""How far that may be off on a machine with a model: the same for all of a study, so that it is learned."""
-OWN_LOST_SHARE_SPREAD = 0.3
-"""How far a single configuration differs from that: of two with the same peak one may fit."""
+"""Fraction of `Grid.large_bytes` lost to fragments: those few tensors find no free piece that is large enough, though
+there is enough in all. From 20 configurations on an H100 that were run under ever smaller caps (docs/cost-model.md)."""
+LOST_SHARE_DEVIATION = 0.34
+"""Standard deviation of that fraction: of two configurations with the same peak one may fit."""
 
 SMALL_FRAGMENTS = 0.005
-"""Of the capacity, lost to all other tensors, give or take as much."""
-
-BELIEVED = 1e-3
-"""An answer of less weight has been refuted."""
+"""Fraction of the capacity lost to all other tensors, give or take as much."""
 
 _NORMAL = NormalDist()
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryTrust:
-    """One answer to how far the formulas of memory may be off: relative standard deviations."""
+def usable_bytes(for_tensors_bytes: float, large_bytes: Floats | float) -> Floats:
+    """Largest peaks that are expected to fit, of configurations whose large tensors have so many bytes.
 
-    prior_weight: float
-    common: float
-    states: float
-    stage: float
-    activations: float
-    knobs: float
-    """Of the activations under one combination of the other knobs."""
-    fixed_bytes: float
+    Args:
+        for_tensors_bytes: the capacity less what tensors cannot have (`Hardware.outside_bytes`).
+    """
+    return np.asarray((1 - SMALL_FRAGMENTS) * for_tensors_bytes - LOST_SHARE * large_bytes)
 
 
-PEAK_ERROR_PRIORS = (
-    MemoryTrust(prior_weight=0.7, common=0.015, states=0.01, stage=0.01, activations=0.02, knobs=0.02,
-                fixed_bytes=0.2e9),
-    MemoryTrust(prior_weight=0.3, common=0.08, states=0.03, stage=0.03, activations=0.12, knobs=0.10,
-                fixed_bytes=0.7e9),
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fragments:
-    """What is believed to be lost to fragments: a share of a configuration's large tensors."""
-
-    for_tensors_bytes: float
-    """The capacity less what tensors cannot have (`Hardware.outside_bytes`)."""
-    share: float = LOST_SHARE
-    variance: float = LOST_SHARE_SPREAD**2
-    """Of what all configurations have in common."""
-
-    def usable_bytes(self, large_bytes: Floats | float) -> Floats:
-        """What the peaks of configurations can be whose large tensors have so many bytes."""
-        return np.asarray((1 - SMALL_FRAGMENTS) * self.for_tensors_bytes - self.share * large_bytes)
-
-    def deviation_bytes(self, large_bytes: Floats | float) -> Floats:
-        """How far each of them may differ from that."""
-        share = math.sqrt(self.variance + OWN_LOST_SHARE_SPREAD**2)
-        return np.hypot(share * large_bytes, SMALL_FRAGMENTS * self.for_tensors_bytes)
-
-    def given(self, share: float, variance: float) -> "Fragments":
-        """After one configuration was seen to lose this share, give or take that variance."""
-        gain = self.variance / (self.variance + variance + OWN_LOST_SHARE_SPREAD**2)
-        return dataclasses.replace(
-            self, share=self.share + gain * (share - self.share), variance=self.variance * (1 - gain)
-        )
-
-    def given_fits(self, peak_bytes: float, large_bytes: float) -> "Fragments":
-        """After one configuration ran with this peak: it lost no more than the rest."""
-        room = (1 - SMALL_FRAGMENTS) * self.for_tensors_bytes - peak_bytes
-        site = _gaussian_of_excess(-self.share, self.variance + OWN_LOST_SHARE_SPREAD**2, -max(room, 0.0) / large_bytes)
-        return self if site is None else self.given(-site[0], site[1])
+def usable_deviation_bytes(for_tensors_bytes: float, large_bytes: Floats | float) -> Floats:
+    """Standard deviations of the usable bytes."""
+    return np.hypot(LOST_SHARE_DEVIATION * large_bytes, SMALL_FRAGMENTS * for_tensors_bytes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryPosterior:
-    """Predicted peaks under each `MemoryTrust`; all arrays have a column for each configuration of the grid."""
+    """Predicted peaks; all arrays have an element for each configuration of the grid."""
 
-    weights: Floats
-    means: Floats
-    """Bytes: (answers, configurations), likewise below."""
-    deviations: Floats
-    fragments: tuple[Fragments, ...]
-    """By each answer."""
+    mean_bytes: Floats
+    deviation_bytes: Floats
     large_bytes: Floats
     capacity_bytes: float
-
-    @property
-    def mean_bytes(self) -> Floats:
-        return np.asarray(self.weights @ self.means)
-
-    @property
-    def deviation_bytes(self) -> Floats:
-        spread = self.deviations**2 + (self.means - self.mean_bytes) ** 2
-        return np.sqrt(self.weights @ spread)
+    for_tensors_bytes: float
+    ran_out: Rows
+    """Configurations that did run out of memory."""
 
     @property
     def fits(self) -> Floats:
         """Probability that each runs without running out of memory."""
-        found = np.zeros(self.means.shape[1])
-        for weight, mean, deviation, lost in zip(
-            self.weights, self.means, self.deviations, self.fragments, strict=True
-        ):
-            spread = np.hypot(deviation, lost.deviation_bytes(self.large_bytes))
-            found += weight * normal_cdf((lost.usable_bytes(self.large_bytes) - mean) / spread)
-        return np.minimum(found, 1.0)  # weights add up to 1 but for rounding
+        room = usable_bytes(self.for_tensors_bytes, self.large_bytes) - self.mean_bytes
+        spread = np.hypot(self.deviation_bytes, usable_deviation_bytes(self.for_tensors_bytes, self.large_bytes))
+        found = normal_cdf(room / spread)
+        found[self.ran_out] = 0.0
+        return found
 
     @property
     def certainly_too_large(self) -> npt.NDArray[np.bool_]:
-        """Which cannot fit, whatever an allocator does: 5% above the capacity and four deviations, by all answers."""
-        over = self.means - self.capacity_bytes
-        by_each = over > np.maximum(0.05 * self.capacity_bytes, 4 * self.deviations)
-        return np.asarray(by_each[self.weights > BELIEVED].all(axis=0))
+        """Configurations that cannot fit, whatever an allocator does: 5% above the capacity and four deviations."""
+        over = self.mean_bytes - self.capacity_bytes
+        return np.asarray(over > np.maximum(0.05 * self.capacity_bytes, 4 * self.deviation_bytes))
 
 
 def calibrate_memory(
@@ -154,57 +106,31 @@ def calibrate_memory(
         capacity_bytes: of a rank, after any cap.
         outside_bytes: of these, what tensors cannot have.
     """
-    answers = [
-        _answer(grid, observations, Fragments(capacity_bytes - outside_bytes), each) for each in PEAK_ERROR_PRIORS
-    ]
-    evidences = np.array(
-        [
-            math.log(each.prior_weight) + evidence
-            for each, (_, _, evidence) in zip(PEAK_ERROR_PRIORS, answers, strict=True)
-        ]
-    )
-    relative = np.exp(evidences - evidences.max())
-    noise = (MEMORY_NOISE * grid.peak_bytes) ** 2
-    return MemoryPosterior(
-        weights=relative / relative.sum(),
-        means=np.array([grid.peak_bytes + process.mean for process, _, _ in answers]),
-        deviations=np.sqrt([process.variances + noise for process, _, _ in answers]),
-        fragments=tuple(fragments for _, fragments, _ in answers),
-        large_bytes=grid.large_bytes,
-        capacity_bytes=capacity_bytes,
-    )
-
-
-def _answer(
-    grid: Grid, observations: Sequence[Observation], fragments: Fragments, trust: MemoryTrust
-) -> tuple[Posterior, Fragments, float]:
-    """The errors of the peaks, what is lost, and the logarithm of how well it explains the observations."""
-    kernel = _kernel(grid, trust)
+    kernel, for_tensors_bytes = _kernel(grid), capacity_bytes - outside_bytes
     measured = [each for each in observations if each.peak_bytes is not None]
     rows = np.array([each.row for each in measured], dtype=int)
     peaks = np.array([each.peak_bytes for each in measured], dtype=float)
     residuals, noise = peaks - grid.peak_bytes[rows], (MEMORY_NOISE * peaks) ** 2
-    evidence = condition(kernel, rows, residuals, noise).log_evidence
-    for each in measured:
-        if each.from_this_study:  # an earlier study may have had more memory
-            fragments = fragments.given_fits(float(each.peak_bytes or 0), float(grid.large_bytes[each.row]))
-    for each in observations:
-        if not each.ran_out:
-            continue
-        # Its peak and its fragments together were above what there is; what each of the two learns from that leaves
-        # out what the other did not know.
-        large = float(grid.large_bytes[each.row])
-        mean, variance = posterior_at(kernel, each.row, rows, residuals, noise)
-        limit = float(fragments.usable_bytes(large)) - grid.peak_bytes[each.row]
-        lost = float(fragments.deviation_bytes(large)) ** 2
-        evidence += _log_probability_above((limit - mean) / math.sqrt(variance + lost))
-        site = _gaussian_of_excess(mean, variance + lost, limit)
-        if site is not None:
-            value, doubt = site
-            rows = np.append(rows, each.row)
-            residuals, noise = np.append(residuals, value), np.append(noise, doubt + lost)
-            fragments = fragments.given(fragments.share + (value - mean) / large, (doubt + variance) / large**2)
-    return condition(kernel, rows, residuals, noise), fragments, evidence
+    ran_out = np.array([each.row for each in observations if each.ran_out], dtype=int)
+    for row in ran_out:
+        large = float(grid.large_bytes[row])
+        mean, variance = posterior_at(kernel, row, rows, residuals, noise)
+        limit = float(usable_bytes(for_tensors_bytes, large)) - grid.peak_bytes[row]
+        lost_variance = float(usable_deviation_bytes(for_tensors_bytes, large)) ** 2
+        # Its peak and its fragments together were above what there is; the peak learns what fragments leave to it.
+        excess = _gaussian_of_excess(mean, variance + lost_variance, limit)
+        if excess is not None:
+            rows = np.append(rows, row)
+            residuals, noise = np.append(residuals, excess[0]), np.append(noise, excess[1] + lost_variance)
+    process = condition(kernel, rows, residuals, noise)
+    return MemoryPosterior(
+        mean_bytes=grid.peak_bytes + process.mean,
+        deviation_bytes=np.sqrt(process.variances + (MEMORY_NOISE * grid.peak_bytes) ** 2),
+        large_bytes=grid.large_bytes,
+        capacity_bytes=capacity_bytes,
+        for_tensors_bytes=for_tensors_bytes,
+        ran_out=ran_out,
+    )
 
 
 def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[float, float] | None:
@@ -224,29 +150,21 @@ def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[flo
     return (truncated_mean / truncated_variance - mean / variance) / precision, 1 / precision
 
 
-def _log_probability_above(deviations: float) -> float:
-    """The logarithm of the probability that a standard normal variable is above this."""
-    if deviations > 6:
-        return -0.5 * deviations**2 - math.log(deviations * math.sqrt(2 * math.pi))
-    return math.log(1 - _NORMAL.cdf(deviations))
-
-
-def _kernel(grid: Grid, trust: MemoryTrust) -> Kernel:
+def _kernel(grid: Grid) -> Kernel:
     def between(one: Rows, other: Rows) -> Floats:
         states = outer(grid.states_bytes, one, other)
         activations = outer(grid.activation_bytes, one, other)
-        peaks = outer(grid.peak_bytes, one, other)
         return np.asarray(
-            trust.common**2 * peaks
-            + states * (trust.states**2 + trust.stage**2 * same(grid.stage, one, other))
-            + activations * (trust.activations**2 + trust.knobs**2 * same(grid.knobs, one, other))
-            + trust.fixed_bytes**2
+            COMMON_ERROR**2 * outer(grid.peak_bytes, one, other)
+            + states * (STATES_ERROR**2 + STAGE_ERROR**2 * same(grid.stage, one, other))
+            + activations * (ACTIVATIONS_ERROR**2 + KNOBS_ERROR**2 * same(grid.knobs, one, other))
+            + FIXED_ERROR_BYTES**2
         )
 
     variances = (
-        (trust.common * grid.peak_bytes) ** 2
-        + (trust.states**2 + trust.stage**2) * grid.states_bytes**2
-        + (trust.activations**2 + trust.knobs**2) * grid.activation_bytes**2
-        + trust.fixed_bytes**2
+        (COMMON_ERROR * grid.peak_bytes) ** 2
+        + (STATES_ERROR**2 + STAGE_ERROR**2) * grid.states_bytes**2
+        + (ACTIVATIONS_ERROR**2 + KNOBS_ERROR**2) * grid.activation_bytes**2
+        + FIXED_ERROR_BYTES**2
     )
     return Kernel(between, variances)

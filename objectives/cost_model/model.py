@@ -14,7 +14,8 @@ from ds_tune.objectives.cost_model.memory import (
     MemoryEstimate,
     predict_memory,
 )
-from ds_tune.objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
+from ds_tune.objectives.cost_model.step_time import StepEstimate, predict_step
 from ds_tune.objectives.ds_config import CPU_BUCKET_ELEMENTS
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.trial import TrialConfig

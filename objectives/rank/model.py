@@ -129,12 +129,13 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def flops_per_sample(config: transformers.PretrainedConfig, parameters: int, seq_len: int) -> float:
-    """Model FLOPs of one sample's forward and backward pass: seq_len × (6N + 12·L·h·s).
+    """Model FLOPs of one sample's forward and backward pass, as `Architecture.flops_per_sample` has them.
 
-    Chowdhery et al. 2022 (PaLM), appendix B; the attention term is left out where the configuration does not
-    say its layers and width.
+    The attention term is left out where the configuration does not say its layers and width.
     """
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", 0) or 0
     hidden = getattr(text, "hidden_size", 0) or 0
-    return float(seq_len * (6 * parameters + 12 * layers * hidden * seq_len))
+    heads = getattr(text, "num_attention_heads", 0) or 1
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    return float(seq_len * (6 * parameters + 12 * layers * heads * head_dim * seq_len))

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 
-from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "benchmarks" / "data"
-CLAIMS = (ROOT / "docs" / "cost-model.md").read_text()
+CLAIMS = (ROOT / "benchmarks" / "results" / "cost-model.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,16 @@ def test_a_block_has_as_many_matrices_as_the_real_models(model_type: str) -> Non
     assert counted.block_matrices == len(first)
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_flops_of_a_sample_are_those_that_a_rank_computes_of_the_real_model(model_type: str) -> None:
+    from ds_tune.objectives.rank.model import flops_per_sample
+
+    fields = SMALL[model_type]
+    counted = architecture_from_config({"model_type": model_type, **fields}, model_type)
+    real = real_model(model_type, fields)
+    assert counted.flops_per_sample(32) == flops_per_sample(real.config, real.num_parameters(), 32)
+
+
 @pytest.mark.parametrize("model", SHIPPED_MODELS)
 def test_the_shipped_models_are_counted_exactly(model: str) -> None:
     fields = dict(SHIPPED_MODELS[model])

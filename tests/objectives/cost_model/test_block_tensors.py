@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ds_tune.objectives.cost_model.architecture import architecture_from_config
-from ds_tune.objectives.cost_model.memory import tensors_of_a_block
+from ds_tune.objectives.cost_model.block_tensors import tensors_of_a_block
 
 SEQ_LEN, HIDDEN = 64, 128
 WIDTH = 2

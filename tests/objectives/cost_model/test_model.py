@@ -13,7 +13,7 @@ import pytest
 from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
 from ds_tune.objectives.cost_model.memory import MemoryConstants
 from ds_tune.objectives.cost_model.model import CostModel, grid_of
-from ds_tune.objectives.cost_model.step_time import StepConstants
+from ds_tune.objectives.cost_model.step_inputs import StepConstants
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.recorded.recording import read_recording
@@ -23,7 +23,7 @@ from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 SCRIPT = ROOT / "benchmarks" / "published.py"
-CLAIMS = ROOT / "docs" / "cost-model.md"
+CLAIMS = ROOT / "benchmarks" / "results" / "cost-model.md"
 
 XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 GPT2_ROWS = ("GPT2", "GPT2-medium", "GPT2-large", "GPT2-xl")

@@ -1,14 +1,14 @@
 """The formulas alone beside everything that was recorded on GPUs and committed: studies and surfaces."""
 
+import importlib
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
+from ds_tune.objectives.cost_model.calibration import Observation
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import calibrate_memory
 from ds_tune.objectives.cost_model.model import CostModel, Prediction, grid_of
@@ -22,7 +22,7 @@ STUDIES = sorted((ROOT / "benchmarks" / "data" / "studies").glob("*.json"))
 SURFACES = [
     path for folder in (".", "models") for path in sorted((ROOT / "benchmarks" / "data" / folder).glob("*.jsonl"))
 ]
-CLAIMS = " ".join((ROOT / "docs" / "cost-model.md").read_text().split())
+CLAIMS = " ".join((ROOT / "benchmarks" / "results" / "cost-model.md").read_text().split())
 
 LARGE_MICRO_BATCH = 6
 
@@ -75,22 +75,8 @@ def test_peaks_of_a_surface_are_as_near_as_the_documentation_says(path: Path, mo
 def test_intervals_hold_what_is_then_measured_on_every_surface(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """95% intervals of what nine trials left open, over 20 random searches."""
     monkeypatch.chdir(ROOT)
-    surface = read_recording(path)
-    configs = [config for config, outcome in surface.outcomes.items() if isinstance(outcome, Measurement)]
-    grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
-    capacity_bytes = float(surface.machine.capacity_bytes)
-    observations = [
-        observation
-        for row, config in enumerate(configs)
-        if (observation := observation_of(row, surface.outcomes[config], capacity_bytes)) is not None
-    ]
-    held = []
-    for seed in range(20):
-        order = np.random.default_rng(seed).permutation(len(configs))
-        rates = calibrate_rates(grid, [observations[row] for row in order[:9]])
-        for row in order[9:]:
-            held.append(abs((observations[row].log_rate or 0.0) - rates.mean[row]) < 1.96 * rates.deviation[row])
-    assert 0.87 < np.mean(held) < 0.99
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert 0.87 < importlib.import_module("rate_model").coverage(path, 20) < 0.99
 
 
 def test_rates_are_as_near_as_the_documentation_says_where_compute_decides(
@@ -130,8 +116,8 @@ def test_what_ran_out_of_an_uncapped_device_was_seen_to_be_less_likely_to_fit_th
                 continue
             if is_near:
                 (ran_out if observations[-1].ran_out else ran).append(memory.fits[row])
-    assert (len(ran), min(ran)) == (36, pytest.approx(0.73, abs=0.01))
-    assert sorted(ran_out) == pytest.approx([0.15, 0.81, 0.93], abs=0.01)
+    assert (len(ran), min(ran)) == (36, pytest.approx(0.71, abs=0.01))
+    assert sorted(ran_out) == pytest.approx([0.15, 0.77, 0.92], abs=0.01)
 
 
 def test_what_ran_was_never_held_for_certain_not_to_fit(

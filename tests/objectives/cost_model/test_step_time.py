@@ -8,7 +8,8 @@ import pytest
 
 from ds_tune.objectives.cost_model.architecture import Architecture, architecture_from_config
 from ds_tune.objectives.cost_model.hardware import CATALOGUE, parse_hardware
-from ds_tune.objectives.cost_model.step_time import StepConstants, StepEstimate, predict_step
+from ds_tune.objectives.cost_model.launch_time import CHECKPOINT_SECONDS, ZERO3_GATHER_SECONDS, ZERO3_MATRIX_SECONDS
+from ds_tune.objectives.cost_model.step_time import StepEstimate, predict_step
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS
 
@@ -73,11 +74,10 @@ def test_zero_3_launches_longest() -> None:
 
 
 def test_zero_3_launches_longer_the_more_matrices_a_block_has_and_where_there_are_peers() -> None:
-    constants = StepConstants()
     launches = {ranks: [estimate(stage, on=f"{ranks}xH200").launch for stage in (0, 3)] for ranks in (1, 2, 8)}
     alone, of_two, of_eight = (hooked - plain for plain, hooked in launches.values())
-    assert alone == pytest.approx(XL.layers * 4 * constants.zero3_matrix_seconds)
-    assert of_two - alone == pytest.approx(XL.layers * 4 * constants.zero3_gather_seconds)
+    assert alone == pytest.approx(XL.layers * 4 * ZERO3_MATRIX_SECONDS)
+    assert of_two - alone == pytest.approx(XL.layers * 4 * ZERO3_GATHER_SECONDS)
     assert of_eight == of_two
     gated = dataclasses.replace(XL, model_type="llama", gated_mlp=True)
     assert estimate(3, of=gated).launch - estimate(0).launch == pytest.approx(7 / 4 * alone)
@@ -149,7 +149,7 @@ def test_checkpointing_runs_the_blocks_forward_pass_again(every: int, factor: fl
     plain, recomputed = estimate(1, 32), estimate(1, 32, every=every)
     # The projection to the vocabulary is 5% of the FLOPs.
     assert 1 + 0.95 * (factor - 1) < recomputed.compute / plain.compute < factor
-    again = StepConstants().checkpoint_seconds / every
+    again = CHECKPOINT_SECONDS / every
     assert recomputed.launch == pytest.approx(factor * plain.launch + XL.layers * again)
     assert (recomputed.optimizer, recomputed.communication) == (plain.optimizer, plain.communication)
 
