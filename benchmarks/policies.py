@@ -11,6 +11,7 @@ import optuna
 from ds_tune.objectives.cost_model.calibration import Observation, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.cost_model.prior import FlatPrior
 from ds_tune.objectives.recorded.recording import Recording
 from ds_tune.objectives.trial import Measurement, Outcome, TrialConfig
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
@@ -47,9 +48,11 @@ class Ours:
         shuffled: bool = False,
         memory_factor: float = 1.0,
         stops: bool = False,
+        flat: bool = False,
     ) -> None:
-        model = CostModel(surface.workload, hardware_of(surface.machine))
-        self._proposer = Proposer(model, space.legal)
+        hardware = hardware_of(surface.machine)
+        prior = FlatPrior(hardware) if flat else CostModel(surface.workload, hardware)
+        self._proposer = Proposer(prior, space.legal)
         self._random = np.random.default_rng(seed)
         self._capacity = float(surface.machine.capacity_bytes)
         self._stops = stops
@@ -228,6 +231,7 @@ def _best_predicted(surface: Recording, space: Space, count: int) -> list[TrialC
 
 MAKERS: dict[str, Callable[[Recording, Space, int], Policy]] = {
     "ours": lambda surface, space, seed: Ours(surface, space, seed),
+    "ours-flat": lambda surface, space, seed: Ours(surface, space, seed, flat=True),
     "ours-stops": lambda surface, space, seed: Ours(surface, space, seed, stops=True),
     "ours-shuffled": lambda surface, space, seed: Ours(surface, space, seed, shuffled=True),
     "ours-high": lambda surface, space, seed: Ours(surface, space, seed, memory_factor=1.3),

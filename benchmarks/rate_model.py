@@ -23,7 +23,7 @@ from scipy.optimize import least_squares
 
 from ds_tune.objectives.cost_model.calibration import calibrate_rates, observation_of
 from ds_tune.objectives.cost_model.hardware import hardware_of
-from ds_tune.objectives.cost_model.model import CostModel, grid_of
+from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.step_inputs import StepConstants
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.recorded.recording import read_recording
@@ -115,7 +115,7 @@ def coverage(path: Path, seeds: int, *, trials: int = 9) -> float:
     """Fraction of the rates that random searches of some trials left open which lie inside their 95% interval."""
     surface = read_recording(path)
     configs = [config for config, outcome in surface.outcomes.items() if isinstance(outcome, Measurement)]
-    grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
+    grid = CostModel(surface.workload, hardware_of(surface.machine)).grid(configs)
     capacity_bytes = float(surface.machine.capacity_bytes)
     observations = [
         observation

@@ -12,9 +12,10 @@ benchmarks/results/searches.md keeps the table of the last full run.
 `--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less what it loses to fragments, counts
 as out of memory: of its large tensors the share that least_memory.py measured of that model, in the median.
 docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is expected to gain
-0.3%; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high` and `ours-low` its predicted bytes 30%
-off: what a wrong prior costs. `oracle` knows the surface: what it loses, the noise takes from every policy. Each begins
-with the baselines until one fits; `ours` leaves out what cannot, as the study's loop does.
+0.3%; `ours-flat` knows nothing of the model; `ours-shuffled` has its predicted speeds dealt out at random, `ours-
+high` and `ours-low` its predicted bytes 30% off: what a wrong prior costs. `oracle` knows the surface: what it loses,
+the noise takes from every policy. Each begins with the baselines until one fits; `ours` leaves out what cannot, as
+the study's loop does.
 """
 
 import argparse

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from ds_tune.objectives.cost_model.calibration import Observation, RatePosterior, calibrate_rates
 from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
 from ds_tune.objectives.cost_model.gaussian_process import normal_cdf
+from ds_tune.objectives.cost_model.grid import Floats
 from ds_tune.objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
-from ds_tune.objectives.cost_model.model import CostModel, Floats, grid_of
+from ds_tune.objectives.cost_model.prior import Prior
 from ds_tune.objectives.timing.step_parts import FEWEST_MICRO_STEPS
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import TrialConfig
@@ -81,7 +82,7 @@ class Proposer:
 
     def __init__(
         self,
-        model: CostModel,
+        prior: Prior,
         configs: Sequence[TrialConfig],
         *,
         known: Sequence[TrialConfig] = (),
@@ -92,16 +93,17 @@ class Proposer:
             configs: what may be proposed.
             known: what else there are observations of.
         """
+        self._prior = prior
         self._proposable = len(configs)
         proposable = set(configs)
         configs = [*configs, *(config for config in dict.fromkeys(known) if config not in proposable)]
-        self.grid = grid_of(model, configs)
+        self.grid = prior.grid(configs)
         self._row = {config: row for row, config in enumerate(self.grid.configs)}
-        self._capacity_bytes = float(model.hardware.capacity_bytes)
-        self._outside_bytes = model.hardware.outside_bytes
+        self._capacity_bytes = float(prior.hardware.capacity_bytes)
+        self._outside_bytes = prior.hardware.outside_bytes
         self._twins = _twins(self.grid.configs)
-        self._ranks = model.hardware.ranks
-        self._seconds = _trial_seconds(self.grid.log_rate, configs, model.hardware.ranks, plan or StepPlan())
+        self._ranks = prior.hardware.ranks
+        self._seconds = _trial_seconds(self.grid.log_rate, configs, prior.hardware.ranks, plan or StepPlan())
 
     def row(self, config: TrialConfig) -> int | None:
         """Where a configuration stands in the grid; None if it is not in the space."""
@@ -110,8 +112,14 @@ class Proposer:
     def beliefs(self, observations: Sequence[Observation]) -> tuple[RatePosterior, MemoryPosterior]:
         """What is believed after these observations, of the whole grid."""
         return (
-            calibrate_rates(self.grid, observations),
-            calibrate_memory(self.grid, observations, self._capacity_bytes, outside_bytes=self._outside_bytes),
+            calibrate_rates(self.grid, observations, self._prior.error_priors),
+            calibrate_memory(
+                self.grid,
+                observations,
+                self._capacity_bytes,
+                outside_bytes=self._outside_bytes,
+                errors=self._prior.memory_errors,
+            ),
         )
 
     def propose(

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ds_tune.objectives.cost_model.calibration import Observation, observation_of
 from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
-from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.cost_model.prior import Prior
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.storage.attributes import record_of
 from ds_tune.storage.records import TrialRecord
@@ -87,15 +87,15 @@ class SpaceSampler(optuna.samplers.BaseSampler):
 class CostModelSampler(SpaceSampler):
     """Expected improvement × probability of fitting, on the cost model as the study's trials have corrected it."""
 
-    def __init__(self, space: Space, seed: int, model: CostModel) -> None:
+    def __init__(self, space: Space, seed: int, prior: Prior) -> None:
         super().__init__(space, seed)
-        self._model = model
-        self.proposer = Proposer(model, space.legal)
+        self._prior = prior
+        self.proposer = Proposer(prior, space.legal)
         self._earlier: list[Observation] = []
 
     def learn_from(self, records: Sequence[TrialRecord]) -> None:
         """Takes trials of earlier studies into account, with a little more doubt than the study's own."""
-        self.proposer = Proposer(self._model, self._space.legal, known=[record.config for record in records])
+        self.proposer = Proposer(self._prior, self._space.legal, known=[record.config for record in records])
         self._earlier = []
         for record in records:
             row = self.proposer.row(record.config)
@@ -116,9 +116,10 @@ class CostModelSampler(SpaceSampler):
         return self.proposer.propose(self.observations(trials), self._taken(trials), self._random(number))
 
     def forecast(self, config: TrialConfig, trials: Sequence[FrozenTrial]) -> Forecast | None:
-        """Prediction for a configuration after these trials; None for one that is not of the space."""
+        """Prediction for a configuration after these trials; None for one that is not of the space, and
+        where nothing was predicted."""
         row = self.proposer.row(config)
-        if row is None:
+        if row is None or not self._prior.predicts:
             return None
         return self.proposer.forecast(row, *self.proposer.beliefs(self.observations(trials)))
 
@@ -232,15 +233,15 @@ SAMPLERS: dict[str, Callable[[Space, int], SpaceSampler]] = {
 OWN = "cost-model"
 
 
-def make_sampler(name: str, space: Space, seed: int, model: CostModel | None) -> SpaceSampler:
+def make_sampler(name: str, space: Space, seed: int, prior: Prior | None) -> SpaceSampler:
     """The sampler of that name.
 
     Args:
-        model: needed by ds-tune's own sampler alone.
+        prior: needed by ds-tune's own sampler alone.
     """
     if name == OWN:
-        assert model is not None
-        return CostModelSampler(space, seed, model)
+        assert prior is not None
+        return CostModelSampler(space, seed, prior)
     return SAMPLERS[name](space, seed)
 
 

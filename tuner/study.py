@@ -9,6 +9,7 @@ import optuna
 
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.model import CostModel
+from ds_tune.objectives.cost_model.prior import FlatPrior, Prior
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import software_versions
 from ds_tune.objectives.objective import Objective
@@ -30,8 +31,6 @@ from ds_tune.tuner.stopping import StopSignals
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
 
-WITHOUT_MODEL = "tpe"
-"""The sampler for a model that the cost model cannot know."""
 
 OBJECTIVE = "samples_per_second, end to end"
 
@@ -244,15 +243,17 @@ def run_study(spec: StudySpec, observer: Observer, stop: StopSignals) -> StudySu
 
 
 def _sampler_of(spec: StudySpec, notice: Callable[[str], None]) -> SpaceSampler:
-    """The sampler asked for; a model whose sizes are not known is searched without the cost model."""
+    """The sampler asked for; of a model whose sizes are not known it believes nothing yet."""
     request, backend = spec.request, spec.backend
     if request.sampler == OWN:
+        hardware = hardware_of(backend.machine)
+        prior: Prior
         try:
-            model = CostModel(backend.workload, hardware_of(backend.machine))
-            return make_sampler(OWN, spec.space, request.seed, model)
+            prior = CostModel(backend.workload, hardware)
         except UsageError as error:
-            notice(f"Searching without a cost model (`sampler={WITHOUT_MODEL}`): {error}")
-            return make_sampler(WITHOUT_MODEL, spec.space, request.seed, None)
+            notice(f"Searching without predictions: {error}")
+            prior = FlatPrior(hardware)
+        return make_sampler(OWN, spec.space, request.seed, prior)
     return make_sampler(request.sampler, spec.space, request.seed, None)
 
 

@@ -20,7 +20,8 @@ from ds_tune.objectives.cost_model.gaussian_process import (
     same,
     smooth,
 )
-from ds_tune.objectives.cost_model.model import Floats, Grid
+from ds_tune.objectives.cost_model.grid import Floats, Grid
+from ds_tune.objectives.cost_model.prior import ERROR_PRIORS, ErrorPrior
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome
 
 TRIAL_NOISE = 0.01
@@ -81,37 +82,6 @@ def observation_of(row: int, outcome: Outcome, capacity_bytes: float) -> Observa
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ErrorPrior:
-    """One answer to how far the formulas of speed may be off: standard deviations of log(measured / predicted)."""
-
-    prior_weight: float
-    slope: float
-    """1 to start from the predicted rates, 0 to start from nothing."""
-    common: float
-    stage: float
-    knobs: float
-    launch: float
-    """Of the seconds of launching kernels, relative to their prediction. Where they decide, rates on nine machines with
-    their models were off by 6 to 32% in the median (benchmarks/rate_model.py)."""
-    parts: float
-    """The same of the communication and optimizer seconds each."""
-    micro_batch: float
-    accumulation: float
-    interaction: float
-    """Of what the parts above cannot explain."""
-
-
-ERROR_PRIORS = (
-    ErrorPrior(prior_weight=0.6, slope=1.0, common=0.4, stage=0.06, knobs=0.06, launch=0.25, parts=0.5,
-          micro_batch=0.05, accumulation=0.03, interaction=0.02),
-    ErrorPrior(prior_weight=0.3, slope=1.0, common=0.8, stage=0.20, knobs=0.20, launch=0.8, parts=0.8,
-          micro_batch=0.25, accumulation=0.12, interaction=0.08),
-    ErrorPrior(prior_weight=0.1, slope=0.0, common=2.0, stage=0.35, knobs=0.25, launch=0.0, parts=0.0,
-          micro_batch=0.80, accumulation=0.50, interaction=0.20),
-)  # fmt: skip
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class RatePosterior:
     """Predicted rates under each `ErrorPrior`; all arrays have a column for each configuration of the grid."""
@@ -147,14 +117,20 @@ class RatePosterior:
         return np.concatenate(drawn)
 
 
-def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePosterior:
-    """Predicted rates of the whole grid, given what was measured of some of it."""
+def calibrate_rates(
+    grid: Grid, observations: Sequence[Observation], priors: Sequence[ErrorPrior] = ERROR_PRIORS
+) -> RatePosterior:
+    """Predicted rates of the whole grid, given what was measured of some of it.
+
+    Args:
+        priors: answers to how far the predictions may be off.
+    """
     timed = [each for each in observations if each.log_rate is not None]
     rows = np.array([each.row for each in timed], dtype=int)
     measured = np.array([each.log_rate for each in timed], dtype=float)
     noise = np.array([TRIAL_NOISE**2 + each.relative_error**2 for each in timed])
     evidences, means, posteriors = [], [], []
-    for prior in ERROR_PRIORS:
+    for prior in priors:
         # Without the formulas, what rates are about is not known but for the measurements' own level.
         level = float(np.mean(measured)) if len(rows) else float(np.mean(grid.log_rate))
         start = grid.log_rate if prior.slope else np.full(len(grid), level)
@@ -162,7 +138,7 @@ def calibrate_rates(grid: Grid, observations: Sequence[Observation]) -> RatePost
         means.append(start + process.mean)
         posteriors.append(process)
         # Before anything is measured, an answer that starts from nothing has nothing to say.
-        speaks = prior.slope or len(rows)
+        speaks = prior.slope or len(rows) or len(priors) == 1
         evidences.append(math.log(prior.prior_weight) + process.log_evidence if speaks else -math.inf)
     relative = np.exp(np.array(evidences) - max(evidences))
     deviations = np.sqrt([process.variances for process in posteriors])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ds_tune.objectives.cost_model.model import Floats
+from ds_tune.objectives.cost_model.grid import Floats
 
 Rows = npt.NDArray[np.int64]
 """Which rows of a grid."""

@@ -24,24 +24,11 @@ from ds_tune.objectives.cost_model.gaussian_process import (
     posterior_at,
     same,
 )
-from ds_tune.objectives.cost_model.model import Floats, Grid
+from ds_tune.objectives.cost_model.grid import Floats, Grid
+from ds_tune.objectives.cost_model.prior import MEMORY_ERRORS, MemoryErrors
 
 MEMORY_NOISE = 0.008
 """Relative standard deviation of a measured peak about a smooth function."""
-
-COMMON_ERROR = 0.06
-"""Relative standard deviation of all peaks together. This and the next have the variances of two priors in one: the
-formulas off by about 2%, as on all machines so far (70%), or by about 10% (30%)."""
-STATES_ERROR = 0.02
-"""Relative standard deviation of the states' bytes."""
-STAGE_ERROR = 0.02
-"""Relative standard deviation of the states' bytes under one ZeRO stage."""
-ACTIVATIONS_ERROR = 0.07
-"""Relative standard deviation of the activations' bytes."""
-KNOBS_ERROR = 0.06
-"""Relative standard deviation of the activations' bytes under one combination of the other knobs."""
-FIXED_ERROR_BYTES = 0.4e9
-"""Standard deviation of what every configuration has."""
 
 LOST_SHARE = 0.65
 """Fraction of `Grid.large_bytes` lost to fragments: those few tensors find no free piece that is large enough, though
@@ -98,15 +85,21 @@ class MemoryPosterior:
 
 
 def calibrate_memory(
-    grid: Grid, observations: Sequence[Observation], capacity_bytes: float, *, outside_bytes: float = 0.0
+    grid: Grid,
+    observations: Sequence[Observation],
+    capacity_bytes: float,
+    *,
+    outside_bytes: float = 0.0,
+    errors: MemoryErrors = MEMORY_ERRORS,
 ) -> MemoryPosterior:
     """Predicted peaks of the whole grid, given what was measured of some of it.
 
     Args:
         capacity_bytes: of a rank, after any cap.
         outside_bytes: of these, what tensors cannot have.
+        errors: how far the predictions may be off.
     """
-    kernel, for_tensors_bytes = _kernel(grid), capacity_bytes - outside_bytes
+    kernel, for_tensors_bytes = _kernel(grid, errors), capacity_bytes - outside_bytes
     measured = [each for each in observations if each.peak_bytes is not None]
     rows = np.array([each.row for each in measured], dtype=int)
     peaks = np.array([each.peak_bytes for each in measured], dtype=float)
@@ -150,21 +143,21 @@ def _gaussian_of_excess(mean: float, variance: float, limit: float) -> tuple[flo
     return (truncated_mean / truncated_variance - mean / variance) / precision, 1 / precision
 
 
-def _kernel(grid: Grid) -> Kernel:
+def _kernel(grid: Grid, errors: MemoryErrors) -> Kernel:
     def between(one: Rows, other: Rows) -> Floats:
         states = outer(grid.states_bytes, one, other)
         activations = outer(grid.activation_bytes, one, other)
         return np.asarray(
-            COMMON_ERROR**2 * outer(grid.peak_bytes, one, other)
-            + states * (STATES_ERROR**2 + STAGE_ERROR**2 * same(grid.stage, one, other))
-            + activations * (ACTIVATIONS_ERROR**2 + KNOBS_ERROR**2 * same(grid.knobs, one, other))
-            + FIXED_ERROR_BYTES**2
+            errors.common**2 * outer(grid.peak_bytes, one, other)
+            + states * (errors.states**2 + errors.stage**2 * same(grid.stage, one, other))
+            + activations * (errors.activations**2 + errors.knobs**2 * same(grid.knobs, one, other))
+            + errors.fixed_bytes**2
         )
 
     variances = (
-        (COMMON_ERROR * grid.peak_bytes) ** 2
-        + (STATES_ERROR**2 + STAGE_ERROR**2) * grid.states_bytes**2
-        + (ACTIVATIONS_ERROR**2 + KNOBS_ERROR**2) * grid.activation_bytes**2
-        + FIXED_ERROR_BYTES**2
+        (errors.common * grid.peak_bytes) ** 2
+        + (errors.states**2 + errors.stage**2) * grid.states_bytes**2
+        + (errors.activations**2 + errors.knobs**2) * grid.activation_bytes**2
+        + errors.fixed_bytes**2
     )
     return Kernel(between, variances)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ds_tune.objectives.cost_model.calibration import Observation, observation_of
+from ds_tune.objectives.cost_model.grid import Grid
 from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
-from ds_tune.objectives.cost_model.model import CostModel, Grid
+from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.timing.step_plan import StepPlan

@@ -19,9 +19,10 @@ from ds_tune.objectives.cost_model.calibration import (
     calibrate_rates,
     observation_of,
 )
+from ds_tune.objectives.cost_model.grid import Floats, Grid
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import MemoryPosterior, calibrate_memory
-from ds_tune.objectives.cost_model.model import CostModel, Floats, Grid, grid_of
+from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
@@ -31,7 +32,7 @@ SURFACE: Recording = read_recording(RECORDED)
 CONFIGS: tuple[TrialConfig, ...] = tuple(SURFACE.outcomes)
 ROW = {config.name: row for row, config in enumerate(CONFIGS)}
 CAPACITY = SURFACE.machine.capacity_bytes
-GRID: Grid = grid_of(CostModel(SURFACE.workload, hardware_of(SURFACE.machine)), CONFIGS)
+GRID: Grid = CostModel(SURFACE.workload, hardware_of(SURFACE.machine)).grid(CONFIGS)
 
 OUT_OF_MEMORY = Failure(kind=FailureKind.OUT_OF_MEMORY, message="CUDA out of memory", phase="forward")
 

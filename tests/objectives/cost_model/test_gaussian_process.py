@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ds_tune.objectives.cost_model.gaussian_process import Kernel, condition, normal_cdf, posterior_at, smooth
-from ds_tune.objectives.cost_model.model import Floats
+from ds_tune.objectives.cost_model.grid import Floats
 
 PLACES = np.linspace(0.0, 4.0, 9)
 KERNEL = Kernel(lambda one, other: 0.5 + smooth(PLACES, one, other, length=1.0), np.full(len(PLACES), 1.5))

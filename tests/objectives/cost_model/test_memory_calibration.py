@@ -14,7 +14,7 @@ from ds_tune.objectives.cost_model.memory_calibration import (
     MemoryPosterior,
     calibrate_memory,
 )
-from ds_tune.objectives.cost_model.model import CostModel, grid_of
+from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
@@ -23,7 +23,7 @@ from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
 SURFACE = read_recording(DATA / "2xH100.gpt2-xl.24GiB.jsonl")
 OUTCOMES = {config.name: outcome for config, outcome in SURFACE.outcomes.items()}
-GRID = grid_of(CostModel(SURFACE.workload, hardware_of(SURFACE.machine)), tuple(SURFACE.outcomes))
+GRID = CostModel(SURFACE.workload, hardware_of(SURFACE.machine)).grid(tuple(SURFACE.outcomes))
 ROW = {config.name: row for row, config in enumerate(GRID.configs)}
 CAPACITY = float(SURFACE.machine.capacity_bytes)
 
@@ -96,7 +96,7 @@ def runs(model: str) -> list[tuple[float, bool]]:
             gradient_accumulation_steps=row["gas"],
             activation_checkpointing=row["ckpt"],
         )
-        grid = grid_of(costs, [config])
+        grid = costs.grid([config])
         memory = calibrate_memory(grid, [], float(costs.hardware.capacity_bytes))
         found.append((float(memory.fits[0]), not row["oom"]))
     return found

@@ -12,7 +12,7 @@ import pytest
 
 from ds_tune.objectives.cost_model.hardware import hardware_of, parse_hardware
 from ds_tune.objectives.cost_model.memory import MemoryConstants
-from ds_tune.objectives.cost_model.model import CostModel, grid_of
+from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.step_inputs import StepConstants
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
@@ -49,7 +49,7 @@ CONFIGS = [
 
 def test_a_grid_has_the_predictions_as_columns() -> None:
     model = CostModel(XL, parse_hardware("2xH200"))
-    grid = grid_of(model, CONFIGS)
+    grid = model.grid(CONFIGS)
     assert grid.configs == tuple(CONFIGS)
     assert len(grid) == len(CONFIGS)
     for row, each in enumerate(CONFIGS):
@@ -63,7 +63,7 @@ def test_a_grid_has_the_predictions_as_columns() -> None:
 
 
 def test_the_parts_of_a_step_are_shares_of_it() -> None:
-    grid = grid_of(CostModel(XL, parse_hardware("8xA100-80GB")), CONFIGS)
+    grid = CostModel(XL, parse_hardware("8xA100-80GB")).grid(CONFIGS)
     shares = grid.launch_share + grid.communication_share + grid.optimizer_share
     assert (grid.communication_share > 0).all() and (grid.optimizer_share > 0).all()
     assert (shares < 1).all()
@@ -71,13 +71,13 @@ def test_the_parts_of_a_step_are_shares_of_it() -> None:
 
 def test_activations_count_only_where_they_are_part_of_the_peak() -> None:
     """The smallest batch peaks in the optimizer step, whose size no sample changes."""
-    small, large = grid_of(CostModel(XL, parse_hardware("1xH200")), [config(1, 1), config(1, 32)]).activation_bytes
+    small, large = CostModel(XL, parse_hardware("1xH200")).grid([config(1, 1), config(1, 32)]).activation_bytes
     assert small == 0
     assert large > 100 * GIB
 
 
 def test_knobs_are_numbered_by_the_combinations_that_occur() -> None:
-    grid = grid_of(CostModel(XL, parse_hardware("1xH200")), CONFIGS)
+    grid = CostModel(XL, parse_hardware("1xH200")).grid(CONFIGS)
     assert list(grid.knobs) == [(0, 1, 2).index(each.activation_checkpointing) for each in CONFIGS]
 
 

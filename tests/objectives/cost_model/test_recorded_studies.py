@@ -11,7 +11,7 @@ import pytest
 from ds_tune.objectives.cost_model.calibration import Observation
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.memory_calibration import calibrate_memory
-from ds_tune.objectives.cost_model.model import CostModel, Prediction, grid_of
+from ds_tune.objectives.cost_model.model import CostModel, Prediction
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
@@ -101,7 +101,7 @@ def test_what_ran_out_of_an_uncapped_device_was_seen_to_be_less_likely_to_fit_th
         if study["hardware"]["memory_cap_bytes"] is not None:
             continue
         hardware = hardware_of(machine_of_study(study))
-        grid = grid_of(model_of_study(study), [TrialConfig.from_json(each["config"]) for each in study["trials"]])
+        grid = model_of_study(study).grid([TrialConfig.from_json(each["config"]) for each in study["trials"]])
         observations: list[Observation] = []
         for row, each in enumerate(study["trials"]):
             memory = calibrate_memory(

@@ -7,15 +7,16 @@ import pytest
 
 from ds_tune.objectives.cost_model import calibration
 from ds_tune.objectives.cost_model.calibration import Observation, calibrate_rates, observation_of
+from ds_tune.objectives.cost_model.grid import Floats
 from ds_tune.objectives.cost_model.hardware import hardware_of
-from ds_tune.objectives.cost_model.model import CostModel, Floats, grid_of
+from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.recorded.recording import read_recording
 from ds_tune.objectives.trial import Measurement
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
 SURFACE = read_recording(DATA / "2xH100.gpt2-xl.32GiB.jsonl")
 SURFACE_OF_ONE = DATA / "1xH200.gpt2-xl.jsonl"
-GRID = grid_of(CostModel(SURFACE.workload, hardware_of(SURFACE.machine)), tuple(SURFACE.outcomes))
+GRID = CostModel(SURFACE.workload, hardware_of(SURFACE.machine)).grid(tuple(SURFACE.outcomes))
 ROW = {config.name: row for row, config in enumerate(GRID.configs)}
 SMALL = [f"z{stage}_ac1_gas4_tmbspg8" for stage in (1, 2, 3)]
 LARGE_1, LARGE_2, LARGE_3 = (f"z{stage}_ac1_gas4_tmbspg16" for stage in (1, 2, 3))
@@ -50,7 +51,7 @@ def test_on_one_gpu_it_is_nearly_all_expected_of_zero_1() -> None:
     """There is nothing to partition or to reduce."""
     surface = read_recording(SURFACE_OF_ONE)
     configs = tuple(surface.outcomes)
-    grid = grid_of(CostModel(surface.workload, hardware_of(surface.machine)), configs)
+    grid = CostModel(surface.workload, hardware_of(surface.machine)).grid(configs)
     row = {config.name: number for number, config in enumerate(configs)}
     slow = Observation(row=row["z2_gas1_tmbspg8"], log_rate=float(grid.log_rate[row["z2_gas1_tmbspg8"]]) - 0.3)
     moved = calibrate_rates(grid, [slow]).mean - grid.log_rate
