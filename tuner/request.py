@@ -6,6 +6,7 @@ one; the command line spells them as its options (`ds_tune.tuner.arguments.in_op
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -204,13 +205,16 @@ class TuneRequest(SearchRequest):
 
 
 def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as a request holds them: paths as such, and lists as tuples."""
+    """Fields as a request holds them: files and folders as Path, names as text, words to allow as a tuple."""
     fields = dict(values)
-    for name in PATH_FIELDS & fields.keys():
-        if fields[name] is not None:
-            fields[name] = Path(fields[name])
+    for name, value in values.items():
+        if name in PATH_FIELDS and value is not None:
+            fields[name] = Path(value)
+        elif isinstance(value, os.PathLike):  # a model or a dataset, which may be a name on the hub as well
+            fields[name] = os.fspath(value)
     if "allow" in fields:
-        fields["allow"] = tuple(fields["allow"])
+        words = fields["allow"]
+        fields["allow"] = (words,) if isinstance(words, str) else tuple(words)
     return fields
 
 
@@ -242,7 +246,7 @@ def parse_memory(text: str) -> int:
     Raises:
         UsageError: it is none of these, less than a byte, or more than a number can be.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     size = float(match[1]) * _UNIT_BYTES[(match[2] or "GiB").lower()] if match is not None else 0.0
     if size < 1 or not math.isfinite(size):
         raise UsageError(f"`memory_cap={text}`: write a size such as 24GiB or 512MiB")

@@ -65,17 +65,18 @@ def search_space(
     Raises:
         UsageError: no configuration is left, or the request's file is not to be understood.
     """
+    restricted_to = recorded
     if request.space is not None:
         limits.check()
         context = knob_context_of(workload, machine)
-        recorded = SpaceFile.read(request.space).configurations(limits, context, request.allowed)
+        restricted_to = SpaceFile.read(request.space).configurations(limits, context, request.allowed)
     return study_space(
         limits,
         preset=request.preset or "core",
         allowed=request.allowed,
         workload=workload,
         machine=machine,
-        restricted_to=recorded,
+        restricted_to=restricted_to,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.tuner.arguments import in_options, plan_parser, plan_request, tune_parser, tune_request
-from ds_tune.tuner.request import PlanRequest, TuneRequest
+from ds_tune.tuner.request import PlanRequest, TuneRequest, as_fields
 
 OUTPUT = {"json", "quiet", "help"}
 """Options that ask nothing of a study, but of how it is shown."""
@@ -49,6 +49,7 @@ def test_options_become_fields_with_their_types() -> None:
         ({"preset": "all"}, "`preset=all` is none of core, speed, full"),
         ({"dtype": "fp8"}, "`dtype=fp8` is none of fp16, bf16, fp32"),
         ({"allow": ("dropout",)}, "`allow=dropout`: what can be allowed is numerics:"),
+        ({"memory_cap": 24}, "`memory_cap=24`: write a size such as 24GiB or 512MiB"),
         ({"memory_cap": "lots"}, "`memory_cap=lots`: write a size such as 24GiB or 512MiB"),
         ({"global_batch": 8, "max_global_batch": 8}, "`global_batch` does not go with `max_global_batch`"),
         ({"hardware": "2xH100"}, "`hardware` imagines GPUs; add `simulate` to search on them"),
@@ -60,6 +61,11 @@ def test_a_request_that_cannot_be_is_refused_in_the_words_of_its_fields(fields: 
     with pytest.raises(UsageError) as refused:
         TuneRequest(**fields)
     assert str(refused.value).startswith(sentence)
+
+
+def test_paths_may_be_text_and_names_paths() -> None:
+    fields = as_fields({"results": "out", "replay": None, "model": Path("folder"), "allow": "numerics:dropout"})
+    assert fields == {"results": Path("out"), "replay": None, "model": "folder", "allow": ("numerics:dropout",)}
 
 
 @pytest.mark.parametrize(
