@@ -1,4 +1,4 @@
-"""What head_to_head.py decides without running anything: who is next, how fast each is, what is resumed, the table."""
+"""Decisions of head_to_head.py, none of which runs anything: who is next, how fast each is, what is resumed."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ DEEPSPEED_BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size":
 
 RESERVE = 1.3
 FIRST_RUN_SECONDS = 90.0
-"""What a run in fresh processes is taken to need before there has been one: 40 s were seen for GPT2-xl on one H200."""
+"""Seconds assumed for a run in fresh processes before there has been one: 40 s were seen for GPT2-xl on one H200."""
 
 
 def trial_of(ds_config: Mapping[str, Any], device: str) -> tuple[TrialConfig, dict[str, Any]]:
@@ -49,7 +49,7 @@ def trial_of(ds_config: Mapping[str, Any], device: str) -> tuple[TrialConfig, di
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:
-    """Who runs after whom in a round: turned in every other, so that a drift of the machine favours none."""
+    """Order of a round: turned in every other, so that a drift of the machine favours none."""
     return list(names[::-1] if turn % 2 else names)
 
 
@@ -61,13 +61,13 @@ def next_run(names: Sequence[str], runs: Sequence[Mapping[str, Any]], rounds: in
 
 
 def run_seconds(runs: Sequence[Mapping[str, Any]]) -> float:
-    """What the next run may need, judged by the longest so far."""
+    """Seconds that the next run may need, judged by the longest so far."""
     return RESERVE * max((run["wall_seconds"] for run in runs), default=FIRST_RUN_SECONDS / RESERVE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """What the runs of one winner say together."""
+    """Rate of one winner over all its runs."""
 
     samples_per_second: float
     samples_per_second_ci95: tuple[float, float]
@@ -76,7 +76,7 @@ class Rate:
     """The highest of any rank in any run."""
 
     def over(self, base: "Rate") -> tuple[float, tuple[float, float]]:
-        """How many times faster than another, with a 95% interval."""
+        """Speed-up over another, with a 95% interval."""
         return speedup_ci95(
             self.samples_per_second,
             self.samples_per_second_ci95,
@@ -156,7 +156,7 @@ def _with_interval(value: float, interval: tuple[float, float]) -> str:
 
 
 class Sessions:
-    """How long a contestant has tuned, call by call, in a file that is whole at any moment."""
+    """Seconds that a contestant has tuned, call by call, in a file that is whole at any moment."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -168,7 +168,7 @@ class Sessions:
 
     @property
     def is_open(self) -> bool:
-        """Whether the last session never said its end: this script was killed."""
+        """True where the last session never said its end: this script was killed."""
         return bool(self.all) and self.all[-1]["ended"] is None
 
     def begin(self, command: Sequence[str]) -> None:
@@ -195,7 +195,7 @@ class Sessions:
 
     @property
     def seconds(self) -> float:
-        """What counts, over all calls."""
+        """Seconds that count, over all calls."""
         return math.fsum(session["seconds"] - session["lost_seconds"] for session in self.all)
 
     def _write(self) -> None:

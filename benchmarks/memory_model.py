@@ -1,4 +1,4 @@
-"""How wrong predicted memory is after two measured trials, on recorded machines; and how long a proposal takes.
+"""Errors of predicted memory after two measured trials, on recorded machines; and seconds of a proposal.
 
     python benchmarks/memory_model.py [benchmarks/data/*.jsonl] [--seeds 20] [--cap 36 40 60 80]
 

@@ -33,7 +33,7 @@ class Policy(Protocol):
     """A way to search one surface."""
 
     def next(self, runs: Sequence[Run]) -> TrialConfig | None:
-        """What to run after these; None to stop."""
+        """Configuration to run after these; None to stop."""
 
 
 class Ours:
@@ -69,7 +69,7 @@ class Ours:
             )
 
     def observations(self, runs: Sequence[Run]) -> list[Observation]:
-        """What the runs so far say."""
+        """Observations of the runs so far."""
         observations = []
         for run in runs:
             row = self._proposer.row(run.config)

@@ -1,4 +1,4 @@
-"""How wrong predicted rates are on recorded machines, by what decides; and the fit of the constants of compute.
+"""Errors of predicted rates on recorded machines, by what decides; and the fit of the constants of compute.
 
     python benchmarks/rate_model.py [--fit | --intervals [--seeds 50]]
 
@@ -37,7 +37,7 @@ LEVEL = 0.03
 """Beyond this relative error a trial counts less than by its square: its host may have been slow."""
 
 Rate = tuple[CostModel, TrialConfig, float]
-"""What was measured, in samples/s, and whose formulas to ask."""
+"""A model, a configuration, and its measured samples/s."""
 
 
 def of_surface(path: Path) -> list[Rate]:

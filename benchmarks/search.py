@@ -1,4 +1,4 @@
-"""How soon each way to search finds the best configuration of recorded machines.
+"""Trials and seconds that each way to search needs to find the best configuration of recorded machines.
 
     python benchmarks/search.py [benchmarks/data/*.jsonl] [--seeds 50] [--cap 60 80] [--policy ours tpe …]
 
@@ -11,9 +11,9 @@ benchmarks/results/searches.md keeps the table of the last full run.
 
 `--cap G` adds surfaces derived from the recorded ones: what peaked above G GiB, less what it loses to fragments, counts
 as out of memory: of its large tensors the share that least_memory.py measured of that model, in the median.
-docs/cost-model.md says where the constants of `ours` come from. `ours-stops` ends when nothing is expected to gain
-0.3%; `ours-flat` knows nothing of the model; `ours-shuffled` has its predicted speeds dealt out at random, `ours-
-high` and `ours-low` its predicted bytes 30% off: what a wrong prior costs. `oracle` knows the surface: what it loses,
+`ours-stops` ends when nothing is expected to gain
+0.3%; `ours-flat` knows nothing of the model; `ours-shuffled` has its predicted speeds dealt out at random, `ours-high`
+and `ours-low` its predicted bytes 30% off: what a wrong prior costs. `oracle` knows the surface: what it loses,
 the noise takes from every policy. Each begins with the baselines until one fits; `ours` leaves out what cannot, as
 the study's loop does.
 """
@@ -51,7 +51,7 @@ DATA = Path(__file__).parent / "data"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """What one search on one surface came to."""
+    """Result of one search on one surface."""
 
     regrets: dict[int, float]
     out_of_memory: int

@@ -1,4 +1,4 @@
-"""What a Hugging Face configuration says about a model: its sizes and its parameter count, without building it.
+"""`Architecture`: a model's sizes and parameter count from its Hugging Face configuration, without building it.
 
 Counts are exact for the families in `FAMILIES` (the tests compare them with the real models) and a close guess for any
 other decoder or encoder of the usual shape.
@@ -43,15 +43,15 @@ class Architecture:
     rms_norm: bool
     dropout: bool
     relative_columns: int
-    """Of DeBERTa's scores by relative position, content to position and the reverse together; 0 for other attention.
+    """Columns of DeBERTa's scores by relative position, both directions together; 0 for other attention.
     There is no fused kernel for them."""
     parameters: int
     block_parameters: int
-    """Of one transformer block."""
+    """Parameters of one transformer block."""
     is_masked: bool
     """Trained on masked tokens, by a head that is more than one projection."""
     is_exact: bool
-    """Whether the count is known to be right for this family."""
+    """True where the count is known to be right for this family."""
 
     @property
     def block_matrices(self) -> int:
@@ -150,7 +150,7 @@ def _has_dropout(config: Mapping[str, Any], model_type: str) -> bool:
 
 
 def _relative_span(config: Mapping[str, Any], positions: int) -> int:
-    """How many relative positions DeBERTa tells apart, to each side."""
+    """Number of relative positions that DeBERTa tells apart, to each side."""
     buckets, reach = config.get("position_buckets", -1), config.get("max_relative_positions", -1)
     return int(buckets if buckets > 0 else reach if reach > 0 else positions)
 

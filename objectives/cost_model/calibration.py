@@ -1,8 +1,8 @@
 """Predicted rates corrected by measurements: what is left of the errors is a Gaussian process over the configurations.
 
 log(measured / predicted) is a sum of a common factor, one for each ZeRO stage and each knob, and smooth functions of
-the batch sizes. How far the formulas are to be trusted is not known beforehand: several answers are kept side by side,
-each weighed by how well it explains the measurements (Bayesian model averaging).
+the batch sizes. How wrong the formulas are is not known beforehand: several priors of it are kept side by side, each
+weighed by how well it explains the measurements (Bayesian model averaging).
 """
 
 import dataclasses
@@ -34,15 +34,15 @@ differs from minute to minute. Without it 72 to 93% of what nine trials left ope
 recorded surfaces; with it 89 to 98%."""
 
 STAGES_IN_COMMON = 0.5
-"""Of how far the rates of ZeRO-0, 1 and 2 are off: they compute the same, and differ in the reduction of gradients and
-in the optimizer step. ZeRO-3 gathers parameters around every module."""
+"""Share of the errors that ZeRO-0, 1 and 2 have in common: they compute the same, and differ in the reduction of
+gradients and in the optimizer step. ZeRO-3 gathers parameters around every module."""
 STAGES_IN_COMMON_ON_ONE = 0.9
-"""The same where there is one rank, with nothing to reduce or partition: they differ in copies of gradients."""
+"""Share on one rank, with nothing to reduce or partition: they differ in copies of gradients."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What one trial taught, by its row in the grid."""
+    """Lesson of one trial, by its row in the grid."""
 
     row: int
     log_rate: float | None = None
@@ -53,7 +53,7 @@ class Observation:
     ran_out: bool = False
     """It ran out of memory: its peak would have been above the capacity."""
     from_this_study: bool = True
-    """Of the study that asks, not of an earlier one: only its own trials can be its best."""
+    """True for a trial of the study that asks: only its own can be its best, an earlier study's cannot."""
 
 
 TIGHT = 0.95
@@ -62,7 +62,7 @@ TIGHT_ERROR = 0.2
 
 
 def observation_of(row: int, outcome: Outcome, capacity_bytes: float) -> Observation | None:
-    """What an outcome says about its configuration; None for a crash or a timeout, which say nothing.
+    """Lesson of an outcome about its configuration; None for a crash or a timeout, which teach nothing.
 
     A rate from a run that was tight on memory is the configuration's own, but says little about others.
     """
@@ -88,10 +88,10 @@ class RatePosterior:
 
     weights: Floats
     means: Floats
-    """Natural logarithms of samples/s: (trusts, configurations), likewise below."""
+    """Natural logarithms of samples/s: (priors, configurations), likewise below."""
     deviations: Floats
     posteriors: tuple[Posterior, ...]
-    """Of the errors, for each trust."""
+    """Posteriors of the errors, for each prior."""
 
     @property
     def mean(self) -> Floats:
@@ -106,7 +106,7 @@ class RatePosterior:
         """Rates of these rows as they may be, together: what they have in common is drawn once for all.
 
         Returns:
-            Natural logarithms of samples/s, (about `count`, rows); of each trust as many as it weighs.
+            Natural logarithms of samples/s, (about `count`, rows); of each prior as many as it weighs.
         """
         drawn = []
         for weight, mean, process in zip(self.weights, self.means, self.posteriors, strict=True):

@@ -27,7 +27,6 @@ def compute_seconds(step: StepInputs) -> float:
         seconds *= 1 + step.projection_share / 3  # the backward pass makes the logits again
     if step.config.attention == "eager":
         seconds *= EAGER_FACTOR
-    seconds -= _spared_timer_seconds(step, seconds)
     return seconds * (ZERO3_COMPUTE_FACTOR if step.stage == 3 else 1.0)
 
 
@@ -64,19 +63,6 @@ def _memory_traffic_seconds(step: StepInputs) -> float:
 def _kernel_gap_seconds(step: StepInputs) -> float:
     """Seconds between kernels, and in those too small to fill a GPU."""
     return step.architecture.layers * step.constants.gap_seconds * step.passes
-
-
-TIMER_SECONDS = 1.5e-3
-"""Seconds a micro-step that DeepSpeed's throughput timer waits for the GPU. Assumed, not yet measured."""
-LARGEST_TIMER_SHARE = 0.02
-"""Fraction of compute that the timer costs at most. Assumed as well."""
-
-
-def _spared_timer_seconds(step: StepInputs, compute_seconds: float) -> float:
-    """Seconds that a micro-step is shorter without DeepSpeed's throughput timer."""
-    if step.config.throughput_timer != "off" or not step.is_on_gpu:
-        return 0.0
-    return min(TIMER_SECONDS, LARGEST_TIMER_SHARE * compute_seconds)
 
 
 def update_seconds(step: StepInputs) -> float:

@@ -29,9 +29,9 @@ class Excluded:
     """Configurations of one kind that were not launched because they certainly do not fit."""
 
     name: str
-    """Of the one with the smallest micro-batch."""
+    """Name of the one with the smallest micro-batch."""
     predicted_peak_memory_bytes: float
-    """Of that one."""
+    """Predicted bytes of that one."""
     configurations: int
 
     def to_json(self) -> dict[str, Any]:

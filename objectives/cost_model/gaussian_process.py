@@ -16,12 +16,12 @@ Rows = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kernel:
-    """What two configurations' errors have in common."""
+    """Covariance of configurations' errors."""
 
     between: Callable[[Rows, Rows], Floats]
     """The covariance of two sets of rows of the grid, as a matrix."""
     variances: Floats
-    """Of each row alone."""
+    """Variance of each row alone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Posterior:
     """At all rows of the grid, as are the next."""
     variances: Floats
     log_evidence: float
-    """How well it explains what was measured."""
+    """Logarithm of the probability density of what was measured."""
 
     def covariance(self, rows: Rows) -> Floats:
         """Between these rows, as a matrix."""

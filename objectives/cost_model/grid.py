@@ -30,11 +30,11 @@ class Grid:
     communication_share: Floats
     optimizer_share: Floats
     states_bytes: Floats
-    """Of the moment that is predicted to be the peak, likewise below."""
+    """Bytes of the states at the moment that is predicted to be the peak, likewise below."""
     activation_bytes: Floats
     peak_bytes: Floats
     large_bytes: Floats
-    """What of it an allocator has to find in a few large pieces."""
+    """Bytes of it that an allocator has to find in a few large pieces."""
 
     def __len__(self) -> int:
         return len(self.configs)

@@ -1,4 +1,4 @@
-"""What accelerators can do: the figures that the formulas of bytes and seconds are made of.
+"""`Hardware`: the figures of accelerators that the terms of bytes and seconds are made of.
 
 Peaks are the makers' dense figures (data sheets); what training reaches of them is the business of `step_time`.
 """
@@ -19,7 +19,7 @@ class Accelerator:
 
     name: str
     memory_bytes: int
-    """What a process can allocate: the data sheet's size less what the driver keeps."""
+    """Bytes that a process can allocate: the data sheet's size less what the driver keeps."""
     memory_bandwidth: float
     """Bytes a second."""
     half_flops: float
@@ -30,7 +30,7 @@ class Accelerator:
     """Bytes a second to the other devices of the node, in one direction."""
     has_bf16: bool = True
     launch_factor: float = 1.0
-    """How much longer its host takes to launch kernels than an H200's of 2025: processors come in generations too."""
+    """Ratio of its host's time to launch kernels to an H200's of 2025: processors come in generations too."""
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP a second for `fp16`, `bf16` or `fp32`."""
@@ -108,10 +108,10 @@ _NAMES = (
 )
 
 CPU_FLOPS_A_RANK = 40 * GIGA
-"""Of one or two cores in fp32; the study's own measurements correct it."""
+"""FLOP a second of one or two cores in fp32; the study's own measurements correct it."""
 
 OUTSIDE_ALONE_GIB, OUTSIDE_GIB = 1.7, 2.1
-"""What a rank holds of its device besides tensors, alone and beside others: context, kernels, NCCL. From what torch
+"""GiB that a rank holds of its device besides tensors, alone and beside others: context, kernels, NCCL. From what torch
 2.11 said when H100s were full; of a smaller device at most `OUTSIDE_SHARE` is assumed."""
 OUTSIDE_SHARE = 0.05
 
@@ -126,9 +126,9 @@ class Hardware:
     accelerator: Accelerator
     ranks: int
     capacity_bytes: int
-    """What one rank may use, after any cap."""
+    """Bytes that one rank may use, after any cap."""
     is_known: bool = True
-    """Whether the accelerator is in the catalogue; figures of others are a guess from their memory."""
+    """True where the accelerator is in the catalogue; figures of others are a guess from their memory."""
 
     @property
     def name(self) -> str:
@@ -178,7 +178,7 @@ def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardwar
 
 
 def _called(name: str) -> list[Accelerator]:
-    """Those of the catalogue that are called so, or else that begin so."""
+    """Accelerators of the catalogue with this name, or else that begin with it."""
     plain = _plain(name)
     exactly = [known for known in CATALOGUE.values() if _plain(known.name) == plain]
     return exactly or [known for known in CATALOGUE.values() if _plain(known.name).startswith(plain)]

@@ -1,4 +1,4 @@
-"""`CostModel`: what a configuration is predicted to need and to take, for one workload on one hardware."""
+"""`CostModel`: predicted bytes and seconds of configurations, for one workload on one hardware."""
 
 import dataclasses
 from collections.abc import Sequence

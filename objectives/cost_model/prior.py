@@ -22,14 +22,14 @@ class ErrorPrior:
     stage: float
     knobs: float
     launch: float
-    """Of the seconds of launching kernels, relative to their prediction. Where they decide, rates on nine machines with
-    their models were off by 6 to 32% in the median (benchmarks/rate_model.py)."""
+    """Relative error of the seconds of launching kernels. Where they decide, rates on nine machines with their models
+    were off by 6 to 32% in the median (benchmarks/rate_model.py)."""
     parts: float
-    """The same of the communication and optimizer seconds each."""
+    """Relative error of the communication and optimizer seconds each."""
     micro_batch: float
     accumulation: float
     interaction: float
-    """Of what the parts above cannot explain."""
+    """Error that the parts above cannot explain."""
 
 
 ERROR_PRIORS = (

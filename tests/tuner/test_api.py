@@ -1,6 +1,7 @@
 """`ds_tune.tuner.tune`: a study from a Python program."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,23 +15,25 @@ from ds_tune.storage.study_store import StudyStore
 from ds_tune.tuner import tune
 from ds_tune.tuner.observer import SilentObserver
 
-# No `if __name__ == "__main__"`: the ranks do not import the script.
-SCRIPT = """
-from ds_tune.tuner import tune
-summary = tune(trials=2, gpus=0, seq_len=32, max_micro_batch=2, max_global_batch=4, verify=False, results="out")
-assert summary.best.samples_per_second >= summary.baseline.samples_per_second
-"""
+CHECKOUT = Path(__file__).parents[2]
 
 SIMULATED = {"simulate": True, "hardware": "2xH100", "trials": 3}
 
 
 @pytest.mark.slow
-def test_a_script_s_study_really_trains_writes_its_results_and_prints_nothing(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-P", "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    document = json.loads((tmp_path / "out" / "summary.json").read_text())
+def test_readme_s_example_trains_prints_its_lines_and_writes_its_results(tmp_path: Path) -> None:
+    """It has no `if __name__ == "__main__"`: the ranks do not import the script."""
+    [example] = re.findall(r"```python\n(.+?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
+    assert len(example.splitlines()) <= 6
+    shorter = example.replace("trials=9", "trials=2, seq_len=32, verify=False")
+    assert shorter != example
+    done = subprocess.run([sys.executable, "-P", "-c", shorter], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads((tmp_path / "autotuning_results" / "summary.json").read_text())
     assert (document["state"], len(document["trials"])) == ("finished", 2)
-    assert (tmp_path / "out" / "ds_config_optimal.json").exists()
+    assert done.stdout.startswith(f"{document['best']['name']} Speedup(factor=")
+    assert str(document["best"]["config"]) in done.stdout
+    assert (tmp_path / "autotuning_results" / "ds_config_optimal.json").exists()
 
 
 def test_a_call_returns_the_stored_study_s_summary_and_the_same_call_again_adds_nothing(

@@ -257,7 +257,8 @@ def test_where_zero_0_certainly_does_not_fit_it_is_not_launched(simulate: Run, f
 @pytest.mark.parametrize(
     ("hardware", "launched"),
     [
-        ("1xRTX4090", [f"z{stage}_gas1_tmbspg1" for stage in range(4)]),
+        # ZeRO-0 needs more than there is for weights, gradients and optimizer states alone: it is not launched.
+        ("1xRTX4090", [f"z{stage}_gas1_tmbspg1" for stage in (1, 2, 3)]),
         # Twice the memory of a T4: one trial has to say so, and it is that of the last resort.
         ("1xT4", ["z3_gas1_tmbspg1"]),
     ],

@@ -244,9 +244,9 @@ def test_deepcompile_has_no_hooks_to_run() -> None:
     assert with_knobs(3, compile="deepcompile").launch < with_knobs(2).launch < with_knobs(3).launch
 
 
-def test_without_the_timer_that_waits_for_the_gpu_a_step_is_a_little_shorter() -> None:
-    plain, off = with_knobs(1), with_knobs(1, throughput_timer="off")
-    assert 0.97 < off.seconds / plain.seconds < 1
+def test_deepspeeds_timer_is_predicted_to_cost_nothing() -> None:
+    """On two H200s 61.7 samples/s without it (61.0 to 62.5), 61.8 with it (60.9 to 62.8)."""
+    assert with_knobs(1, throughput_timer="off") == with_knobs(1)
 
 
 def test_zero_2_pays_for_each_owner_of_gradients_in_each_micro_step() -> None:
