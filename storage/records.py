@@ -149,7 +149,7 @@ class StudyState(enum.StrEnum):
 
 
 class AfterSearch(enum.StrEnum):
-    """What comes after the search, and is still to be done."""
+    """Stage of what comes after the search."""
 
     NONE = "none"
     """The search goes on, or nobody asked for more than it."""
@@ -215,6 +215,7 @@ class StudySummary:
 
     @property
     def after_search(self) -> AfterSearch:
+        """What is still to be done after the search, as far as it was begun."""
         begun = self.finals_seconds is not None or self.verification
         if self.state is not StudyState.FINISHED or not begun:
             return AfterSearch.NONE

@@ -59,6 +59,7 @@ class Finals:
         self._space = space
         self._legal = frozenset(space.legal)
         self._clock = time.monotonic()
+        self._ran = False
         self._ablation_seconds = 0.0
         self._store = store
         self._results = results
@@ -68,8 +69,15 @@ class Finals:
 
     def run(self) -> None:
         """Until there is a winner that trains what the baseline trains, and its explanation, or nobody is left."""
-        failed: set[str] = set()
         self._clock = time.monotonic()
+        try:
+            self._run()
+        finally:
+            if self._ran:
+                self._add_seconds()
+
+    def _run(self) -> None:
+        failed: set[str] = set()
         while not self._stop.requested:
             summary = self._store.summary()
             if summary.state is not StudyState.FINISHED:
@@ -99,7 +107,7 @@ class Finals:
         """Stores the time that has passed: after each run, so that a tuner that is killed loses no more than one."""
         now = time.monotonic()
         self._store.add_finals_seconds(now - self._clock)
-        self._clock = now
+        self._clock, self._ran = now, True
 
     def _run_again(self, turn: Sequence[TrialRecord], to_follow: int, failed: set[str]) -> None:
         """One round of verification; who does not run again is put into `failed`."""
@@ -224,8 +232,8 @@ class Finals:
         if not compared.is_faster or name in summary.candidates or record not in summary.eligible:
             return False
         # In this order: killed between the two, the study finds its winner and this again.
-        self._store.promote(name)
         self._store.forget_winner()
+        self._store.promote(name)
         self._observer.finalist_added(record, self._store.summary())
         return True
 
