@@ -19,6 +19,7 @@ from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary
 from ds_tune.storage.study_store import StudyStore
 from ds_tune.tuner.reports.document import study_document
+from ds_tune.tuner.reports.report import Report
 
 GRACE_SECONDS = 15.0
 NO_LIMIT_SECONDS = 1e6
@@ -150,7 +151,7 @@ class DsTune:
             "trials": len(outcomes),
             "out_of_memory": out_of_memory,
             "failed": len(failures) - out_of_memory,
-            "tried": study_document(summary)["trials"] if summary else [],
+            "tried": study_document(Report.of(summary))["trials"] if summary else [],
         }
 
     def choice(self) -> Choice | None:

@@ -44,6 +44,7 @@ def tune(
     from ds_tune.tuner.observer import SilentObserver
     from ds_tune.tuner.output import output
     from ds_tune.tuner.reports.export import export
+    from ds_tune.tuner.reports.report import Report
     from ds_tune.tuner.request import TuneRequest, as_fields
     from ds_tune.tuner.spec import make_spec
     from ds_tune.tuner.stopping import StopNow, StopSignals
@@ -63,8 +64,9 @@ def tune(
             raise KeyboardInterrupt(str(now)) from None
         store = StudyStore.load(spec.storage_url, request.study)
         summary = store.summary()
-        written = export(summary, spec.results)
-        console.finish(summary, written, dashboard_command(request.storage, request.results))
+        report = Report.of(summary)
+        written = export(report, spec.results)
+        console.finish(report, written, dashboard_command(request.storage, request.results))
         if summary.state is not StudyState.UNFINISHED:
             store.set_more_pending(False)
     return summary

@@ -34,6 +34,7 @@ from ds_tune.tuner.output import output
 from ds_tune.tuner.plan import plan_of, print_plan
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.export import export
+from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.spec import make_spec, results_folder
 from ds_tune.tuner.stopping import StopNow, StopSignals
 from ds_tune.tuner.study import quiet_optuna, run_study
@@ -65,11 +66,12 @@ def tune(arguments: argparse.Namespace) -> int:
             raise KeyboardInterrupt from None
         raise
     summary = store.summary()
-    written = export(summary, spec.results)
-    console.finish(summary, written, dashboard_command(arguments.storage, arguments.results))
+    found = Report.of(summary)
+    written = export(found, spec.results)
+    console.finish(found, written, dashboard_command(arguments.storage, arguments.results))
     if summary.state is not StudyState.UNFINISHED:
         store.set_more_pending(False)
-    _print_document(arguments, summary)
+    _print_document(arguments, found)
     if interrupted and summary.goes_on:
         console.say("Interrupted; the same command goes on from here.")
         return EXIT_INTERRUPTED
@@ -102,8 +104,9 @@ def report(arguments: argparse.Namespace) -> int:
     for count, record in enumerate(summary.records, start=1):
         # As it looked then: nothing was known yet of any loss.
         console.trial_finished(record, dataclasses.replace(summary, records=summary.records[:count], numerics={}))
-    console.finish(summary, [], dashboard_command(arguments.storage, arguments.results))
-    _print_document(arguments, summary)
+    found = Report.of(summary)
+    console.finish(found, [], dashboard_command(arguments.storage, arguments.results))
+    _print_document(arguments, found)
     return _exit_status(summary, console)
 
 
@@ -112,7 +115,7 @@ def export_again(arguments: argparse.Namespace) -> int:
     store = _load(arguments)
     check_owner(ResultsFolder(arguments.out), store.study.study_name, _storage_url(arguments), field="out")
     folder = results_folder(arguments.out, field="out")
-    for path in export(store.summary(), folder):
+    for path in export(Report.of(store.summary()), folder):
         print(path)
     return EXIT_FOUND
 
@@ -135,9 +138,9 @@ def _load(arguments: argparse.Namespace) -> StudyStore:
     return StudyStore.load(_storage_url(arguments), arguments.study)
 
 
-def _print_document(arguments: argparse.Namespace, summary: StudySummary) -> None:
+def _print_document(arguments: argparse.Namespace, found: Report) -> None:
     if arguments.json:
-        print(in_options(json.dumps(study_document(summary), indent=2)))
+        print(in_options(json.dumps(study_document(found), indent=2)))
 
 
 COMMANDS = {

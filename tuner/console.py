@@ -17,8 +17,6 @@ from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
 from ds_tune.tuner.arguments import in_options
-from ds_tune.tuner.reports.explanation import explanation_lines
-from ds_tune.tuner.reports.forecasts import forecast_errors
 from ds_tune.tuner.reports.markdown import (
     duration_words,
     figure_words,
@@ -28,11 +26,11 @@ from ds_tune.tuner.reports.markdown import (
     verified_words,
 )
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows
+from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.reports.verdict import (
-    LEADS,
     SYMBOLS,
-    WINNER,
     after_search_words,
+    first_words,
     improvement_words,
     legend_words,
     standing_words,
@@ -168,16 +166,16 @@ class Console:
             return rich.text.Text("starting the training processes …", style="dim")
         return live_line(self._running, time.monotonic(), self._opened, self._output.width)
 
-    def finish(self, summary: StudySummary, written: Sequence[Path], dashboard: str) -> None:
+    def finish(self, report: Report, written: Sequence[Path], dashboard: str) -> None:
         """The closing tables: the stages, the best configuration, and where everything is."""
         if self._quiet:
             return
+        summary = report.summary
         self._output.print()
-        self._output.print(stage_table(summary, self._columns))
-        if summary.verification:
-            self.say(f"{legend_words(summary)}\n")
+        self._output.print(stage_table(report, self._columns))
         best = summary.best
         if best is not None:
+            self.say(f"{legend_words(summary)}\n")
             self._output.print(best_table(summary, self._columns))
             for line in verdict_lines(summary):
                 self.say(line)
@@ -186,11 +184,11 @@ class Console:
             self._say_batch_difference(summary)
         for name, found in summary.numerics.items():
             self.say(numerics_words(name, found))
-        for line in explanation_lines(summary):
+        for line in report.explanation:
             self.say(line)
         if summary.ended is not None and summary.best is not None:
             self.say(f"Stopped after {summary.finished_trials} of {summary.trials_total} trials: {summary.ended}.")
-        for line in forecast_lines(summary):
+        for line in forecast_lines(report):
             self.say(line)
         self.say(total_words(summary))
         if written:
@@ -212,15 +210,15 @@ class Console:
             )
 
 
-def forecast_lines(summary: StudySummary) -> list[str]:
+def forecast_lines(report: Report) -> list[str]:
     """How wrong the cost model was, and what it kept from being launched."""
     lines = []
-    if (errors := forecast_errors(summary)) is not None:
+    if (errors := report.forecast_errors) is not None:
         lines.append(
             f"Forecasts were off by {errors.rate_median:.0%} in samples/s and {errors.memory_median:.1%} in peak "
             f"memory (medians of {errors.trials} forecasts)."
         )
-    if count := sum(each.configurations for each in summary.excluded):
+    if count := sum(each.configurations for each in report.summary.excluded):
         lines.append(f"Not launched, as they certainly need more memory: {count} configurations (see summary.md).")
     return lines
 
@@ -325,8 +323,9 @@ def _name_width(width: int | None) -> int:
     return WIDE_NAME if width is None or width >= NARROW_COLUMNS else NARROW_NAME
 
 
-def stage_table(summary: StudySummary, width: int | None) -> rich.table.Table:
+def stage_table(report: Report, width: int | None) -> rich.table.Table:
     """DeepSpeed's table of tuning spaces, with the winner marked."""
+    summary = report.summary
     title = summary.provenance.mark("Best by ZeRO stage")
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("stage", no_wrap=True)
@@ -335,8 +334,7 @@ def stage_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     table.add_column("peak GiB", justify="right", no_wrap=True)
     table.add_column("configuration", no_wrap=True)
     table.add_column("", no_wrap=True)
-    rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
-    for space, count, best in [*rows, ("global", len(summary.records), summary.best)]:
+    for space, count, best in report.stages:
         if best is None:
             table.add_row(space, str(count), "–", "–", "none ran", "")
         else:
@@ -350,8 +348,7 @@ def stage_table(summary: StudySummary, width: int | None) -> rich.table.Table:
 
 def best_table(summary: StudySummary, width: int | None) -> rich.table.Table:
     """The best configuration beside the baseline, a column each."""
-    best_title = WINNER if summary.winner is not None else LEADS if summary.verification else "best"
-    columns = [(best_title, summary.best), ("baseline", summary.baseline)]
+    columns = [(first_words(summary), summary.best), ("baseline", summary.baseline)]
     shown = [(title, record) for title, record in columns if record is not None]
     mark = summary.provenance.mark
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=mark("Best configuration"), title_justify="left")

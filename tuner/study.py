@@ -24,6 +24,7 @@ from ds_tune.tuner.finals import Finals, Verification
 from ds_tune.tuner.observer import Observer
 from ds_tune.tuner.reports.export import write_trial_inputs
 from ds_tune.tuner.reports.notes import publish, save_trial_note
+from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.sampler import OWN, SpaceSampler, make_sampler, unvisited
 from ds_tune.tuner.spec import StudySpec
 from ds_tune.tuner.stopping import StopSignals
@@ -102,7 +103,7 @@ class Study:
             if request.verify and self._verification is not None:
                 Finals(store, spec.results, self._verification, self._observer, self._stop, self._space).run()
             summary = store.summary()
-            publish(store.study, summary)
+            publish(store.study, Report.of(summary))
             return summary
 
     def _target(self, summary: StudySummary, *, more_pending: bool) -> int:

@@ -13,6 +13,7 @@ from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import Identity, StudyStore
 from ds_tune.tuner.reports.export import export
+from ds_tune.tuner.reports.report import Report
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
@@ -75,13 +76,13 @@ def test_a_study_with_records_in_user_attributes_opens_resumes_and_exports_alike
 ) -> None:
     url = f"sqlite:///{study}/study.db"
     before = StudyStore.load(url, None).summary()
-    export(before, ResultsFolder(study / "before"))
+    export(Report.of(before), ResultsFolder(study / "before"))
     move_to_user_attributes(study / "study.db")
 
     store = StudyStore.load(url, None)
     assert "ds_tune:identity" in store.study.user_attrs and USER_RECORD in store.study.trials[0].user_attrs
     assert store.summary() == before
-    export(store.summary(), ResultsFolder(study / "after"))
+    export(Report.of(store.summary()), ResultsFolder(study / "after"))
     assert contents(study / "after") == contents(study / "before")
 
     store = opened(study, identity)

@@ -16,6 +16,7 @@ from ds_tune.storage.attributes import set_study_attribute
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import IDENTITY, Identity, StudyStore
 from ds_tune.tuner.reports.notes import publish
+from ds_tune.tuner.reports.report import Report
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
@@ -135,7 +136,7 @@ def test_user_attributes_are_short_and_plain(store: StudyStore, make_record: Mak
     trials = [run(store, make_record("z1_gas2_tmbspg4", 40.0)), run(store, make_record("z1_gas1_tmbspg64"))]
     store.add_verification("z1_gas2_tmbspg4", measurement_of(make_record("z1_gas2_tmbspg4", 41.0)))
     store.set_winner("z1_gas2_tmbspg4", [], [])
-    publish(store.study, store.summary())
+    publish(store.study, Report.of(store.summary()))
     for attributes in (store.study.user_attrs, *(trial.user_attrs for trial in trials)):
         assert attributes
         assert all(isinstance(value, int | float | str) and len(str(value)) <= 100 for value in attributes.values())

@@ -12,6 +12,7 @@ from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome,
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.console import Console, _Running, live_line, shortened, trial_heading, trial_line
+from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.time_left import RunsLeft
 
 MACHINE = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=139 * GIB)
@@ -107,7 +108,7 @@ def test_the_live_line_is_one_line_with_the_time_left_at_its_end() -> None:
 
 def printed(summary: StudySummary, width: int = 80) -> str:
     output = io.StringIO()
-    Console(rich.console.Console(file=output, width=width)).finish(summary, [], "ds-tune dashboard")
+    Console(rich.console.Console(file=output, width=width)).finish(Report.of(summary), [], "ds-tune dashboard")
     return output.getvalue()
 
 
@@ -172,6 +173,19 @@ def test_study_that_is_opened_again_in_its_verification_is_not_called_finished(v
     assert "is finished" not in output.getvalue()
 
 
-def test_where_nothing_was_verified_no_mark_is_explained() -> None:
-    text = printed(study([measurement(20.0), measurement(30.0)]))
-    assert "✓" not in text and "★" not in text and "in all" not in text
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"trials_total": 9}, "★ best so far; all figures are measured."),
+        ({}, "★ fastest of the search; all figures are measured."),
+        ({"provenance": Provenance.SIMULATED}, "★ winner; all figures are simulated."),
+    ],
+    ids=["unfinished", "not verified", "simulated"],
+)
+def test_best_is_marked_for_what_it_is_where_nothing_was_verified(changes: dict[str, object], first: str) -> None:
+    summary = study([measurement(20.0), measurement(30.0)])
+    text = printed(dataclasses.replace(summary, **{"trials_total": len(summary.records), **changes}))
+    assert "✓" not in text and "in all" not in text
+    assert first in text
+    [row] = [line for line in text.splitlines() if line.strip().startswith("global")]
+    assert row.rstrip().endswith("z0_gas1_tmbspg2   ★")

@@ -7,13 +7,13 @@ from ds_tune.objectives.metric import METRICS
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Measurement
 from ds_tune.storage.records import StudySummary, TrialRecord
-from ds_tune.tuner.reports.explanation import explanation_lines
-from ds_tune.tuner.reports.forecasts import forecast_errors
 from ds_tune.tuner.reports.metrics import metric_values, peak_flops_source
+from ds_tune.tuner.reports.report import Report
 
 
-def study_document(summary: StudySummary) -> dict[str, Any]:
+def study_document(report: Report) -> dict[str, Any]:
     """One study as one JSON document, with units in the names."""
+    summary = report.summary
     best, baseline, speedup, verdict = summary.best, summary.baseline, summary.speedup, summary.verdict
     return {
         "study": summary.study,
@@ -36,10 +36,10 @@ def study_document(summary: StudySummary) -> dict[str, Any]:
         "unsettled": list(verdict.unsettled) if verdict else [],
         "disturbance": summary.disturbance,
         "contributions": summary.contributions.to_json() if summary.contributions else None,
-        "explanation": explanation_lines(summary),
+        "explanation": report.explanation,
         "numerics": [_numerics(name, found) for name, found in summary.numerics.items()],
         "not_launched": [each.to_json() for each in summary.excluded],
-        "forecast_errors": dataclasses.asdict(errors) if (errors := forecast_errors(summary)) else None,
+        "forecast_errors": dataclasses.asdict(errors) if (errors := report.forecast_errors) else None,
         "speedup": {"factor": speedup.factor, "ci95": list(speedup.ci95), "settled": speedup.settled}
         if speedup
         else None,

@@ -27,14 +27,18 @@ from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.markdown import closing_line, stage_table, summary_markdown
 from ds_tune.tuner.reports.metrics import metric_values
+from ds_tune.tuner.reports.report import Report
+from ds_tune.tuner.reports.verdict import standing_words
 
 MICROSECONDS = 1e6
 
 CSV_COLUMNS = (
     "number", "name", "state", "source", *CORE_FIELDS, "global_batch_size",
     "samples_per_second", "samples_per_second_ci95_low", "samples_per_second_ci95_high",
+    "verified_samples_per_second", "verified_samples_per_second_ci95_low", "verified_samples_per_second_ci95_high",
     *(name for name in METRICS if name != DEFAULT_METRIC),
-    "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds", "figures", "reason",
+    "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds",
+    "figures", "standing", "reason",
 )  # fmt: skip
 
 
@@ -114,9 +118,9 @@ def metrics_document(
     }
 
 
-def summary_text(summary: StudySummary) -> str:
+def summary_text(report: Report) -> str:
     """The table that DeepSpeed's autotuner writes to summary.txt, and its closing line, with no newline after it."""
-    return f"{stage_table(summary)}\n\n{closing_line(summary)}"
+    return f"{stage_table(report)}\n\n{closing_line(report.summary)}"
 
 
 def trials_csv(summary: StudySummary) -> str:
@@ -138,8 +142,16 @@ def trials_csv(summary: StudySummary) -> str:
             "peak_memory_bytes": record.outcome.peak_memory_bytes,
             "wall_seconds": record.outcome.wall_seconds,
             "figures": summary.provenance.value,
+            "standing": standing_words(record, summary).removeprefix("★ "),
             "reason": record.reason or "",
         }
+        if (verified := summary.verified(record)) is not None:
+            low, high = verified.samples_per_second_ci95
+            row |= {
+                "verified_samples_per_second": verified.samples_per_second,
+                "verified_samples_per_second_ci95_low": low,
+                "verified_samples_per_second_ci95_high": high,
+            }
         if isinstance(record.outcome, Measurement):
             measured = record.outcome
             row |= {
@@ -154,12 +166,13 @@ def trials_csv(summary: StudySummary) -> str:
     return text.getvalue()
 
 
-def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
+def export(report: Report, folder: ResultsFolder) -> list[Path]:
     """Writes everything that can be made from a study's records.
 
     Returns:
         The files a person will want to open, the best first.
     """
+    summary = report.summary
     folder.root.mkdir(parents=True, exist_ok=True)
     for record in summary.records:
         trial_folder = folder.trial(record.config)
@@ -172,10 +185,10 @@ def export(summary: StudySummary, folder: ResultsFolder) -> list[Path]:
             # An export into a new folder has no logs to copy: what the record kept of them is better than none.
             if not (trial_folder / log).exists():
                 write_atomically(trial_folder / log, text)
-    write_atomically(folder.summary_text, summary_text(summary))
-    write_atomically(folder.summary_markdown, in_options(summary_markdown(summary)))
+    write_atomically(folder.summary_text, summary_text(report))
+    write_atomically(folder.summary_markdown, in_options(summary_markdown(report)))
     write_atomically(folder.trials_csv, in_options(trials_csv(summary)))
-    write_atomically(folder.study_json, in_options(as_json(study_document(summary))))
+    write_atomically(folder.study_json, in_options(as_json(study_document(report))))
     written = [folder.summary_markdown, folder.summary_text, folder.trials_csv, folder.study_json]
     best = summary.best
     if best is None:

@@ -9,9 +9,8 @@ from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.timing.intervals import is_answer
 from ds_tune.objectives.trial import KNOBS, Measurement, Provenance
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
-from ds_tune.tuner.reports.explanation import explanation_lines
-from ds_tune.tuner.reports.forecasts import forecast_errors
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows
+from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.reports.verdict import improvement_words, standing_words, verdict_lines
 
 ORIGINS = {
@@ -20,8 +19,9 @@ ORIGINS = {
 }
 
 
-def summary_markdown(summary: StudySummary) -> str:
+def summary_markdown(report: Report) -> str:
     """The whole report: results, every trial, versions, hardware, and how it was measured."""
+    summary = report.summary
     sections = [
         f"# {summary.provenance.mark(summary.workload.title)}\n",
         *(f"{ORIGINS[provenance]}\n" for provenance in ORIGINS if provenance is summary.provenance),
@@ -31,14 +31,14 @@ def summary_markdown(summary: StudySummary) -> str:
         *([metric_table(summary)] if summary.best is not None else []),
         "\n## Detailed result summary\n",
         _bullets(summary),
-        stage_table(summary, marked=True),
+        stage_table(report, marked=True),
         *(f"\n{line}" for line in verdict_lines(summary)),
         f"\n{closing_line(summary)}",
         "\n## Trials\n",
         trial_table(summary),
-        *_explanation(summary),
+        *_explanation(report),
         *_numerics(summary),
-        *_cost_model(summary),
+        *_cost_model(report),
         "\n## How this was measured\n",
         _method(summary),
     ]
@@ -155,14 +155,13 @@ def metric_table(summary: StudySummary) -> str:
     return f"\n{table}\n\n{metric_line(summary)}"
 
 
-def stage_table(summary: StudySummary, *, marked: bool = False) -> str:
+def stage_table(report: Report, *, marked: bool = False) -> str:
     """DeepSpeed's table of tuning spaces: for each ZeRO stage its trials and its best, then over all of them.
 
     Args:
         marked: name the winner and what is level with it, which DeepSpeed's table has no room for.
     """
-    rows = [(f"z{stage}", count, best) for stage, (count, best) in summary.best_of_stage().items()]
-    rows.append(("global", len(summary.records), summary.best))
+    summary = report.summary
 
     def name(best: TrialRecord | None) -> str | None:
         if best is None:
@@ -171,7 +170,7 @@ def stage_table(summary: StudySummary, *, marked: bool = False) -> str:
         return f"{best.config.name} ({standing})" if standing else best.config.name
 
     return tabulate.tabulate(
-        [[space, count, best and summary.rate(best), name(best)] for space, count, best in rows],
+        [[space, count, best and summary.rate(best), name(best)] for space, count, best in report.stages],
         headers=["tuning_space", "num_experiments", "best_metric_val", "best_exp_name"],
         tablefmt="pipe",
     )
@@ -210,9 +209,9 @@ def trial_table(summary: StudySummary) -> str:
     return tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
 
 
-def _explanation(summary: StudySummary) -> list[str]:
+def _explanation(report: Report) -> list[str]:
     """Why the best is as fast as it is, and what would make it faster."""
-    lines = explanation_lines(summary)
+    lines = report.explanation
     return ["\n## Why\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
@@ -230,10 +229,10 @@ def _numerics(summary: StudySummary) -> list[str]:
     return ["\n## Numerics\n\n" + "\n".join(lines)]
 
 
-def _cost_model(summary: StudySummary) -> list[str]:
+def _cost_model(report: Report) -> list[str]:
     """How wrong the cost model was, and what it kept from being launched."""
     sections = []
-    errors = forecast_errors(summary)
+    summary, errors = report.summary, report.forecast_errors
     if errors is not None:
         learned = ", ".join(f"{error:+.0%}" for error in errors.last_rates)
         sections.append(

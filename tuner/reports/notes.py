@@ -8,6 +8,7 @@ from ds_tune.objectives.trial import Failure, Provenance
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.reports.markdown import rate_words, summary_markdown, verified_words
+from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.reports.verdict import standing_words, verdict_lines
 
 OWN_NOTE = "**{name}**"
@@ -20,14 +21,15 @@ def save_trial_note(study: optuna.Study, record: TrialRecord, provenance: Proven
     optuna_dashboard.save_note(trial, in_options(trial_note(record, provenance=provenance)))
 
 
-def publish(study: optuna.Study, summary: StudySummary) -> None:
+def publish(study: optuna.Study, report: Report) -> None:
     """Brings up to date what optuna-dashboard shows of a study and its trials: who won, and verified figures.
 
     What a person wrote in place of a trial's note is theirs.
     """
+    summary = report.summary
     best = summary.best
     study.set_user_attr("best", "" if best is None else f"{best.config.name} (trial {best.number})")
-    optuna_dashboard.save_note(study, in_options(study_note(summary)))
+    optuna_dashboard.save_note(study, in_options(study_note(report)))
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for record in summary.records:
         trial = optuna.Trial(study, trials[record.number]._trial_id)
@@ -66,16 +68,17 @@ def trial_note(
     return "\n\n".join(lines)
 
 
-def study_note(summary: StudySummary) -> str:
+def study_note(report: Report) -> str:
     """The report, after a sentence that says which trial won."""
+    summary = report.summary
     best = summary.best
     if best is None:
-        return summary_markdown(summary)
+        return summary_markdown(report)
     kind = "the winner" if summary.winner == best.config.name else "the best so far"
     if not summary.goes_on and summary.winner is None:
         kind = "the fastest"
     told = [f"Trial {best.number}, **{best.config.name}**, is {kind}.", *verdict_lines(summary), optuna_words(summary)]
-    return " ".join(words for words in told if words is not None) + "\n\n" + summary_markdown(summary)
+    return " ".join(words for words in told if words is not None) + "\n\n" + summary_markdown(report)
 
 
 def optuna_words(summary: StudySummary) -> str | None:

@@ -2,34 +2,43 @@
 
 import math
 
+from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.finalists import LEVEL
 from ds_tune.storage.records import AfterSearch, StudySummary, TrialRecord, TrialState
 from ds_tune.storage.verdict import Verdict
 
-WINNER, LEADS = "★ winner", "★ best so far"
+WINNER, LEADS, FASTEST = "★ winner", "★ best so far", "★ fastest of the search"
 IS_LEVEL, UNSETTLED = "level with the winner", "not told from the winner"
 LEAST_BOUND = 1.1
 """A speed-up that is known to be at least this is worth saying."""
-SYMBOLS = {WINNER: "★", LEADS: "★", IS_LEVEL: "=", UNSETTLED: "?"}
+SYMBOLS = {WINNER: "★", LEADS: "★", FASTEST: "★", IS_LEVEL: "=", UNSETTLED: "?"}
 
 
 def standing_words(record: TrialRecord, summary: StudySummary) -> str:
     """Whether a configuration won or leads so far, is level with the first or not told from it, or neither: then
     nothing."""
     verdict = summary.verdict
-    if record.state is not TrialState.COMPLETE or not (summary.verification or summary.winner):
+    if record.state is not TrialState.COMPLETE:
         return ""
     if summary.best is not None and record.config.name == summary.best.config.name:
-        return WINNER if summary.winner is not None else LEADS
+        return first_words(summary)
     if verdict is not None and record.config.name in verdict.unsettled:
         return UNSETTLED
     return IS_LEVEL if verdict is not None and record.config.name in verdict.level else ""
 
 
+def first_words(summary: StudySummary) -> str:
+    """What the best configuration is called: only what was measured has to be verified to win."""
+    if summary.winner is not None or (summary.is_searched and summary.provenance is not Provenance.MEASURED):
+        return WINNER
+    return LEADS if summary.verification or not summary.is_searched else FASTEST
+
+
 def legend_words(summary: StudySummary) -> str:
     """What the marks in the tables say, of those that are there."""
-    verdict = summary.verdict
-    first = WINNER if summary.winner is not None else LEADS
+    verdict, first = summary.verdict, first_words(summary)
+    if not summary.verification:
+        return f"{first}; all figures are {summary.provenance.value}."
     level = ", = level with it" if verdict is not None and verdict.level else ""
     unsettled = ", ? not told from it" if verdict is not None and verdict.unsettled else ""
     return f"{first}{level}{unsettled}, ✓ verified in fresh processes; other figures are of the search."

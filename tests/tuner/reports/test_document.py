@@ -12,6 +12,7 @@ import pytest
 from ds_tune.objectives.trial import FailureKind, Provenance
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.document import study_document
+from ds_tune.tuner.reports.report import Report
 
 MakeRecord = Callable[..., TrialRecord]
 MakeSummary = Callable[..., StudySummary]
@@ -30,7 +31,7 @@ def checked(schema: dict[str, Any]) -> Callable[[StudySummary], dict[str, Any]]:
     """The document as a reader gets it, checked against the schema."""
 
     def check(summary: StudySummary) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(json.dumps(study_document(summary), allow_nan=False))
+        document: dict[str, Any] = json.loads(json.dumps(study_document(Report.of(summary)), allow_nan=False))
         jsonschema.Draft202012Validator(schema).validate(document)
         return document
 
@@ -91,4 +92,4 @@ def test_every_way_to_end_and_every_source(
 def test_a_key_that_the_schema_does_not_know_is_found(schema: dict[str, Any], finished: StudySummary) -> None:
     """So that a new key cannot be added to the document alone."""
     with pytest.raises(jsonschema.ValidationError, match="'extra' was unexpected"):
-        jsonschema.Draft202012Validator(schema).validate({**study_document(finished), "extra": 1})
+        jsonschema.Draft202012Validator(schema).validate({**study_document(Report.of(finished)), "extra": 1})

@@ -17,6 +17,7 @@ from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.reports.export import export, metrics_document, shell_line, summary_text, training_command
+from ds_tune.tuner.reports.report import Report
 
 SAMPLE = Path(__file__).parent / "deepspeed_sample"
 SAMPLE_TRIAL = SAMPLE / "z0_gas1_tmbspg22"
@@ -32,7 +33,7 @@ def folder(tmp_path: Path) -> ResultsFolder:
 
 @pytest.fixture
 def exported(finished: StudySummary, folder: ResultsFolder) -> ResultsFolder:
-    export(finished, folder)
+    export(Report.of(finished), folder)
     return folder
 
 
@@ -54,7 +55,7 @@ def column_kinds(summary: str) -> tuple[list[str], list[str], list[list[str]]]:
 
 def test_summary_has_deepspeeds_columns(make_record: Callable[..., TrialRecord], make_summary: Any) -> None:
     summary = make_summary([make_record("z0_gas1_tmbspg1", 27.4), make_record("z0_gas2_tmbspg12", 55.4601)])
-    ours, deepspeeds = summary_text(summary), (SAMPLE / "summary.txt").read_text()
+    ours, deepspeeds = summary_text(Report.of(summary)), (SAMPLE / "summary.txt").read_text()
     assert column_kinds(ours) == column_kinds(deepspeeds)
     # The widths too, as the names are of the same length.
     assert [len(line) for line in ours.splitlines()[:4]] == [len(line) for line in deepspeeds.splitlines()[:4]]
@@ -62,7 +63,7 @@ def test_summary_has_deepspeeds_columns(make_record: Callable[..., TrialRecord],
 
 def test_summary_ends_with_deepspeeds_sentence(finished: StudySummary) -> None:
     sentence = r"Tuning completed in \d+:\d\d:\d\d\.\d{6}\. Total number of experiments: \d+\."
-    for text in (summary_text(finished), (SAMPLE / "summary.txt").read_text()):
+    for text in (summary_text(Report.of(finished)), (SAMPLE / "summary.txt").read_text()):
         *table, blank, last = text.splitlines()
         assert all(line.startswith("|") for line in table)
         assert blank == ""
@@ -71,7 +72,10 @@ def test_summary_ends_with_deepspeeds_sentence(finished: StudySummary) -> None:
 
 
 def test_summary_gives_each_stage_and_then_all(finished: StudySummary) -> None:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in summary_text(finished).splitlines()[2:7]]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in summary_text(Report.of(finished)).splitlines()[2:7]
+    ]
     assert rows == [
         ["z0", "1", "27.5", "z0_gas1_tmbspg1"],
         ["z1", "2", "58.25", "z1_gas2_tmbspg8"],
@@ -183,11 +187,11 @@ def test_a_command_for_the_cpu_names_the_number_of_ranks(workload: HuggingFaceWo
 def test_figures_that_were_not_measured_carry_the_word_in_every_file(
     finished: StudySummary, folder: ResultsFolder, provenance: Provenance
 ) -> None:
-    export(dataclasses.replace(finished, provenance=provenance), folder)
+    export(Report.of(dataclasses.replace(finished, provenance=provenance)), folder)
     for name in ("summary.md", "summary.txt", "trials.csv", "summary.json", "z1_gas2_tmbspg8/metrics.json"):
         assert provenance.value in (folder.root / name).read_text(), name
     *table, _, last = folder.summary_text.read_text().splitlines()
-    assert table == summary_text(finished).splitlines()[:-2]
+    assert table == summary_text(Report.of(finished)).splitlines()[:-2]
     assert last.endswith(f" Total number of experiments: 5. All figures are {provenance.value}.")
     # The command still runs as it stands.
     comment, command = folder.optimal_command.read_text().splitlines()
@@ -209,9 +213,11 @@ def test_trials_csv_has_a_line_a_trial_in_bytes_and_seconds(exported: ResultsFol
     assert list(rows[0]) == [
         "number", "name", "state", "source", "zero_stage", "micro_batch_size", "gradient_accumulation_steps",
         "global_batch_size", "samples_per_second", "samples_per_second_ci95_low",
-        "samples_per_second_ci95_high", "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu",
+        "samples_per_second_ci95_high", "verified_samples_per_second", "verified_samples_per_second_ci95_low",
+        "verified_samples_per_second_ci95_high",
+        "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu",
         "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds",
-        "figures", "reason",
+        "figures", "standing", "reason",
     ]  # fmt: skip
     assert [row["name"] for row in rows] == [record.config.name for record in finished.records]
     assert [row["state"] for row in rows] == ["complete", "complete", "complete", "pruned", "failed"]
@@ -220,6 +226,7 @@ def test_trials_csv_has_a_line_a_trial_in_bytes_and_seconds(exported: ResultsFol
     assert float(best["step_seconds"]) == pytest.approx(32 / 58.25)
     assert {row["figures"] for row in rows} == {"measured"}
     assert int(best["peak_memory_bytes"]) == 20.5 * GIB
+    assert [row["standing"] for row in rows] == ["", "fastest of the search", "", "", ""]
     assert best["reason"] == pruned["samples_per_second"] == ""
     assert pruned["reason"] == "out of memory in forward (peak 24.00 of 24.00 GiB)"
 
@@ -230,26 +237,26 @@ def all_files(folder: ResultsFolder) -> dict[str, bytes]:
 
 def test_exporting_twice_gives_the_same_bytes(exported: ResultsFolder, finished: StudySummary) -> None:
     before = all_files(exported)
-    export(finished, exported)
+    export(Report.of(finished), exported)
     assert all_files(exported) == before
 
 
 def test_an_export_keeps_the_logs_of_the_run(exported: ResultsFolder, finished: StudySummary) -> None:
     log = exported.root / "z3_gas1_tmbspg64" / "stderr.log"
     log.write_text("all of the log\n")
-    export(finished, exported)
+    export(Report.of(finished), exported)
     assert log.read_text() == "all of the log\n"
 
 
 def test_the_files_to_open_are_named_best_first(finished: StudySummary, folder: ResultsFolder) -> None:
-    names = [path.name for path in export(finished, folder)]
+    names = [path.name for path in export(Report.of(finished), folder)]
     assert names[:3] == ["ds_config_optimal.json", "cmd_optimal.txt", "summary.md"]
     assert {"summary.txt", "trials.csv", "summary.json"} == set(names[3:])
     assert all((folder.root / name).is_file() for name in names)
 
 
 def test_an_empty_study_exports(empty: StudySummary, folder: ResultsFolder) -> None:
-    export(empty, folder)
+    export(Report.of(empty), folder)
     assert "| global" in folder.summary_text.read_text()
     assert folder.trials_csv.read_text().count("\n") == 1
     assert read(folder.study_json)["trials"] == []
@@ -259,21 +266,21 @@ def test_an_empty_study_exports(empty: StudySummary, folder: ResultsFolder) -> N
 def test_a_study_where_nothing_fits_exports_without_an_optimum(
     nothing_fits: StudySummary, folder: ResultsFolder
 ) -> None:
-    export(nothing_fits, folder)
+    export(Report.of(nothing_fits), folder)
     assert "not runnable" in folder.summary_markdown.read_text()
     assert read(folder.study_json)["state"] == "nothing_fits"
     assert not folder.optimal_config.exists() and not folder.optimal_command.exists()
 
 
 def test_an_optimum_of_another_study_does_not_stay(exported: ResultsFolder, nothing_fits: StudySummary) -> None:
-    export(nothing_fits, exported)
+    export(Report.of(nothing_fits), exported)
     assert not exported.optimal_config.exists() and not exported.optimal_command.exists()
 
 
 def test_a_study_without_a_baseline_exports(
     make_record: Callable[..., TrialRecord], make_summary: Callable[..., StudySummary], folder: ResultsFolder
 ) -> None:
-    export(make_summary([make_record("z1_gas1_tmbspg1", 10.0)]), folder)
+    export(Report.of(make_summary([make_record("z1_gas1_tmbspg1", 10.0)])), folder)
     assert read(folder.study_json)["speedup"] is None
     assert read(folder.optimal_config)["zero_optimization"]["stage"] == 1
 
@@ -297,7 +304,7 @@ def test_every_file_is_written_whatever_interval_a_run_was_stored_with(
     ]
     runs = {record.config.name: [record.outcome] * 2 for record in records if isinstance(record.outcome, Measurement)}
     noisy = dataclasses.replace(finished, records=records, verification=runs, winner=records[1].config.name)
-    export(noisy, ResultsFolder(tmp_path))
+    export(Report.of(noisy), ResultsFolder(tmp_path))
     text = (tmp_path / "summary.md").read_text()
     assert "e+" not in text
     assert "Something else used the machine: steps of one configuration differ by" in text

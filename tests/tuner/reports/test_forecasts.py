@@ -15,6 +15,7 @@ from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.forecasts import ForecastErrors, forecast_errors
 from ds_tune.tuner.reports.markdown import summary_markdown
+from ds_tune.tuner.reports.report import Report
 
 MakeRecord = Callable[..., TrialRecord]
 MakeSummary = Callable[..., StudySummary]
@@ -83,12 +84,12 @@ def test_without_a_forecast_of_anything_measured_there_are_no_errors(
     out_of_memory = dataclasses.replace(forecasted, records=forecasted.records[2:4])
     for summary in (out_of_memory, finished, empty):
         assert forecast_errors(summary) is None
-        assert study_document(summary)["forecast_errors"] is None
-        assert "## Cost model" not in summary_markdown(summary)
+        assert study_document(Report.of(summary))["forecast_errors"] is None
+        assert "## Cost model" not in summary_markdown(Report.of(summary))
 
 
 def test_the_report_says_how_wrong_it_was(forecasted: StudySummary) -> None:
-    text = summary_markdown(forecasted)
+    text = summary_markdown(Report.of(forecasted))
     assert (
         "Over 3 trials the predicted samples/s were off by 10.0% in the median and 50.0% at most, the predicted peak "
         "memory by 5.0% and 10.0%. Samples/s, trial by trial: +50%, -10%, +1%."
@@ -97,7 +98,7 @@ def test_the_report_says_how_wrong_it_was(forecasted: StudySummary) -> None:
 
 
 def test_the_document_has_the_errors_and_each_trials_forecast(forecasted: StudySummary) -> None:
-    document = json.loads(json.dumps(study_document(dataclasses.replace(forecasted, excluded=EXCLUDED))))
+    document = json.loads(json.dumps(study_document(Report.of(dataclasses.replace(forecasted, excluded=EXCLUDED)))))
     schema = json.loads(resources.files("ds_tune.tuner.reports").joinpath("study.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(document)
     errors = forecast_errors(forecasted)
@@ -115,14 +116,14 @@ def test_the_document_has_the_errors_and_each_trials_forecast(forecasted: StudyS
 
 
 def test_what_was_not_launched_is_listed_with_its_bytes(forecasted: StudySummary) -> None:
-    assert study_document(forecasted)["not_launched"] == []
-    assert "## Not launched" not in summary_markdown(forecasted)
+    assert study_document(Report.of(forecasted))["not_launched"] == []
+    assert "## Not launched" not in summary_markdown(Report.of(forecasted))
     summary = dataclasses.replace(forecasted, excluded=EXCLUDED)
-    assert study_document(summary)["not_launched"] == [
+    assert study_document(Report.of(summary))["not_launched"] == [
         {"name": "z0_gas2_tmbspg9", "predicted_peak_memory_bytes": 35.5 * GIB, "configurations": 58},
         {"name": "z3_gas1_tmbspg17", "predicted_peak_memory_bytes": 26.0 * GIB, "configurations": 1},
     ]
-    text = summary_markdown(summary).partition("## Not launched\n\n")[2]
+    text = summary_markdown(Report.of(summary)).partition("## Not launched\n\n")[2]
     assert text.startswith("These certainly need more than the 24.00 GiB of a rank:\n\n")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert cells[0] == ["smallest micro-batch", "peak GiB, predicted", "configurations"]

@@ -22,6 +22,7 @@ from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.export import trials_csv
 from ds_tune.tuner.reports.markdown import metric_table, summary_markdown
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows, metric_values
+from ds_tune.tuner.reports.report import Report
 
 RATE, FLOPS, PEAK = 58.25, 1.0e13, 989e12
 EXPECTED = {
@@ -68,14 +69,14 @@ def test_the_csv_leaves_unknown_metrics_empty(on_cpus: StudySummary) -> None:
 
 
 def test_the_document_has_every_metric_of_every_trial_and_says_which_peak(finished: StudySummary) -> None:
-    document = study_document(dataclasses.replace(finished, metric="mfu"))
+    document = study_document(Report.of(dataclasses.replace(finished, metric="mfu")))
     assert (document["metric"], document["peak_flops_source"]) == ("mfu", "989 TFLOP/s, data sheet of H200, fp16")
     assert document["best"]["metrics"] == pytest.approx(EXPECTED)
     assert document["trials"][3]["metrics"] == dict.fromkeys(METRICS)
 
 
 def test_the_documents_peak_and_mfu_are_null_where_they_are_not_known(on_cpus: StudySummary) -> None:
-    document = study_document(on_cpus)
+    document = study_document(Report.of(on_cpus))
     assert document["peak_flops_source"] is None
     assert document["best"]["metrics"]["mfu"] is None
 
@@ -88,7 +89,7 @@ def test_the_schema_names_the_metrics_of_the_table() -> None:
 
 
 def test_the_report_has_a_row_a_metric_and_the_peak(finished: StudySummary) -> None:
-    text = summary_markdown(finished)
+    text = summary_markdown(Report.of(finished))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["tokens/s", "28160", "59648"] in rows
     assert ["MFU", "13.9%", "29.4%"] in rows

@@ -9,6 +9,7 @@ import optuna_dashboard
 from ds_tune.objectives.trial import Measurement, Provenance
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.reports.notes import publish, save_trial_note, study_note, trial_note
+from ds_tune.tuner.reports.report import Report
 
 MakeRecord = Callable[..., TrialRecord]
 NAMES = ("z1_gas2_tmbspg8", "z1_gas1_tmbspg4")
@@ -43,34 +44,34 @@ def test_the_winners_note_says_so_with_its_interval_ties_and_optunas_best(
     assert "Optuna's best trial, 1 (z1_gas2_tmbspg8), is the one with the highest figure in the search;" in note
     assert "(1 run) samples/s verified; 40.00 ± 0.79 in the search, 16.00 GiB peak a rank" in note
     assert trial_note(fastest, study).startswith("**z1_gas2_tmbspg8**: level with the winner\n\ncomplete\n\n")
-    assert study_note(study).startswith(
+    assert study_note(Report.of(study)).startswith(
         "Trial 2, **z1_gas1_tmbspg4**, is the winner. Level with z1_gas2_tmbspg8: within 2%"
     )
-    assert "# gpt2-xl\n" in study_note(study)
+    assert "# gpt2-xl\n" in study_note(Report.of(study))
 
 
 def test_where_optunas_best_won_nothing_is_said_of_it(finished: StudySummary) -> None:
     won = dataclasses.replace(finished, winner=NAMES[0])
     assert "Optuna" not in trial_note(won.records[1], won)
-    assert study_note(won).startswith("Trial 1, **z1_gas2_tmbspg8**, is the winner.\n\n# gpt2-xl")
+    assert study_note(Report.of(won)).startswith("Trial 1, **z1_gas2_tmbspg8**, is the winner.\n\n# gpt2-xl")
 
 
 def test_a_fastest_that_lost_the_verification_is_named(finished: StudySummary, make_record: MakeRecord) -> None:
     study = verified(finished, make_record, tied=False)
-    assert "z1_gas2_tmbspg8, the fastest of the search, was slower when verified." in study_note(study)
+    assert "z1_gas2_tmbspg8, the fastest of the search, was slower when verified." in study_note(Report.of(study))
     gone = dataclasses.replace(study, verification={})
-    assert "z1_gas2_tmbspg8, the fastest of the search, did not run again when verified." in study_note(gone)
+    assert "z1_gas2_tmbspg8, the fastest of the search, did not run again when verified." in study_note(Report.of(gone))
 
 
 def test_saving_notes_again_keeps_what_a_person_wrote(finished: StudySummary) -> None:
     study = optuna.create_study(direction="maximize")
     for record in finished.records:
         study.add_trial(optuna.trial.create_trial(value=record.samples_per_second or 0.0))
-    publish(study, finished)
+    publish(study, Report.of(finished))
     trials = [optuna.Trial(study, trial._trial_id) for trial in study.trials]
     assert all(optuna_dashboard.get_note(trial).startswith("**z") for trial in trials)
     optuna_dashboard.save_note(trials[1], "mine")
-    publish(study, dataclasses.replace(finished, winner=NAMES[1]))
+    publish(study, Report.of(dataclasses.replace(finished, winner=NAMES[1])))
     assert optuna_dashboard.get_note(trials[1]) == "mine"
     assert optuna_dashboard.get_note(trials[2]).startswith("**z1_gas1_tmbspg4**: ★ winner")
 
