@@ -145,7 +145,8 @@ def check_metric(name: str, workload: Workload, machine: Machine) -> None:
     context = metric_context(workload, machine)
     if METRICS[name].of(1.0, context) is not None:
         return
-    known = [metric.name for metric in METRICS.values() if metric.of(1.0, context) is not None]
+    before = list(METRICS)[: list(METRICS).index(name)]
+    known = [each for each in before if METRICS[each].of(1.0, context) is not None]
     unknown = f"the FLOPs of {workload.title} are"
     if context.flops_per_sample is not None:
         unknown = f"the peak FLOP/s of {'a CPU' if machine.device == 'cpu' else machine.name} is"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.metric import METRICS
 from ds_tune.objectives.trial import Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.layout import ResultsFolder
@@ -214,8 +215,7 @@ def test_trials_csv_has_a_line_a_trial_in_bytes_and_seconds(exported: ResultsFol
         "number", "name", "state", "source", "zero_stage", "micro_batch_size", "gradient_accumulation_steps",
         "global_batch_size", "samples_per_second", "samples_per_second_ci95_low",
         "samples_per_second_ci95_high", "verified_samples_per_second", "verified_samples_per_second_ci95_low",
-        "verified_samples_per_second_ci95_high",
-        "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu",
+        "verified_samples_per_second_ci95_high", *(name for name in METRICS if name != "samples_per_second"),
         "step_seconds", "peak_memory_bytes", "reserved_memory_bytes", "setup_seconds", "wall_seconds",
         "figures", "standing", "reason",
     ]  # fmt: skip
