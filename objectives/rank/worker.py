@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ds_tune.objectives.ds_config import deepspeed_config
-from ds_tune.objectives.errors import DsTuneError, UsageError
+from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
 from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.rank import zero3_release
 from ds_tune.objectives.rank.cleanup import collectives_issued, release_trial
@@ -42,6 +42,7 @@ from ds_tune.objectives.running.protocol import (
     decode_command,
 )
 from ds_tune.objectives.trial import Failure, TrialConfig
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 ANY_CONFIG = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
 
@@ -55,6 +56,8 @@ class Worker:
             UsageError, EnvironmentFault: no trial could run; the text is for the user.
         """
         workload, self._machine = context.workload, context.machine
+        if not isinstance(workload, HuggingFaceWorkload):
+            raise EnvironmentFault(f"no rank trains {workload.title} yet")
         device = claim_device(self._machine, local_rank())
         model_config = load_config(workload)
         self._resources = RankResources(

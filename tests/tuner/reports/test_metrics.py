@@ -96,7 +96,7 @@ def test_the_report_says_what_was_maximised_and_that_a_peak_is_unknown(on_cpus: 
     assert metric_line(summary) == (
         "MFU is not known: this device's peak is not in the catalogue. The study maximises tokens/s a rank."
     )
-    assert metric_rows([summary.best], summary)[-1] == ["MFU", "–"]
+    assert ["MFU", "–"] in metric_rows([summary.best], summary)
 
 
 def test_metrics_that_were_not_measured_are_marked(finished: StudySummary) -> None:
