@@ -97,7 +97,7 @@ def test_before_the_autotuner_has_chosen_the_winner_is_the_best_so_far(script: M
     assert "autotuning" not in won["ds_config"]
 
 
-def test_what_the_autotuner_chose_is_the_winner_also_where_another_was_faster(
+def test_autotuner_s_choice_is_the_winner_even_where_another_experiment_was_faster(
     script: ModuleType, results: Path
 ) -> None:
     chosen = json.loads((results / "z0_gas1_tmbspg1" / "ds_config.json").read_text())
@@ -151,7 +151,7 @@ def test_a_memory_cap_holds_for_the_experiments_and_for_what_the_autotuner_belie
         compile((tmp_path / name).read_text(), name, "exec")
 
 
-def test_it_clears_its_folder_unless_it_is_to_go_on(script: ModuleType, tmp_path: Path) -> None:
+def test_autotuner_run_clears_its_results_folder_unless_resumed(script: ModuleType, tmp_path: Path) -> None:
     workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
     bench = script.Bench(folder=tmp_path, workload=workload, machine=GPUS, stage="all")
     done = tmp_path / "autotuning_results" / "z0_gas1_tmbspg1" / "metrics.json"
@@ -191,7 +191,7 @@ def document(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_it_tunes_and_trains_with_the_winner(run: Run, tmp_path: Path) -> None:
+def test_autotuner_run_on_two_cpu_ranks_finds_a_winner_and_verifies_it(run: Run, tmp_path: Path) -> None:
     done = run("--timeout", "240", "--verify", "1")
     assert done.returncode == 0, done.stderr
     told = document(tmp_path)

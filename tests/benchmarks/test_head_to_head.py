@@ -231,7 +231,7 @@ def test_the_experiment_that_was_cut_off_is_not_built_on(autotuner_results: Modu
         (170, True, True, 5),  # nothing was begun
     ],
 )
-def test_what_interruptions_cost_the_autotuner_is_not_counted(
+def test_autotuner_s_lost_seconds_are_its_cut_off_experiment_and_its_restart(
     autotuner_results: ModuleType, tmp_path: Path, began: float, resumed: bool, cut: bool, lost: float
 ) -> None:
     experiment(tmp_path, "z0_gas1_tmbspg1", 100, ended=True)
@@ -256,7 +256,7 @@ def call(run_script: Run, tmp_path: Path) -> Run:
 
 
 @pytest.mark.slow
-def test_it_is_cut_off_goes_on_and_compares(call: Run, tmp_path: Path) -> None:
+def test_head_to_head_cut_off_by_its_time_limit_goes_on_and_completes_the_comparison(call: Run, tmp_path: Path) -> None:
     cut = call("--autotuner-seconds", "110", "--call-seconds", "20")
     assert cut.returncode == 130, cut.stderr
     assert "20 s are over: the same command goes on from here." in cut.stdout

@@ -31,7 +31,7 @@ def test_a_share_is_the_middle_of_what_the_runs_of_a_configuration_leave_open(sc
     assert statistics.median(shares) == pytest.approx(0.9, abs=0.01)
 
 
-def test_what_was_cut_off_says_nothing(script: ModuleType) -> None:
+def test_run_that_was_cut_off_gives_no_lost_share(script: ModuleType) -> None:
     path = BENCHMARKS / "data" / "fragments" / "1xH100.gpt2-medium.jsonl"
     names = [json.loads(text)["name"] for text in path.read_text().splitlines()[1:]]
     assert len(set(names)) == len(script.lost_shares(path)) + 1
@@ -57,7 +57,7 @@ def test_each_cap_is_in_the_middle_of_what_is_open(run_script: Run, tmp_path: Pa
     assert other.returncode == 2 and "was recorded on something else" in other.stderr
 
 
-def test_what_is_no_configuration_is_said_in_one_sentence(run_script: Run) -> None:
+def test_least_memory_script_refuses_a_malformed_configuration_in_one_sentence(run_script: Run) -> None:
     done = run_script(SCRIPT, "runs.jsonl", "1/16/4")
     assert done.returncode == 2
     assert "1/16/4 is not STAGE/MBS/GAS/CKPT, such as 1/16/4/1" in done.stderr

@@ -37,7 +37,7 @@ def test_everything_else_is_the_user_s() -> None:
     assert document["wall_clock_breakdown"] is True
 
 
-def test_what_nobody_names_has_defaults() -> None:
+def test_optimizer_and_gradient_clipping_have_defaults() -> None:
     document = made()
     assert document["optimizer"]["type"] == "AdamW"
     assert document["gradient_clipping"] == 1.0

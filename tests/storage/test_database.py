@@ -139,7 +139,7 @@ def test_a_locked_database_is_nobodys_mistake(locked: str, reading: bool) -> Non
     )
 
 
-def test_what_a_storage_raises_becomes_a_sentence_with_what_the_driver_said(optunas: str) -> None:
+def test_storage_error_becomes_an_environment_fault_with_the_driver_s_message(optunas: str) -> None:
     storage = open_storage(optunas)
     with sqlite3.connect(optunas.removeprefix("sqlite:///")) as connection:
         connection.execute("drop table studies")

@@ -111,7 +111,7 @@ def test_a_crash_is_no_finished_trial(finished: StudySummary) -> None:
     assert (len(finished.records), finished.finished_trials) == (5, 4)
 
 
-def test_where_a_study_stands(
+def test_study_state_follows_from_its_records_total_and_recorded_end(
     finished: StudySummary, nothing_fits: StudySummary, empty: StudySummary, make_summary: MakeSummary
 ) -> None:
     assert finished.state is StudyState.FINISHED

@@ -79,7 +79,7 @@ def test_out_of_memory_is_pruned(store: StudyStore, make_record: MakeRecord) -> 
 
 
 @pytest.mark.parametrize("kind", [FailureKind.CRASH, FailureKind.TIMEOUT, FailureKind.INVALID_CONFIG])
-def test_what_says_nothing_about_the_configuration_failed(
+def test_crash_timeout_and_invalid_config_are_failed_trials_without_constraints(
     store: StudyStore, make_record: MakeRecord, kind: FailureKind
 ) -> None:
     trial = run(store, make_record("z1_gas1_tmbspg1", kind=kind))
@@ -98,7 +98,7 @@ def test_each_timed_step_is_an_intermediate_value_in_samples_per_second(
 
 
 @pytest.mark.parametrize(("peak_gib", "violation"), [(12.0, -0.5), (24.0, 0.0), (26.0, 0.0)])
-def test_what_ran_is_feasible_by_how_much_memory_it_left(
+def test_memory_constraint_of_a_trial_that_ran_is_minus_its_free_share(
     store: StudyStore, make_record: MakeRecord, peak_gib: float, violation: float
 ) -> None:
     trial = run(store, make_record("z1_gas2_tmbspg4", 40.0, peak_gib=peak_gib))
@@ -151,7 +151,7 @@ def test_the_record_is_kept_whole(store: StudyStore, make_record: MakeRecord) ->
 
 
 @pytest.mark.parametrize("last", ["set_constraint", "report", "set_user_attr"])
-def test_what_was_told_in_part_is_told_to_its_end(
+def test_trial_told_in_part_before_an_interrupt_is_told_completely_on_recovery(
     store: StudyStore, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     """`last` is what was stored before the tuner ended; it is not stored twice."""

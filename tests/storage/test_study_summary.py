@@ -143,7 +143,9 @@ def test_best_while_more_trials_are_searched_is_the_fastest_of_the_search(interr
     assert more.after_search is AfterSearch.NONE
 
 
-def test_what_is_still_to_be_done_after_the_search_is_told_by_what_is_stored(interrupted: StudySummary) -> None:
+def test_step_due_after_the_search_follows_from_stored_verification_winner_and_ablations(
+    interrupted: StudySummary,
+) -> None:
     assert interrupted.state is StudyState.FINISHED
     winner = dataclasses.replace(interrupted, winner=NAMES[2])
     compared = dataclasses.replace(winner, numerics={NAMES[2]: "not compared"})

@@ -80,7 +80,7 @@ def test_an_observer_is_told_and_nothing_is_printed(tmp_path: Path, capfd: pytes
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_cannot_be_raises_in_the_words_of_the_call_and_writes_nothing(tmp_path: Path) -> None:
+def test_impossible_arguments_of_tune_raise_with_the_argument_s_name_and_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^`seq_len` must be at least 2 \(got 1\)$"):
         tune(seq_len=1, gpus=0, results=tmp_path / "out")
     with pytest.raises(UsageError, match=r"^`trials` must be at least 1 \(got 0\)$"):

@@ -31,5 +31,5 @@ def test_the_baselines_that_are_unlikely_to_fit_wait(hardware: str, stages: list
     assert baselines_on(hardware) == [f"z{stage}_gas1_tmbspg1" for stage in stages]
 
 
-def test_of_the_last_one_a_trial_has_to_say_that_it_does_not_fit() -> None:
+def test_last_untuned_configuration_is_the_baseline_where_none_is_likely_to_fit() -> None:
     assert baselines_on("1xV100-16GB") == ["z3_gas1_tmbspg1"]

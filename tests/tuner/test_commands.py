@@ -123,7 +123,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_is_said_in_one_sentence_before_anything_is_written(
+def test_impossible_options_exit_with_2_and_one_sentence_and_write_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     arguments, sentence = WRONG[case]

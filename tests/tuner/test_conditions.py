@@ -45,7 +45,7 @@ def test_a_condition_means_what_it_means_in_python(text: str, expected: bool) ->
         ("zero_stage == 1.5", "is not understood"),
     ],
 )
-def test_what_is_no_condition_is_refused_with_its_words(text: str, why: str) -> None:
+def test_malformed_condition_is_refused_with_its_text_and_the_reason(text: str, why: str) -> None:
     with pytest.raises(ValueError) as refused:
         Condition(text, NAMES)
     assert why in str(refused.value)
@@ -63,7 +63,7 @@ def test_what_is_no_condition_is_refused_with_its_words(text: str, why: str) -> 
     ],
     ids=["2000 nots", "100 nots", "2000 signs", "signs where nothing may be", "50000 sums"],
 )
-def test_what_is_nested_too_deeply_is_refused_with_its_first_words(text: str) -> None:
+def test_condition_nested_too_deeply_is_refused_with_its_first_60_characters(text: str) -> None:
     with pytest.raises(ValueError) as refused:
         Condition(text, NAMES)
     assert str(refused.value) == f"{text[:60]!r}… is nested too deeply; write several conditions"
@@ -81,6 +81,6 @@ def test_arithmetic_is_for_whole_numbers(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["compile < 3", "micro_batch_size % 0 == 1", "2 in zero_stage"])
-def test_what_cannot_be_compared_is_said_when_it_is_tried(text: str) -> None:
+def test_condition_that_cannot_be_evaluated_raises_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=text.split()[0]):
         Condition(text, NAMES).holds(VALUES)

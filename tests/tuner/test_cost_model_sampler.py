@@ -149,7 +149,7 @@ def test_one_sampler_serves_several_studies_without_mixing_them(open_study: Open
     assert [one for one, _ in names] == [other for _, other in names] == alone
 
 
-def test_what_is_queued_runs_as_it_is_and_is_learned_from(open_study: Open) -> None:
+def test_queued_configurations_run_unchanged_and_become_observations(open_study: Open) -> None:
     store = open_study(sampler_of())
     queued = ["z3_ac1_gas1_tmbspg64", "z2_gas1_tmbspg12"]
     for name in queued:
@@ -161,7 +161,7 @@ def test_what_is_queued_runs_as_it_is_and_is_learned_from(open_study: Open) -> N
     assert not set(queued) & set(search(store, 6))
 
 
-def test_what_waits_in_the_queue_is_not_proposed(open_study: Open) -> None:
+def test_cost_model_sampler_does_not_propose_a_queued_configuration(open_study: Open) -> None:
     sampler = sampler_of()
     store = open_study(sampler)
     search(store, 1)
@@ -172,7 +172,7 @@ def test_what_waits_in_the_queue_is_not_proposed(open_study: Open) -> None:
     assert other is not None and other.config != wanted.config
 
 
-def test_what_is_queued_runs_even_where_nothing_else_could(open_study: Open) -> None:
+def test_queued_configuration_runs_even_where_no_configuration_can_fit(open_study: Open) -> None:
     """The last of the untuned configurations is launched in any case: a trial has to say that nothing fits."""
     store = open_study(sampler_of(FEW, capacity_gib=4), FEW)
     store.enqueue(FEW.params(named("z2_gas1_tmbspg1")), Source.BASELINE)
@@ -191,7 +191,7 @@ def test_a_trial_counts_once_it_is_told_and_not_before(open_study: Open) -> None
     assert [each.row for each in sampler.observations(trials_of(store))] == [sampler.proposer.row(config)]
 
 
-def test_what_is_running_is_not_proposed(open_study: Open) -> None:
+def test_cost_model_sampler_does_not_propose_a_running_configuration(open_study: Open) -> None:
     store = open_study(sampler_of())
     running = [TrialConfig(**store.ask(SPACE.distributions).params).name for _ in range(5)]
     assert len(set(running)) == 5

@@ -72,7 +72,7 @@ def test_another_training_or_machine_teaches_nothing(tune: Tune, tmp_path: Path)
     assert earlier_records(capped, identity_of(capped)) == store.records()
 
 
-def test_what_is_not_in_the_space_is_learned_from_but_not_proposed(tune: Tune, tmp_path: Path) -> None:
+def test_earlier_records_outside_the_space_are_learned_from_but_not_proposed(tune: Tune, tmp_path: Path) -> None:
     tune("--trials", "6", "--storage", url(tmp_path), "--study", "one", "--results", "one")
     store = StudyStore.load(url(tmp_path), "one")
     summary = store.summary()

@@ -82,7 +82,9 @@ def test_a_file_where_a_trials_folder_is_to_be_is_said_before_the_search(tune: T
     )
 
 
-def test_what_nobody_foresaw_is_a_sentence_with_the_file_and_the_reason(tune: Tune, here: Path, capsys: Said) -> None:
+def test_export_blocked_by_a_directory_fails_in_one_sentence_with_file_and_reason(
+    tune: Tune, here: Path, capsys: Said
+) -> None:
     assert tune(*TRIALS).returncode == 0
     (here / "copy" / "z0_gas1_tmbspg1" / "metrics.json").mkdir(parents=True)
     assert main(["export", "--out", "copy"]) == 1

@@ -76,7 +76,7 @@ def test_the_reference_is_as_large_as_trials_have_shown_to_fit_and_what_is_small
     assert names(references) == ["z0_gas2_tmbspg4", "z0_gas4_tmbspg2", "z0_gas8_tmbspg1"]
 
 
-def test_where_the_baseline_is_partitioned_so_is_the_reference() -> None:
+def test_reference_has_the_zero_stage_of_a_partitioned_baseline() -> None:
     winner = config(3, 4)
     _, references = compared(winner, summary(config(2, 1), winner))
     assert names(references) == ["z2_gas4_tmbspg1"]
@@ -93,13 +93,13 @@ def test_rounded_weights_are_compared_in_the_stage_that_rounds_them() -> None:
     assert names(references) == ["z3_qw-on_gas1_tmbspg1"]
 
 
-def test_what_was_allowed_to_change_the_numbers_is_in_the_reference_too() -> None:
+def test_reference_keeps_the_winner_s_allowed_change_of_dropout() -> None:
     winner = config(1, 1, dropout="none", padded_vocabulary=64)
     _, references = compared(winner, summary(config(0, 1), winner))
     assert names(references) == ["z0_dropout-none_gas1_tmbspg1"]
 
 
-def test_where_nothing_untuned_fits_the_reference_saves_memory_as_the_baseline_does() -> None:
+def test_reference_saves_memory_as_the_baseline_does_where_nothing_untuned_fits() -> None:
     saving = {"activation_checkpointing": 1, "offload_optimizer": "cpu"}
     winner = config(1, 6, 21, compile="blocks", offload_optimizer="cpu")
     gated, references = compared(winner, summary(config(1, 1, **saving), winner))
@@ -126,7 +126,7 @@ def test_each_setting_is_taken_back_by_itself() -> None:
     ]
 
 
-def test_what_was_verified_is_compared_as_it_was_verified() -> None:
+def test_verified_configurations_are_compared_by_their_verified_rates() -> None:
     study = summary(config(0, 1), config(0, 4), config(0, 8))
     baseline, other, winner = study.records
     runs = {each.config.name: [dataclasses.replace(TRAINS, samples_per_second=rate)] for each, rate in
@@ -139,7 +139,7 @@ def test_what_was_verified_is_compared_as_it_was_verified() -> None:
     assert (searched.samples_per_second, searched.winner_samples_per_second) == pytest.approx((2.0, 3.0))
 
 
-def test_what_each_setting_brings_is_measured_once_and_reported(tune: Tune, tmp_path: Path) -> None:
+def test_gain_of_each_setting_is_measured_once_by_ablation_and_reported(tune: Tune, tmp_path: Path) -> None:
     finished = tune("--trials", "9", "--seed", "1", "--json", answer="stage 2 is fastest")
     document = json.loads(finished.stdout)
     found = document["contributions"]

@@ -44,7 +44,7 @@ def test_draws_have_the_moments_of_what_is_believed() -> None:
     assert drawn.std(axis=0) == pytest.approx(rates.deviation[rows], rel=0.03)
 
 
-def test_what_rows_have_in_common_is_drawn_once_for_all() -> None:
+def test_rate_draws_of_neighbouring_micro_batches_share_their_common_error() -> None:
     """Before anything is measured the level may be off by half, but not one micro-batch against the next."""
     rows = np.array([ROW["z1_gas1_tmbspg8"], ROW["z1_gas1_tmbspg12"]])
     drawn = calibrate_rates(Proposer(MODEL, CONFIGS).grid, []).draws(rows, 4000, np.random.default_rng(1))

@@ -105,7 +105,7 @@ def test_the_parts_are_those_of_zeros_stages(document: Callable[..., Plan]) -> N
 
 
 @pytest.mark.parametrize("hardware", HARDWARE[:2])
-def test_what_fits_is_ranked_by_its_predicted_speed(document: Callable[..., Plan], hardware: str) -> None:
+def test_plan_ranks_fitting_configurations_by_predicted_speed(document: Callable[..., Plan], hardware: str) -> None:
     found = document("--hardware", hardware, *ALL)
     rates = [row["predicted_samples_per_second"] for row in found["fitting"]]
     assert rates == sorted(rates, reverse=True)
@@ -117,7 +117,9 @@ def test_what_fits_is_ranked_by_its_predicted_speed(document: Callable[..., Plan
 
 
 @pytest.mark.parametrize("hardware", HARDWARE[:2])
-def test_what_does_not_fit_is_listed_by_the_smallest_of_each_kind(document: Callable[..., Plan], hardware: str) -> None:
+def test_plan_lists_the_smallest_micro_batch_of_each_kind_that_does_not_fit(
+    document: Callable[..., Plan], hardware: str
+) -> None:
     found = document("--hardware", hardware, *ALL)
     assert not set(names(found["fitting"])) & set(names(found["not_fitting"]))
     assert all(row["probability_of_fitting"] >= 0.5 for row in found["fitting"])
@@ -170,7 +172,7 @@ def test_the_table_shows_of_each_micro_batch_the_best_accumulation_only(plan: Ru
     assert len({re.sub(r"gas\d+_", "", name) for name in shown}) == len(shown) == 6
 
 
-def test_it_says_what_needs_the_memory(plan: Run) -> None:
+def test_plan_names_the_largest_parts_of_memory_where_zero_0_does_not_fit(plan: Run) -> None:
     _, output, _ = plan("--hardware", "16xV100-32GB")
     assert re.search(
         r"z0_gas1_tmbspg1 needs 3\d\.\d GiB where fragmentation leaves it about 26\.1, "
@@ -295,7 +297,7 @@ def test_quiet_prints_nothing(plan: Run) -> None:
     assert plan("--hardware", "2xH200", "--quiet") == (0, "", "")
 
 
-def test_it_loads_nothing_that_trains(folder: Path) -> None:
+def test_plan_imports_no_torch_or_deepspeed(folder: Path) -> None:
     script = (
         "import sys, ds_tune.tuner.cli\n"
         "status = ds_tune.tuner.cli.main(sys.argv[1:])\n"

@@ -146,13 +146,13 @@ def test_nine_trials_find_what_is_within_3_percent_of_the_best(seed: int) -> Non
 
 
 @pytest.mark.parametrize("cap_gib", [36, 40, 60, 80])
-def test_they_do_where_memory_bites(cap_gib: int) -> None:
+def test_nine_trials_under_a_memory_cap_find_what_is_within_3_percent_of_the_best(cap_gib: int) -> None:
     searches = [Search(under(cap_gib), seed).run(9) for seed in range(10)]
     assert max(search.regret for search in searches) <= 0.03
     assert np.mean([search.regret for search in searches]) <= 0.01
 
 
-def test_of_nine_trials_hardly_one_runs_out_of_memory() -> None:
+def test_nine_trials_run_out_of_memory_at_most_once_on_average() -> None:
     ran_out = {cap: [Search(under(cap), seed).run(9).ran_out for seed in range(10)] for cap in (None, 36, 40, 60, 80)}
     assert np.mean(list(ran_out.values())) <= 1
     assert max(map(max, ran_out.values())) <= 3
@@ -183,7 +183,7 @@ def test_shuffled_speeds_do_not_either(cap_gib: int | None) -> None:
     assert max(regrets) <= 0.05
 
 
-def test_what_is_proposed_first_is_fast_and_fits() -> None:
+def test_first_proposal_is_predicted_to_be_fast_and_likely_to_fit() -> None:
     proposer = proposer_of(under(80))
     proposal = proposer.propose([], [], np.random.default_rng(0))
     assert proposal is not None
@@ -203,7 +203,7 @@ def test_many_micro_steps_make_a_trial_dear_only_where_steps_run_whole(short_ste
     assert proposal.config.gradient_accumulation_steps == first
 
 
-def test_of_two_that_are_level_the_one_that_compiles_for_minutes_comes_last() -> None:
+def test_deepcompile_that_compiles_for_minutes_is_proposed_after_level_compiled_blocks() -> None:
     configs = [
         TrialConfig(zero_stage=2, micro_batch_size=8, gradient_accumulation_steps=4, compile=way)
         for way in ("deepcompile", "blocks")
@@ -243,7 +243,9 @@ def test_a_row_that_is_taken_is_left_alone_whatever_took_it() -> None:
 
 @pytest.mark.parametrize("prior", [as_it_is, off_by(0.7), off_by(1.3)], ids=["right", "too low", "too high"])
 @pytest.mark.parametrize("cap_gib", [32, 40, 60, None])
-def test_what_certainly_does_not_fit_is_not_proposed(cap_gib: int | None, prior: Callable[[Grid, int], Grid]) -> None:
+def test_configuration_certain_not_to_fit_is_not_proposed(
+    cap_gib: int | None, prior: Callable[[Grid, int], Grid]
+) -> None:
     search = Search(under(cap_gib), 3, prior)
     for _ in range(20):
         given_up = search.proposer.beliefs(search.observations)[1].certainly_too_large
@@ -254,7 +256,7 @@ def test_what_certainly_does_not_fit_is_not_proposed(cap_gib: int | None, prior:
         search.attempt(row)
 
 
-def test_where_nothing_can_fit_nothing_is_proposed() -> None:
+def test_nothing_is_proposed_where_no_configuration_can_fit() -> None:
     cap = dataclasses.replace(parse_hardware("1xH200"), capacity_bytes=4 * GIB)
     proposer = Proposer(CostModel(XL, cap), tuple(SURFACE.outcomes))
     assert proposer.propose([], [], np.random.default_rng(0)) is None
@@ -304,7 +306,7 @@ def test_a_forecast_is_what_is_believed_of_the_row() -> None:
         assert 0 <= forecast.probability_of_fitting <= 1
 
 
-def test_what_is_excluded_is_told_by_its_smallest_micro_batch() -> None:
+def test_excluded_configurations_are_listed_by_their_smallest_micro_batch() -> None:
     search = Search(under(60), 0).run(6)
     memory = search.proposer.beliefs(search.observations)[1]
     told = {each.name: each for each in search.proposer.excluded(memory, search.rows)}
@@ -323,7 +325,7 @@ def test_what_is_excluded_is_told_by_its_smallest_micro_batch() -> None:
         assert each.predicted_peak_memory_bytes > 60 * GIB
 
 
-def test_what_was_tried_is_not_told_as_excluded() -> None:
+def test_tried_configuration_is_not_listed_as_excluded() -> None:
     proposer = proposer_of(under(60))
     memory = proposer.beliefs([])[1]
     [row] = [row for row, config in enumerate(proposer.grid.configs) if config.name == "z0_gas1_tmbspg48"]

@@ -100,7 +100,7 @@ def test_a_queued_configuration_is_taken_as_it_is() -> None:
     assert study.ask(space.distributions).params == wanted
 
 
-def test_what_is_queued_running_or_failed_is_not_proposed() -> None:
+def test_queued_running_or_failed_configuration_counts_as_visited() -> None:
     space = space_of(max_micro_batch=1, max_global_batch=2)  # four configurations
     study = new_study(space)
     running = study.ask(space.distributions)

@@ -121,7 +121,9 @@ def test_the_search_stops_when_nothing_is_left_to_gain_and_says_so(tune: Run, an
 
 @both
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_it_stops_with_is_close_to_the_best_there_is(tune: Run, answers: list[str], seed: int) -> None:
+def test_search_that_ends_by_itself_has_found_nearly_the_best_configuration(
+    tune: Run, answers: list[str], seed: int
+) -> None:
     assert tune(*answers, "--trials", "30", "--seed", str(seed))[0] == 0
     everything = read_recording(RECORDED).outcomes if answers == REPLAY else simulated(answers[1], seed)
     rates = [outcome.samples_per_second for outcome in everything.values() if isinstance(outcome, Measurement)]
@@ -172,7 +174,7 @@ def test_a_larger_total_asks_again_whether_anything_is_left_to_gain(
     assert summary().finished_trials == count
 
 
-def test_what_ended_a_study_is_forgotten_with_a_larger_total(tune: Run) -> None:
+def test_recorded_end_of_a_study_is_dropped_when_resumed_with_more_trials(tune: Run) -> None:
     tune(*SIMULATE, "--trials", "3")
     store().set_ended("somebody thought so")
     _, output, _ = tune(*SIMULATE, "--trials", "3")
@@ -230,7 +232,7 @@ def test_a_search_of_what_cannot_fit_ends(tune: Run, folder: Path) -> None:
     [TIGHT, SIMULATE, REPLAY, ["--hardware", "1xH200", "--simulate", "--memory-cap", "40GiB"]],
     ids=["V100-16GB", "V100-32GB", "recorded H200", "capped H200"],
 )
-def test_what_certainly_does_not_fit_is_listed_and_not_launched(search: Search, answers: list[str]) -> None:
+def test_configurations_certain_not_to_fit_are_listed_and_not_launched(search: Search, answers: list[str]) -> None:
     search(answers)
     capacity = document()["hardware"]["memory_cap_bytes"] or document()["hardware"]["memory_bytes"]
     listed = document()["not_launched"]

@@ -191,7 +191,7 @@ def test_optunas_samplers_can_be_tried_on_it(simulate: Run, folder: Path, sample
     assert all(record.forecast is None for record in summary.records)
 
 
-def test_what_describes_the_training_is_kept(simulate: Run, folder: Path) -> None:
+def test_simulated_study_keeps_the_model_dtype_sequence_length_and_ds_config(simulate: Run, folder: Path) -> None:
     (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 0.5, "train_batch_size": "auto"}))
     arguments = ["--model", "gpt2-large", "--dtype", "bf16", "--seq-len", "512", "--ds-config", "ds.json"]
     assert simulate("--trials", "4", "--global-batch", "64", *arguments, hardware="8xA100-40GB")[0] == 0
@@ -213,7 +213,7 @@ def out_of_memory(record: TrialRecord) -> bool:
     return isinstance(record.outcome, Failure) and (record.reason or "").startswith("out of memory in ")
 
 
-def test_where_zero_0_is_unlikely_to_fit_the_baseline_is_the_smallest_that_does(simulate: Run, folder: Path) -> None:
+def test_baseline_is_the_smallest_likely_to_fit_where_zero_0_is_unlikely_to(simulate: Run, folder: Path) -> None:
     """35 GiB are more than an RTX 4090's 23.6, but not beyond all doubt before anything was measured."""
     assert simulate("--trials", "5", hardware="2xRTX4090")[0] == 0
     summary = store(folder).summary()
@@ -222,7 +222,7 @@ def test_where_zero_0_is_unlikely_to_fit_the_baseline_is_the_smallest_that_does(
     assert not any(out_of_memory(record) for record in summary.records)
 
 
-def test_where_zero_0_runs_out_of_memory_the_baseline_is_the_smallest_that_fits(simulate: Run, folder: Path) -> None:
+def test_baseline_is_the_smallest_that_fits_after_zero_0_ran_out_of_memory(simulate: Run, folder: Path) -> None:
     """35 GiB fit into 41 unless much is lost to fragments."""
     assert simulate("--trials", "5", "--seed", "9", "--memory-cap", "41GiB", hardware="2xH200")[0] == 0
     summary = store(folder).summary()
@@ -245,7 +245,7 @@ def test_names_and_states_stay_apart_however_long_a_name_is(
     assert max(map(len, names)) > 40
 
 
-def test_where_zero_0_certainly_does_not_fit_it_is_not_launched(simulate: Run, folder: Path) -> None:
+def test_zero_0_certain_not_to_fit_is_not_launched_as_the_baseline(simulate: Run, folder: Path) -> None:
     assert simulate("--trials", "5", hardware="16xV100-16GB")[0] == 0
     summary = store(folder).summary()
     assert summary.baseline is summary.records[0]

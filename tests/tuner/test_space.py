@@ -312,7 +312,7 @@ def test_a_knob_is_offered_where_it_has_a_meaning(knobs: dict[str, object], stag
         ("quantized_weights", KnobContext(device="cpu", ranks=2), set()),
     ],
 )
-def test_what_changes_the_numbers_exists_only_where_it_has_a_meaning_too(
+def test_numerics_changing_knob_is_in_the_space_only_where_it_has_a_meaning(
     field: str, context: KnobContext, stages: set[int]
 ) -> None:
     bounds = Limits(ranks=context.ranks, max_micro_batch=1, max_global_batch=context.ranks)
@@ -322,7 +322,7 @@ def test_what_changes_the_numbers_exists_only_where_it_has_a_meaning_too(
     assert not any(config.vocabulary and config.padded_vocabulary for config in on)
 
 
-def test_what_changes_the_numbers_is_searched_only_on_request() -> None:
+def test_dropout_is_searched_only_where_its_change_of_numerics_is_allowed() -> None:
     bounds = limits(max_global_batch=2)
     assert not any("dropout" in config.knobs_on for config in Space(bounds, dimensions_of("full")).legal)
     allowed = Space(bounds, dimensions_of("core", allowed={"dropout"}))

@@ -69,7 +69,7 @@ def test_toml_and_yaml_say_the_same(write: Write) -> None:
     assert {config.overlap_comm for config in configurations(yaml)} == {"default", "on", "off"}
 
 
-def test_what_is_not_listed_is_as_in_the_preset(write: Write) -> None:
+def test_field_not_listed_in_a_space_file_is_as_in_the_preset(write: Write) -> None:
     plain = configurations(write("[fixed]\nzero_stage = 1\n"))
     assert {config.micro_batch_size for config in plain} == {size for size in COARSE_MICRO_BATCHES if size <= 64}
     assert all(config.knobs_on == {} for config in plain)
@@ -98,7 +98,7 @@ def test_with_a_fixed_global_batch_gas_follows(write: Write) -> None:
     }  # fmt: skip
 
 
-def test_what_changes_the_numbers_needs_its_permission(write: Write) -> None:
+def test_dropout_in_a_space_file_is_refused_unless_its_change_of_numerics_is_allowed(write: Write) -> None:
     path = write('[search]\ndropout = ["model", "none"]\n')
     with pytest.raises(UsageError, match="dropout changes the numbers of training: add `allow=numerics:dropout`"):
         configurations(path)
@@ -181,7 +181,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "why"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_meant_is_refused_with_the_files_name(write: Write, text: str, why: str) -> None:
+def test_invalid_space_file_is_refused_in_one_sentence_with_its_name(write: Write, text: str, why: str) -> None:
     path = write(text)
     with pytest.raises(UsageError) as refused:
         configurations(path)
@@ -203,7 +203,7 @@ REFUSED_YAML = {
 
 
 @pytest.mark.parametrize(("text", "why"), REFUSED_YAML.values(), ids=REFUSED_YAML)
-def test_what_cannot_be_meant_in_yaml_is_refused_in_one_sentence(write: Write, text: str, why: str) -> None:
+def test_invalid_yaml_space_file_is_refused_in_one_sentence_with_its_name(write: Write, text: str, why: str) -> None:
     path = write(text, "space.yaml")
     with pytest.raises(UsageError) as refused:
         configurations(path)

@@ -38,7 +38,7 @@ def test_the_smallest_size_is_a_byte() -> None:
         "0.0000001M", "0.0000009MB", "0.0000000000001", pytest.param("9" * 400, id="400 nines"),
     ],
 )  # fmt: skip
-def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+def test_malformed_memory_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="write a size such as 24GiB or 512MiB"):
         parse_memory(text)
 

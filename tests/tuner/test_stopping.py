@@ -52,7 +52,7 @@ def test_a_termination_signal_stops_at_once(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
+def test_signal_ignored_before_the_search_stays_ignored(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)
     stop = StopSignals(lambda: None)
     with stop:

@@ -101,7 +101,7 @@ def test_the_two_fastest_are_candidates_however_far_apart() -> None:
     assert [each.number for each in candidates(summary(10, 100, 60, 50))] == [1, 2]
 
 
-def test_what_was_stopped_early_is_no_candidate() -> None:
+def test_trial_stopped_early_is_no_candidate_for_verification() -> None:
     study = summary(10, 100)
     stopped = record(2, measurement(99, stopped_early=True))
     assert [each.number for each in candidates(dataclasses.replace(study, records=[*study.records, stopped]))] == [1, 0]
@@ -119,11 +119,11 @@ def test_a_settled_order_needs_no_further_run() -> None:
     assert turn(summary(10, 95, 99), {1: [95], 2: [100], 0: [10]}) == []
 
 
-def test_those_that_cannot_be_told_apart_run_again_in_the_other_order() -> None:
+def test_indistinguishable_candidates_are_verified_again_in_reverse_order() -> None:
     assert turn(summary(10, 100, 99.9, 96), {1: [100], 2: [98.7], 3: [96], 0: [10]}) == [2, 1]
 
 
-def test_those_shown_to_be_level_do_not_run_again() -> None:
+def test_candidates_shown_to_be_level_are_not_verified_again() -> None:
     assert turn(summary(10, 100, 99), {1: [100.0], 2: [100.0], 0: [10.0]}) == []
 
 
@@ -148,7 +148,7 @@ def test_baseline_runs_again_where_the_speedup_over_it_is_no_answer() -> None:
 BIMODAL = (1.0, 1.8, 1.0, 1.8)
 
 
-def test_where_something_else_uses_the_machine_there_are_more_candidates() -> None:
+def test_disturbed_machine_has_more_candidates_for_verification() -> None:
     quiet = summary(10, 100, 99, 80, 70, 60, 50)
     busy = dataclasses.replace(
         quiet, records=[record(number, measurement(r.samples_per_second or 0, steps=BIMODAL)) for number, r in
@@ -200,7 +200,7 @@ def test_runs_to_follow_fall_with_each_round_until_the_budget_is_spent() -> None
     assert runs_to_follow(study) == 2, "the second round"
 
 
-def test_what_an_ablation_found_is_a_candidate_whatever_it_measured_there() -> None:
+def test_configuration_found_by_ablation_is_a_candidate_whatever_its_rate() -> None:
     study = summary(10, 100, 99, 98, 97)
     found = dataclasses.replace(record(5, measurement(60)), source=Source.ABLATION)
     with_found = dataclasses.replace(study, records=[*study.records, found])
@@ -217,7 +217,7 @@ def test_a_baseline_that_is_the_fastest_runs_once_beside_the_next() -> None:
     assert turn(summary(100, 10), {}) == [0, 1]
 
 
-def test_who_fails_in_fresh_processes_is_out() -> None:
+def test_candidate_that_failed_in_verification_is_not_run_again() -> None:
     assert turn(summary(10, 100, 99), {2: [99], 0: [10]}, frozenset({"z0_gas1_tmbspg2"})) == []
 
 
@@ -234,7 +234,7 @@ def judged(*rates_and_peaks: tuple[float, float], half_width: float = 0.0) -> An
     return numbers[verdict.leader], [numbers[n] for n in verdict.level], [numbers[n] for n in verdict.unsettled]
 
 
-def test_of_those_that_are_level_the_one_that_needs_clearly_less_memory_wins() -> None:
+def test_level_candidate_with_clearly_less_memory_wins() -> None:
     assert judged((100.0, 7), (99.9, 3), (90.0, 1)) == (2, [1], [])
 
 
@@ -242,11 +242,11 @@ def test_a_few_mib_less_do_not_make_the_slower_one_win() -> None:
     assert judged((100.0, 3), (99.9, 2.99)) == (1, [2], [])
 
 
-def test_of_those_that_cannot_be_told_apart_the_faster_one_wins() -> None:
+def test_faster_of_indistinguishable_candidates_wins() -> None:
     assert judged((168.0, 4.9), (120.0, 4.6), half_width=80.0) == (1, [], [2])
 
 
-def test_of_those_that_cannot_be_told_apart_the_smaller_one_wins_where_memory_is_short() -> None:
+def test_smaller_of_indistinguishable_candidates_wins_where_memory_is_short() -> None:
     assert judged((101.0, 7.5), (100.0, 4.0), half_width=20.0) == (2, [], [1])
 
 

@@ -139,7 +139,7 @@ def test_a_measured_peak_is_believed_and_says_most_about_its_like() -> None:
     assert less[row] <= less[like] < less[unlike] < 1
 
 
-def test_what_was_expected_to_fit_and_did_not_raises_what_is_like_it() -> None:
+def test_unexpected_out_of_memory_raises_predicted_peaks_of_similar_larger_configurations() -> None:
     cap, surprise = 80 * GIB, ROW["z1_gas1_tmbspg8"]  # predicted to need 59 GiB
     before = calibrate_memory(GRID, [], cap)
     after = calibrate_memory(GRID, [observed(surprise, 60 * GIB)], cap)
@@ -167,7 +167,7 @@ def test_the_more_surprising_of_two_failures_teaches_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["z0_gas1_tmbspg32", "z0_gas1_tmbspg48", "z3_gas1_tmbspg32"])
-def test_what_the_formulas_knew_teaches_nothing(name: str) -> None:
+def test_expected_out_of_memory_leaves_memory_predictions_unchanged(name: str) -> None:
     cap = 80 * GIB
     before = calibrate_memory(GRID, [], cap)
     after = calibrate_memory(GRID, [observed(ROW[name], cap)], cap)
@@ -189,7 +189,7 @@ def test_a_failure_does_not_overrule_what_was_measured() -> None:
     assert memory.fits[ROW["z3_gas1_tmbspg12"]] < 0.3
 
 
-def test_what_no_tensor_can_have_counts_for_fitting_and_not_for_certainty() -> None:
+def test_memory_outside_tensors_lowers_odds_of_fitting_but_makes_nothing_certain_not_to_fit() -> None:
     cap = 80 * GIB
     whole, less = calibrate_memory(GRID, [], cap), calibrate_memory(GRID, [], cap, outside_bytes=2.5 * GIB)
     near = [row for row in range(len(GRID)) if 0.92 * cap < GRID.peak_bytes[row] < cap]
@@ -264,7 +264,7 @@ def test_a_common_factor_is_learned_from_one_trial() -> None:
     assert np.exp(rates.mean - GRID.log_rate)[others] == pytest.approx(0.5, rel=0.15)
 
 
-def test_what_was_measured_is_believed_to_within_its_noise() -> None:
+def test_measured_rates_are_predicted_to_within_their_noise() -> None:
     names = ("z0_gas1_tmbspg1", "z0_gas1_tmbspg16", "z3_gas1_tmbspg8", "z1_ac1_gas1_tmbspg2", "z0_gas4_tmbspg2")
     trials = observed_all(*names)
     rates = calibrate_rates(GRID, trials)

@@ -16,7 +16,7 @@ RESIDUALS = np.array([1.0, -0.5])
 NOISE = np.array([0.01, 0.04])
 
 
-def test_it_is_what_the_joint_normal_distribution_says() -> None:
+def test_conditioned_gaussian_process_equals_the_joint_normal_posterior() -> None:
     """The textbook's inverse, of a matrix that is small enough for it."""
     process = condition(KERNEL, MEASURED, RESIDUALS, NOISE)
     inverse = np.linalg.inv(KERNEL.between(MEASURED, MEASURED) + np.diag(NOISE))
@@ -41,7 +41,7 @@ def test_before_anything_is_measured_it_is_the_prior() -> None:
     assert process.covariance(ALL) == pytest.approx(KERNEL.between(ALL, ALL))
 
 
-def test_what_fits_the_kernel_has_more_evidence() -> None:
+def test_log_evidence_is_higher_where_neighbours_agree() -> None:
     """Neighbours that agree, rather than neighbours that don't."""
     neighbours = np.array([3, 4])
     evidences = [

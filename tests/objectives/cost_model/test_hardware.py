@@ -60,7 +60,7 @@ def test_a_number_and_a_gpu_are_read_as_people_write_them(text: str, name: str) 
         ("RTX", ["RTX3090", "RTX4090", "RTX5090"]),
     ],
 )
-def test_what_could_be_several_is_asked_about_by_name(text: str, candidates: list[str]) -> None:
+def test_ambiguous_gpu_name_is_refused_with_its_candidates(text: str, candidates: list[str]) -> None:
     with pytest.raises(UsageError, match=f"`hardware={text}`: .*say which: {', '.join(candidates)}$"):
         parse_hardware(text)
 
@@ -92,7 +92,7 @@ def test_a_size_it_is_sold_with_is_near_what_can_be_allocated(chip: Accelerator)
 @pytest.mark.parametrize(
     "text", ["8xMI300X", "8xMI300X-192GB", "H300", "2*H200", "H200x2", "1.5xH200", "-1xH200", "x", "3x"]
 )
-def test_what_is_not_known_is_answered_with_all_that_is(text: str) -> None:
+def test_unknown_hardware_is_refused_with_all_known_gpus(text: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse_hardware(text)
     assert str(refused.value).startswith(f"`hardware={text}`: write a number and a GPU, such as 16xV100-32GB; ")
@@ -127,7 +127,7 @@ def test_a_cap_is_for_tensors_as_far_as_the_device_has_room_for_the_rest() -> No
     assert near.capacity_bytes - near.outside_bytes == pytest.approx((139.8 - 2.1) * GIB)
 
 
-def test_of_a_small_device_little_is_assumed_to_be_lost() -> None:
+def test_memory_outside_tensors_on_a_24_gb_gpu_is_5_percent() -> None:
     assert parse_hardware("4xRTX4090").outside_bytes == pytest.approx(0.05 * 23.6 * GIB)
 
 

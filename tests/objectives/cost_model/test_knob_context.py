@@ -24,7 +24,7 @@ def test_the_site_is_read_from_the_machine_and_the_model() -> None:
     ).compute_capability == (0, 0)
 
 
-def test_what_the_states_take_of_a_rank_s_memory() -> None:
+def test_states_share_is_the_fraction_of_a_rank_s_memory_taken_by_model_states() -> None:
     machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=32 * GIB, compute_capability="9.0")
     # 1.56e9 parameters in two bytes, and 12 bytes of states for each over two ranks: 11.6 GiB.
     assert knob_context_of(GPT2_XL, machine).states_share == pytest.approx(0.363, abs=0.002)

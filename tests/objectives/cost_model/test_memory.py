@@ -70,7 +70,9 @@ def test_every_recorded_peak_is_predicted_within_two_percent(surface: Recording,
     assert statistics.median(map(abs, errors.values())) < 0.01
 
 
-def test_what_ran_out_of_memory_was_predicted_at_the_edge_or_beyond(surface: Recording, model: CostModel) -> None:
+def test_recorded_out_of_memory_runs_are_predicted_above_96_percent_of_memory(
+    surface: Recording, model: CostModel
+) -> None:
     ran_out = [of for of, outcome in surface.outcomes.items() if isinstance(outcome, Failure)]
     assert len(ran_out) == 8
     for of in ran_out:

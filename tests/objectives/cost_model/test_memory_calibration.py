@@ -52,7 +52,7 @@ def test_a_run_out_of_memory_makes_one_that_comes_as_near_less_likely_to_fit() -
     assert ran_out.fits[row] == 0 < before.fits[row]
 
 
-def test_what_the_formulas_were_right_about_is_not_believed_to_need_more_for_one_that_ran_out() -> None:
+def test_out_of_memory_by_fragmentation_leaves_correct_peak_predictions_unchanged() -> None:
     """It was lost to fragments."""
     peaks = {
         ROW[config.name]: outcome.peak_memory_bytes
@@ -73,7 +73,7 @@ def test_one_measured_peak_corrects_another_by_most_of_its_factor(factor: float)
     assert memory.mean_bytes[other] == pytest.approx(factor * GRID.peak_bytes[other], rel=0.05)
 
 
-def test_of_two_with_the_same_peak_the_one_in_larger_pieces_is_less_likely_to_fit() -> None:
+def test_equal_peak_in_larger_allocations_is_less_likely_to_fit() -> None:
     large = np.linspace(0.5 * GIB, 6 * GIB, len(GRID))
     half = np.full(len(GRID), 0.45 * CAPACITY)
     grid = dataclasses.replace(GRID, peak_bytes=2 * half, states_bytes=half, activation_bytes=half, large_bytes=large)
@@ -114,7 +114,7 @@ def capped(head: dict[str, Any], row: dict[str, Any]) -> Hardware:
     )
 
 
-def test_what_was_likelier_to_fit_ran_more_often() -> None:
+def test_recorded_runs_with_higher_predicted_odds_of_fitting_ran_more_often() -> None:
     """The runs from which the share was taken: every one of them near the edge."""
     every = sorted(run for model in ("gpt2-medium", "gpt2-xl") for run in runs(model))
     assert len(every) == 57

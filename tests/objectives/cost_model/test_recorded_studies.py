@@ -93,7 +93,7 @@ def test_rates_are_as_near_as_the_documentation_says_where_compute_decides(
     assert f"off by {statistics.median(errors):.1%} in the median and {max(errors):.0%} at most" in CLAIMS
 
 
-def test_what_ran_out_of_an_uncapped_device_was_seen_to_be_less_likely_to_fit_than_nearly_all_that_ran() -> None:
+def test_out_of_memory_near_uncapped_capacity_had_lower_odds_than_nearly_all_runs_that_fit() -> None:
     """As the search saw it: each trial after those before it."""
     ran, ran_out = [], []
     for path in STUDIES:
@@ -120,7 +120,7 @@ def test_what_ran_out_of_an_uncapped_device_was_seen_to_be_less_likely_to_fit_th
     assert sorted(ran_out) == pytest.approx([0.15, 0.77, 0.92], abs=0.01)
 
 
-def test_what_ran_was_never_held_for_certain_not_to_fit(
+def test_recorded_trials_that_ran_are_never_predicted_certain_not_to_fit(
     trials: list[tuple[TrialConfig, dict[str, Any], Prediction]],
 ) -> None:
     for config, trial, found in trials:

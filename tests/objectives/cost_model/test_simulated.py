@@ -127,7 +127,7 @@ def test_peaks_deviate_from_the_formulas_but_not_without_bounds() -> None:
 @pytest.mark.parametrize(
     ("hardware", "cap_gib"), [("16xV100-32GB", None), ("1xH200", None), ("2xH200", 80), ("8xA100-40GB", 24)]
 )
-def test_what_is_above_the_usable_memory_runs_out_of_it(hardware: str, cap_gib: int | None) -> None:
+def test_simulated_run_above_the_usable_memory_runs_out_of_memory(hardware: str, cap_gib: int | None) -> None:
     seen = set()
     for seed in SEEDS:
         simulation = Simulation(hardware, seed, cap_gib=cap_gib)
@@ -205,6 +205,6 @@ def test_stage_3_warms_up_as_long_as_on_a_real_machine() -> None:
         assert len(simulation.measure(config(stage, 1)).warmup_step_seconds) == plan.warmup(stage)
 
 
-def test_it_times_by_the_plan_that_it_is_given() -> None:
+def test_simulated_run_times_as_many_steps_as_its_step_plan() -> None:
     plan = StepPlan(min_timed_steps=2, max_timed_steps=2)
     assert len(Simulation(BIG, plan=plan).measure(config(1, 4)).step_seconds) == 2

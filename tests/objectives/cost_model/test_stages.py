@@ -38,7 +38,9 @@ def moved() -> Floats:
     return calibrate_rates(GRID, [*known, faster]).mean - calibrate_rates(GRID, known).mean
 
 
-def test_what_zero_2_shows_is_half_expected_of_zero_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faster_zero_2_measurement_raises_zero_1_prediction_in_part_and_zero_3_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     together = moved()
     monkeypatch.setattr(calibration, "STAGES_IN_COMMON", 0.0)
     apart = moved()

@@ -188,7 +188,7 @@ def test_launching_that_hides_behind_compute_is_no_bottleneck() -> None:
     assert hidden.seconds < 0.5 + 0.49
 
 
-def test_where_links_are_slow_and_batches_small_communication_is_the_bottleneck() -> None:
+def test_small_batches_over_slow_links_have_communication_as_bottleneck() -> None:
     assert estimate(3, 1, gas=1, on="8xRTX4090").bottleneck == "communication"
 
 
@@ -230,7 +230,7 @@ def test_half_of_the_optimizer_on_the_host_takes_half_of_its_time() -> None:
     assert half == pytest.approx((off + whole) / 2)
 
 
-def test_what_is_grouped_or_quantised_moves_less() -> None:
+def test_parameter_groups_and_quantized_weights_communicate_less_in_zero_3() -> None:
     plain = with_knobs(3, on="8xH200")
     times = [
         with_knobs(3, on="8xH200", **{field: value}).communication

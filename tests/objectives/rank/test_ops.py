@@ -18,7 +18,7 @@ print(os.environ["TORCHDYNAMO_DISABLE"], "functorch.compile" in sys.modules)
 
 
 @pytest.mark.parametrize(("optimizer", "loads_the_compiler"), [("AdamW", False), ("Muon", True)])
-def test_it_loads_the_compiler_where_it_trains(optimizer: str, loads_the_compiler: bool) -> None:
+def test_torch_compiler_is_imported_with_muon_and_not_with_adamw(optimizer: str, loads_the_compiler: bool) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(optimizer=optimizer)], capture_output=True, text=True, check=True
     )
@@ -43,7 +43,7 @@ except EnvironmentFault as fault:
     ("field", "value", "device", "name", "recurses"),
     [("compile", "deepcompile", "cpu", "dc", True), ("quantized_weights", "on", "cuda", "quantizer", False)],
 )
-def test_where_a_knobs_op_cannot_be_compiled_it_says_so_and_what_to_do(
+def test_knob_op_that_cannot_be_compiled_is_an_environment_fault_with_a_remedy(
     field: str, value: str, device: str, name: str, recurses: bool, tmp_path: Path
 ) -> None:
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "false", "DS_ACCELERATOR": device}

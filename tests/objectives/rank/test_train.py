@@ -73,7 +73,7 @@ def test_a_configuration_is_a_file_or_base64_of_one(tmp_path: Path) -> None:
         (encoded([1]), "must hold a JSON object"),
     ],
 )
-def test_what_is_no_configuration_is_told_to_the_user(
+def test_unusable_deepspeed_configuration_argument_raises_a_value_error_saying_why(
     argument: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = pytest.importorskip("ds_tune.objectives.rank.train")

@@ -145,7 +145,7 @@ def test_a_machine_that_torch_cannot_use_is_told_before_any_trial(
     assert started_ranks() == []
 
 
-def test_what_only_a_rank_can_know_to_be_wrong_is_the_user_s_error_before_any_trial(
+def test_dataset_too_short_for_one_block_is_a_usage_error_before_any_trial(
     objective: Callable[..., DeepSpeedObjective], workload: HuggingFaceWorkload, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"

@@ -95,7 +95,7 @@ def test_a_trace_that_changes_is_indexed_anew(
     train(engine, 4)
 
 
-def test_it_is_installed_once_and_its_cache_is_cleared_with_the_trial(installed: Any) -> None:
+def test_zero_3_release_is_installed_once_and_its_cache_is_cleared_with_the_trial(installed: Any) -> None:
     from ds_tune.objectives.rank.cleanup import _method_caches
 
     method = getattr(PartitionedParameterCoordinator, METHOD)

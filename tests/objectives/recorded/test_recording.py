@@ -83,7 +83,7 @@ def test_a_line_is_a_measurement_of_its_configuration(read: Read) -> None:
     assert not measured.stopped_early
 
 
-def test_what_more_was_recorded_is_read_too(read: Read) -> None:
+def test_optional_step_times_parts_and_retries_of_a_recorded_line_are_read(read: Read) -> None:
     steps = [0.48, 0.51, 0.5, 0.52, 0.49]
     parts = {"forward_s": 0.1, "backward_s": 0.2, "optimizer_s": 0.15, "alloc_retries": 3}
     measured = only_outcome(read({**LINE, "steps_s": steps, "warmup_s": [1.5], **parts}))
@@ -115,7 +115,7 @@ def test_a_crash_is_left_out_and_counted(read: Read) -> None:
     assert (len(surface.outcomes), surface.crashed) == (1, 2)
 
 
-def test_of_one_configuration_the_first_line_counts(read: Read) -> None:
+def test_first_line_counts_where_a_recording_repeats_a_configuration(read: Read) -> None:
     other = {**LINE, "samples_per_s": 16.0, "step_s": 1.0, "room": "warm"}
     surface = read({**LINE, "room": "cold"}, other, {**LINE, "ckpt": 1})
     assert (len(surface.outcomes), surface.repeated) == (2, 1)

@@ -52,7 +52,7 @@ def test_an_error_of_the_program_is_a_crash() -> None:
     assert kind_of_exception(ValueError("mine, not DeepSpeed's"), "engine") == FailureKind.CRASH
 
 
-def test_what_is_refused_while_the_configuration_is_read_is_invalid() -> None:
+def test_value_error_in_the_config_phase_is_an_invalid_config_failure() -> None:
     assert kind_of_exception(ValueError("stage must be 0 to 3"), "config") == FailureKind.INVALID_CONFIG
 
 

@@ -287,7 +287,9 @@ def main():
 
 
 @pytest.mark.gpu
-def test_what_ranks_import_touches_no_gpu_so_that_none_has_to_start_over(imported: Imported, tmp_path: Path) -> None:
+def test_importing_the_worker_touches_no_gpu_so_forked_ranks_do_not_start_over(
+    imported: Imported, tmp_path: Path
+) -> None:
     launcher = imported(
         """
 import os

@@ -117,7 +117,7 @@ def test_ranks_that_do_not_share_their_gradients_are_found(
     assert wrong.fault is not None and "of what was learned" in wrong.fault
 
 
-def test_what_does_not_fit_is_a_failure_as_in_a_trial(
+def test_losses_of_a_configuration_that_does_not_fit_are_a_failure(
     objective: Callable[..., DeepSpeedObjective], tmp_path: Path
 ) -> None:
     training = objective()

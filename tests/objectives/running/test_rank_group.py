@@ -289,7 +289,7 @@ fail("crash", "Connection closed by peer", "step")
     assert (failure.kind, failure.rank) == (FailureKind.OUT_OF_MEMORY, 1)
 
 
-def test_what_a_rank_was_doing_before_does_not_appear_in_the_next_trial(
+def test_failure_names_no_phase_of_the_trial_that_the_rank_ran_before(
     group: Callable[[str], RankGroup], context: RankContext, tmp_path: Path
 ) -> None:
     started = group("""

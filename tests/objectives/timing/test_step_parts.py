@@ -51,7 +51,7 @@ def test_the_interval_of_one_short_step_assumes_a_tenth_of_its_excess() -> None:
     assert parts.error_seconds(T98) > parts.error_seconds(T95) == parts.error_seconds()
 
 
-def test_of_three_short_steps_the_spread_of_the_ends_is_seen() -> None:
+def test_error_of_three_short_steps_is_the_spread_of_their_last_micro_steps() -> None:
     steps = [[1.0, 1.0, 1.0, closing] for closing in (3.0, 3.3, 3.6)]
     assert StepParts.of(steps, GAS).error_seconds() == pytest.approx(4.303 * 0.3 / math.sqrt(3))
 

@@ -59,7 +59,7 @@ def test_no_third_long_step_is_begun_that_would_end_after_8_seconds() -> None:
     assert len(timed([9.0, 8.0, 8.0])) == 2, "of one alone nobody knows how far it is off"
 
 
-def test_what_is_compared_closely_is_timed_longer() -> None:
+def test_precise_plan_times_more_long_steps_than_the_default() -> None:
     assert len(timed([2.5, 2.52, 2.48, 2.5], plan=PRECISE)) == 3
     assert len(timed([2.5, 2.6, 2.5, 2.6], plan=PRECISE)) == 4, "they differ by 4%"
     assert len(timed([1.5, 1.51, 1.49, 1.5], plan=PRECISE)) == 4, "they are not long"
@@ -174,7 +174,7 @@ def test_whole_steps_are_timed_where_the_warm_up_alone_made_steps_look_long() ->
     assert parts.step_seconds <= StepPlan().long_step_seconds
 
 
-def test_what_is_compared_closely_is_timed_by_whole_steps() -> None:
+def test_precise_plan_times_whole_steps_instead_of_short_ones() -> None:
     assert ShortSteps(noisy(0.7, 0.01), plan=PRECISE).run() is None
 
 

@@ -198,7 +198,7 @@ def test_a_file_that_is_no_deepspeed_configuration_is_refused(
     assert "\n" not in str(raised.value)
 
 
-def test_what_the_trainer_fills_in_may_stand_for_anything_in_a_deepspeed_configuration(tmp_path: Path) -> None:
+def test_auto_is_accepted_for_any_value_of_a_deepspeed_configuration(tmp_path: Path) -> None:
     document = {
         "fp16": {"enabled": "auto"},
         "bf16": "auto",

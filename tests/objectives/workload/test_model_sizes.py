@@ -45,7 +45,9 @@ def build(document: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_the_configuration_s_own_words(document: dict[str, Any], why: str) -> None:
+def test_model_sizes_that_cannot_be_built_are_refused_in_the_configuration_s_own_words(
+    document: dict[str, Any], why: str
+) -> None:
     with pytest.raises(UsageError) as refused:
         check_sizes(document, "m")
     assert str(refused.value).startswith("`model=m` cannot be built: ")
@@ -68,12 +70,12 @@ def test_a_model_has_layers_although_transformers_builds_one_without(layers: int
         {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_inner": None},
     ],
 )
-def test_what_can_be_built_is_let_through(document: dict[str, Any]) -> None:
+def test_unusual_model_sizes_that_can_be_built_are_accepted(document: dict[str, Any]) -> None:
     check_sizes(document, "m")
     build(document)
 
 
-def test_of_an_unknown_family_only_what_is_sure_is_refused() -> None:
+def test_unknown_model_family_is_refused_only_for_sizes_that_no_model_can_have() -> None:
     unknown: dict[str, Any] = {"model_type": "other", "hidden_size": 10, "num_attention_heads": 3}
     check_sizes({**unknown, "intermediate_size": [8, 16], "max_position_embeddings": -1}, "m")
     with pytest.raises(UsageError, match="its num_hidden_layers must be a whole number from 1 on, not -1"):

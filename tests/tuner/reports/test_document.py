@@ -75,7 +75,9 @@ def test_a_study_where_nothing_fits(checked: Checked, nothing_fits: StudySummary
 
 
 @pytest.mark.parametrize("provenance", Provenance)
-def test_it_says_where_the_figures_come_from(checked: Checked, finished: StudySummary, provenance: Provenance) -> None:
+def test_json_document_names_the_provenance_of_its_figures(
+    checked: Checked, finished: StudySummary, provenance: Provenance
+) -> None:
     assert checked(dataclasses.replace(finished, provenance=provenance))["figures"] == provenance.value
 
 

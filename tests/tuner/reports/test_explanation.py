@@ -83,7 +83,7 @@ def summary(
     return dataclasses.replace(study, **changes)  # type: ignore[arg-type]
 
 
-def test_it_begins_with_what_most_of_a_step_goes_to() -> None:
+def test_explanation_begins_with_the_largest_part_of_a_step() -> None:
     first = explanation_lines(summary())[0]
     assert first.startswith("Most of a step of z1_compile-blocks_gas2_tmbspg16, about ")
     assert "goes to computing; each GPU does 400 of its 989 TFLOP/s." in first
@@ -122,7 +122,7 @@ def test_without_a_formula_for_the_model_the_rest_is_still_said() -> None:
     ]
 
 
-def test_where_not_all_was_measured_optunas_importance_stands_in_and_says_so() -> None:
+def test_explanation_gives_optunas_importance_where_not_every_setting_was_ablated() -> None:
     contributions = Contributions(winner=BEST.name, ablations=(), importances={"micro_batch_size": 0.7, "compile": 0.3})
     lines = explanation_lines(summary(contributions=contributions))
     assert (

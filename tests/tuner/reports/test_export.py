@@ -200,7 +200,7 @@ def test_figures_that_were_not_measured_carry_the_word_in_every_file(
     assert command in shell_line(shlex.split(command.partition('"$PATH" ')[2]), finished.machine)
 
 
-def test_what_was_not_recorded_is_null(finished: StudySummary) -> None:
+def test_exported_metrics_are_null_for_forward_time_and_flops_not_recorded(finished: StudySummary) -> None:
     record = finished.records[1]
     assert isinstance(record.outcome, Measurement)
     bare = dataclasses.replace(record.outcome, forward_seconds=0.0, flops_per_sample=0.0)

@@ -115,7 +115,7 @@ def test_the_document_has_the_errors_and_each_trials_forecast(forecasted: StudyS
     assert last["forecast"] is None
 
 
-def test_what_was_not_launched_is_listed_with_its_bytes(forecasted: StudySummary) -> None:
+def test_report_lists_configurations_not_launched_with_their_predicted_peak(forecasted: StudySummary) -> None:
     assert study_document(Report.of(forecasted))["not_launched"] == []
     assert "## Not launched" not in summary_markdown(Report.of(forecasted))
     summary = dataclasses.replace(forecasted, excluded=EXCLUDED)

@@ -25,7 +25,7 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
 
 
-def test_it_has_the_published_sections_in_their_order(finished: StudySummary) -> None:
+def test_summary_markdown_has_the_published_sections_in_their_order(finished: StudySummary) -> None:
     titles = [line for line in summary_markdown(Report.of(finished)).splitlines() if line.startswith("#")]
     assert titles == [
         "# gpt2-xl",

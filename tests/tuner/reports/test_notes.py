@@ -50,7 +50,7 @@ def test_the_winners_note_says_so_with_its_interval_ties_and_optunas_best(
     assert "# gpt2-xl\n" in study_note(Report.of(study))
 
 
-def test_where_optunas_best_won_nothing_is_said_of_it(finished: StudySummary) -> None:
+def test_notes_do_not_mention_optuna_where_its_best_trial_is_the_winner(finished: StudySummary) -> None:
     won = dataclasses.replace(finished, winner=NAMES[0])
     assert "Optuna" not in trial_note(won.records[1], won)
     assert study_note(Report.of(won)).startswith("Trial 1, **z1_gas2_tmbspg8**, is the winner.\n\n# gpt2-xl")
