@@ -1,4 +1,4 @@
-"""What DeepSpeed's autotuner left in its results folder, and which of it a later run of it may build on."""
+"""Results that DeepSpeed's autotuner left in its folder, and which of them a later run of it may build on."""
 
 import contextlib
 import json
@@ -9,11 +9,11 @@ from typing import Any
 from ds_tune.objectives.running.failures import is_out_of_memory
 
 CLOCK_SLACK_SECONDS = 0.1
-"""A file's time is the kernel's coarse clock's, a few milliseconds behind."""
+"""A file's time is the kernel's coarse clock's, which is a few milliseconds late."""
 
 
 def experiments(results: Path) -> list[dict[str, Any]]:
-    """What the autotuner has begun so far, in its order; `throughput` is None for what gave no figure.
+    """Experiments that the autotuner has begun so far, in its order; `throughput` is None for what gave no figure.
 
     `error` is then the line for which the autotuner takes an experiment for failed, if there is one.
     """
@@ -102,9 +102,9 @@ def _is_json(path: Path) -> bool:
 
 
 def lost_seconds(results: Path, began: float, ended: float, *, resumed: bool, cut: bool) -> float:
-    """What of one session of the autotuner an undisturbed run would not have taken.
+    """Seconds of one session of the autotuner that an undisturbed run would not have taken.
 
-    That is its start where it had been started before, and the experiment that was cut off.
+    They are its start where it had been started before, and the experiment that was cut off.
 
     Args:
         began, ended: by the clock that files are dated with.

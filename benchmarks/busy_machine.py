@@ -137,7 +137,7 @@ class BusyMachine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one study came to."""
+    """Result of one study."""
 
     loss: float
     """How much slower the winner is than the fastest."""

@@ -1,4 +1,4 @@
-"""Who is compared: DeepSpeed's autotuner and ds-tune, each started, cut off and asked for its choice in one way."""
+"""Contestants: DeepSpeed's autotuner and ds-tune, each started, cut off and asked for its choice in one way."""
 
 import contextlib
 import dataclasses
@@ -27,12 +27,12 @@ NO_LIMIT_SECONDS = 1e6
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What a contestant found."""
+    """Configuration that a contestant found."""
 
     config: TrialConfig
     base_ds_config: dict[str, Any]
     said: dict[str, Any]
-    """What the contestant itself says of it."""
+    """Statements of the contestant itself about it."""
 
 
 class Contestant(Protocol):
@@ -54,10 +54,10 @@ class Contestant(Protocol):
         """Closes the session that is open, and removes what the next must not find."""
 
     def counts(self) -> dict[str, Any]:
-        """What it tried: numbers, and the trials themselves."""
+        """Returns what it tried: numbers, and the trials themselves."""
 
     def choice(self) -> Choice | None:
-        """What it found, or the best so far."""
+        """Returns what it found, or the best so far."""
 
 
 class Autotuner:

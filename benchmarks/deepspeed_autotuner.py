@@ -194,7 +194,7 @@ class Bench:
 def user_config(
     workload: HuggingFaceWorkload, machine: Machine, stage: str, global_batch: int | None = None
 ) -> dict[str, Any]:
-    """What a user would hand to the autotuner: the settings of ds-tune's trials, less what is to be tuned."""
+    """Config that a user would hand to the autotuner: the settings of ds-tune's trials, less what is to be tuned."""
     config = TrialConfig(zero_stage=0, micro_batch_size=1, gradient_accumulation_steps=1)
     document = deepspeed_config(config, workload, ranks=machine.ranks, device=machine.device)
     for key in TUNED_KEYS:

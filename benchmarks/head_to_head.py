@@ -240,7 +240,7 @@ class HeadToHead:
 
 
 def ds_tune_options(bench: Bench, arguments: argparse.Namespace, global_batch: int | None) -> list[str]:
-    """What the autotuner has in its Bench, as options of ds-tune."""
+    """Options of ds-tune for what the autotuner has in its Bench."""
     workload, machine = bench.workload, bench.machine
     on = ["--gpus", str(machine.ranks)] if machine.device == "cuda" else ["--gpus", "0", "--ranks", str(machine.ranks)]
     cap = ["--memory-cap", arguments.memory_cap] if arguments.memory_cap else []

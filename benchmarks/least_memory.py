@@ -4,7 +4,7 @@
 
 A caching allocator splits blocks, and a tensor may find no piece that is large enough though there is enough in all.
 Each configuration is run under caps between its predicted peak and 1.18 times that, three of them, each in new
-processes. One JSON line a run behind a header line as of a surface, whose `memory_cap_gib` is the device's; the same
+processes. One JSON line a run after a header line as of a surface, whose `memory_cap_gib` is the device's; the same
 command goes on where it was cut off. The last lines print what was found, of the peaks that were measured.
 """
 
@@ -31,7 +31,7 @@ from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.backend import DEFAULTS
 
 FACTORS = (1.0, 1.18)
-"""Of the predicted peak: it is taken not to run under the first, and to run under the second."""
+"""Multiples of the predicted peak: a configuration is taken not to run under the first, and to run under the second."""
 RUNS = 3
 
 
@@ -53,8 +53,8 @@ def between(rows: list[dict[str, Any]], peak_bytes: float) -> tuple[float, float
 
 
 def lost_shares(path: Path) -> list[float]:
-    """Of each recorded configuration, what it lost to fragments as a share of its large tensors: about the middle of
-    what its runs leave open."""
+    """Share of its large tensors that each recorded configuration lost to fragments: about the middle of what its runs
+    leave open."""
     head, *lines = [json.loads(text) for text in path.read_text().splitlines()]
     machine = Machine(
         device="cuda", name=head["hardware"].partition("x")[2], ranks=head["ranks"],

@@ -42,7 +42,7 @@ class Published:
     hand: tuple[int, int, float]
     """(stage, mbs, samples/s) of the hand-tuned run: mbs doubled from 1 until out of memory."""
     tuned: tuple[int, int, float]
-    """The same of the autotuned run."""
+    """(stage, mbs, samples/s) of the autotuned run."""
     best_of_stage: dict[int, float]
     """The autotuner's own metric, as far as it printed it: only their ratios are used."""
     mbs_of_stage: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -91,7 +91,7 @@ LOGIT_BYTES = 8.0
 """transformers 4.12 took the loss in the model's own precision: logits, their shifted copy, log-softmax, gradient."""
 
 USABLE = 0.96
-"""Of a GPU's memory; the rest is the CUDA context's, NCCL's for 16 ranks, or lost to fragments."""
+"""Usable fraction of a GPU's memory; the rest is the CUDA context's, NCCL's for 16 ranks, or lost to fragments."""
 
 
 def cost_model(row: Published, activation_factor: float = 1.0, constants: StepConstants | None = None) -> CostModel:
@@ -127,7 +127,7 @@ RATE_DEVIATION, RATIO_DEVIATION = 0.15, 0.05
 
 
 def step_constants(rows: Sequence[Published]) -> StepConstants:
-    """Those under which the rates of these rows, and the ratios between their stages, are most likely.
+    """Constants under which the rates of these rows, and the ratios between their stages, are most likely.
 
     ZeRO-3's ratios are left out: its hooks have no factor.
     """

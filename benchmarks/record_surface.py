@@ -2,7 +2,7 @@
 
     python benchmarks/record_surface.py FILE [--memory-cap 32GiB] [--seconds 500] [--stage 0 1 2 3] [--mbs …] …
 
-One JSON line a configuration behind a header line (see docs/surfaces.md). The same command goes on where it was cut
+One JSON line a configuration after a header line (see docs/surfaces.md). The same command goes on where it was cut
 off. Beyond half as much again as a micro-batch that ran out of memory, larger ones are left out.
 """
 
@@ -49,7 +49,7 @@ def header(workload: HuggingFaceWorkload, machine: Machine) -> dict[str, Any]:
 
 
 def line(config: TrialConfig, outcome: Outcome, trial_s: float) -> dict[str, Any]:
-    """What is recorded of one configuration."""
+    """Record of one configuration."""
     row: dict[str, Any] = {
         "stage": config.zero_stage,
         "mbs": config.micro_batch_size,

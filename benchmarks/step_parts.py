@@ -33,7 +33,7 @@ class TrialFailed(Exception):
 
 
 def figures(measured: Measurement, samples: int) -> dict[str, Any]:
-    """What one trial says of a whole step."""
+    """Figures of a whole step from one trial."""
     low, high = measured.samples_per_second_ci95
     parts = measured.from_parts
     warmup = sum(measured.warmup_step_seconds)

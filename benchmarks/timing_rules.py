@@ -32,7 +32,7 @@ from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan, is_hopeless
 GAS = 64
 """Micro-steps of a step in the later tables."""
 FIRST, CLOSING = 2.0, 3.0
-"""What its first and its closing micro-step take, in plain ones."""
+"""Duration of its first and of its closing micro-step, in plain ones."""
 
 Trace = Callable[[np.random.Generator, int], Sequence[float]]
 
@@ -198,7 +198,7 @@ def parts_row(name: str, trace: Trace, traces: int, zero_stage: int, step_second
 
 
 def time_trial(trace: Sequence[float], plan: StepPlan, best: float | None) -> tuple[list[float], bool]:
-    """The steps that a trial would time of a trace, behind its unconditional warm-up, and whether it was stopped."""
+    """The steps that a trial would time of a trace, after its unconditional warm-up, and whether it was stopped."""
     steps: list[float] = []
     rest = trace[plan.warmup(0) :]
     while count := plan.next_steps(steps, best):

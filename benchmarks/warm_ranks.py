@@ -1,4 +1,4 @@
-"""What warm ranks cost, leave behind and get wrong, on the machine it runs on.
+"""Measures what warm ranks cost, leave behind and get wrong, on the machine it runs on.
 
     python benchmarks/warm_ranks.py --out warm.jsonl [--gpus N] [--part overhead|fresh|memory ...]
 
@@ -109,7 +109,7 @@ class Bench:
         self.recorder.add(**row)
 
     def overhead(self) -> None:
-        """Three warm trials of each configuration, behind one that is not counted."""
+        """Three warm trials of each configuration, after one that is not counted."""
         self._warm("overhead", [config for _ in range(3) for config in self.configs])
 
     def memory(self) -> None:

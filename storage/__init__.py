@@ -1,1 +1,1 @@
-"""What was learned, on disk: records, the Optuna storage that holds them, and the files made from them."""
+"""Study data on disk: records, the Optuna storage that holds them, and the files made from them."""

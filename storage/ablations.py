@@ -1,4 +1,4 @@
-"""What each setting of the winner contributes: the winner again, with that one setting as in the baseline."""
+"""Contribution of each setting of the winner: the winner again, with that one setting as in the baseline."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ class Ablation:
     """The winner less one setting."""
 
     field: str
-    """Of `TrialConfig`."""
+    """Name of a field of `TrialConfig`."""
     name: str
-    """The configuration's."""
+    """Name of the configuration."""
     value: int | str
-    """What the field has in it."""
+    """Value of the field in it."""
     samples_per_second: float | None
     """None where it did not run."""
     winner_samples_per_second: float

@@ -28,7 +28,7 @@ def save_record(storage: optuna.storages.BaseStorage, trial: optuna.Trial, recor
 
 
 def study_attributes(storage: optuna.storages.BaseStorage, study: optuna.Study) -> dict[str, Any]:
-    """What ds-tune stored with a study, by its keys; empty for a study of another program."""
+    """Attributes that ds-tune stored with a study, by their keys; empty for a study of another program."""
     held = {**study.user_attrs, **storage.get_study_system_attrs(study._study_id)}
     return {key: value for key, value in held.items() if key.startswith(PREFIX)}
 

@@ -13,10 +13,10 @@ from ds_tune.objectives.errors import DsTuneError, EnvironmentFault, UsageError
 from ds_tune.storage.urls import check_storage_url, masked
 
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
-"""What comes out of Optuna when its database fails."""
+"""Exceptions that come out of Optuna when its database fails."""
 
 LOCKED_SECONDS = 60
-"""So long a SQLite database that somebody else is writing to is waited for."""
+"""Seconds to wait for a SQLite database that somebody else is writing to."""
 
 OPTUNA_COLUMNS = {
     "studies": {"study_id", "study_name"},
@@ -27,7 +27,7 @@ OPTUNA_COLUMNS = {
 """Some of Optuna's tables, with columns that they have had in all its versions."""
 
 _DRIVER_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""What pip calls a driver, where it is not the name of its module."""
+"""Name of a driver for pip, where it is not the name of its module."""
 
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _UNUSABLE = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
@@ -112,7 +112,7 @@ def storage_fault(error: BaseException, storage_url: str) -> DsTuneError:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """What the driver raised: Optuna wraps SQLAlchemy's error, which wraps the driver's."""
+    """Returns what the driver raised: Optuna wraps SQLAlchemy's error, which wraps the driver's."""
     if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     return getattr(error, "orig", None) or error

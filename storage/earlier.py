@@ -1,4 +1,4 @@
-"""What earlier studies in the same storage learned about the same training on the same hardware."""
+"""Records of earlier studies in the same storage, of the same training on the same hardware."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def earlier_records(store: StudyStore, identity: Identity) -> list[TrialRecord]:
 
 
 def _comparable(identity: Mapping[str, Any]) -> str:
-    """What must be the same in two studies, as text."""
+    """Parts of an identity that must be the same in two studies, as text."""
     hardware = {key: value for key, value in identity["hardware"].items() if key != "memory_cap_bytes"}
     same = [identity["objective"], identity["workload"], hardware, identity["figures"]]
     return json.dumps(same, sort_keys=True)

@@ -1,4 +1,4 @@
-"""What the repeated runs of finalists, each in processes of its own, say together: rates, and which is faster."""
+"""Combined results of finalists' repeated runs, each in processes of its own: rates, and which is faster."""
 
 import dataclasses
 import math
@@ -28,7 +28,8 @@ BUSY = 0.1
 """Relative difference between slow and fast steps of one configuration beyond which something else uses the machine."""
 
 CHANCE = 4.0
-"""Of a few differences the variance is up to so many times the true one by chance (χ² with one degree of freedom)."""
+"""Ratio to the true variance that the variance of a few differences may reach by chance (χ² with one degree of
+freedom)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a study measures, and how two of them differ."""
+"""Identity of what a study measures, and how two of them differ."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What makes measurements comparable: a study holds trials of one of these only."""
+    """Conditions that make measurements comparable: a study holds trials of one of these only."""
 
     objective: str
     workload: Workload
@@ -34,7 +34,7 @@ class Identity:
     """Name of the metric that Optuna is told, one of `METRICS`."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it will come back from the storage, lists for tuples, so that the two can be compared."""
+        """Returns it as it will come back from the storage, lists for tuples, so that the two can be compared."""
         document: dict[str, Any] = json.loads(
             json.dumps(
                 {

@@ -6,10 +6,10 @@ from pathlib import Path
 from ds_tune.objectives.trial import TrialConfig
 
 DEFAULT_RESULTS = "autotuning_results"
-"""As DeepSpeed's own autotuner names it."""
+"""Name of the results folder, the one that DeepSpeed's own autotuner uses."""
 
 TRIAL_FOLDERS = "z[0-3]_*gas*_tmbspg*"
-"""What the names of all trials' folders look like."""
+"""Glob pattern that matches the names of all trials' folders."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.urls import masked
 
 _PLACE_PARAMETERS = ("host", "port", "service", "unix_socket", "options")
-"""What of a URL's parameters says which database is meant, and not how it is reached."""
+"""Parameters of a URL that say which database is meant, and not how it is reached."""
 
 
 def storage_place(folder: ResultsFolder, storage_url: str) -> str:

@@ -1,4 +1,4 @@
-"""What is kept of a trial (`TrialRecord`) and what a study amounts to (`StudySummary`)."""
+"""Record of a trial (`TrialRecord`) and summary of a study (`StudySummary`)."""
 
 import dataclasses
 import enum
@@ -44,7 +44,7 @@ class TrialState(enum.StrEnum):
 
 
 class Source(enum.StrEnum):
-    """Who proposed a configuration."""
+    """Origin of a proposed configuration."""
 
     BASELINE = "baseline"
     SEARCH = "search"
@@ -67,7 +67,7 @@ class TrialRecord:
     machine: Machine
     versions: Mapping[str, str]
     forecast: Forecast | None = None
-    """What the cost model believed just before the trial; None where another sampler searched."""
+    """Forecast of the cost model just before the trial; None where another sampler searched."""
 
     @property
     def state(self) -> TrialState:
@@ -144,7 +144,7 @@ class StudyState(enum.StrEnum):
 
     FINISHED = "finished"
     UNFINISHED = "unfinished"
-    """The same command continues it."""
+    """Continued by the same command."""
     NOTHING_FITS = "nothing_fits"
 
 
@@ -156,7 +156,7 @@ class AfterSearch(enum.StrEnum):
     VERIFICATION = "verification"
     """There is no winner yet, or its losses were not compared."""
     ABLATIONS = "ablations"
-    """What each setting of the winner brings was not measured."""
+    """Contributions of the winner's settings were not measured."""
     DONE = "done"
 
 
@@ -169,7 +169,7 @@ class StudySummary:
     machine: Machine
     versions: Mapping[str, str]
     trials_total: int
-    """What the study was asked to reach."""
+    """Number of finished trials that the study was asked to reach."""
     tuning_seconds: float
     """Time that tuners spent on it, over all sessions, from the first trial's begin on."""
     finals_seconds: float | None = None
@@ -186,17 +186,17 @@ class StudySummary:
     winner: str | None = None
     """The configuration that the verification found to be the best."""
     tied: Sequence[str] = ()
-    """Those shown to be level with the winner, or with the fastest where the winner saves memory."""
+    """Configurations shown to be level with the winner, or with the fastest where the winner saves memory."""
     unsettled: Sequence[str] = ()
-    """Those that the verification could not tell from the winner."""
+    """Configurations that the verification could not tell from the winner."""
     promoted: Sequence[str] = ()
     """Trials of the search that beat an earlier winner as its ablations, so that they are verified, too."""
     numerics: Mapping[str, NumericsCheck | str] = dataclasses.field(default_factory=dict)
-    """What the finalists' losses showed, or why they could not be compared, by the configuration's name."""
+    """Results of comparing the finalists' losses, or why they could not be compared, by the configuration's name."""
     contributions: Contributions | None = None
-    """What each setting of the winner brings; None before it was measured."""
+    """Contribution of each setting of the winner; None before it was measured."""
     excluded: Sequence[Excluded] = ()
-    """What was not launched because it certainly does not fit."""
+    """Configurations that were not launched because they certainly do not fit."""
 
     @property
     def finished_trials(self) -> int:
@@ -215,7 +215,7 @@ class StudySummary:
 
     @property
     def after_search(self) -> AfterSearch:
-        """What is still to be done after the search, as far as it was begun."""
+        """Stage that is still to be done after the search, as far as it was begun."""
         begun = self.finals_seconds is not None or self.verification
         if self.state is not StudyState.FINISHED or not begun:
             return AfterSearch.NONE
@@ -322,7 +322,7 @@ class StudySummary:
 
     @property
     def verification_seconds(self) -> float:
-        """What the verification took, which is no part of `tuning_seconds`."""
+        """Seconds that the verification took, which are no part of `tuning_seconds`."""
         return math.fsum(run.wall_seconds for runs in self.verification.values() for run in runs)
 
     @property
@@ -333,7 +333,7 @@ class StudySummary:
 
     @property
     def trial_seconds(self) -> float:
-        """What all trials took by their own account, which for trials that were not run here is not
+        """Seconds that all trials took by their own account, which for trials that were not run here are not
         `tuning_seconds`."""
         return math.fsum(record.outcome.wall_seconds for record in self.records)
 

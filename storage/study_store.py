@@ -138,12 +138,12 @@ class StudyStore:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What ds-tune stored with the study, by its keys; read from the storage each time."""
+        """Attributes that ds-tune stored with the study, by their keys; read from the storage each time."""
         return study_attributes(self.storage, self.study)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the study measures; see `Identity.to_json`."""
+        """Identity of what the study measures; see `Identity.to_json`."""
         return completed(self.attributes[IDENTITY])
 
     def _set(self, key: str, value: Any) -> None:
@@ -151,7 +151,7 @@ class StudyStore:
 
     @property
     def provenance(self) -> Provenance:
-        """Of which kind all of the study's figures are."""
+        """Kind of all of the study's figures."""
         return Provenance(self.identity["figures"])
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:
@@ -242,7 +242,7 @@ class StudyStore:
         self._set(f"{NUMERICS}{name}", json.dumps(document))
 
     def set_contributions(self, found: Contributions) -> None:
-        """What each setting of the winner brings."""
+        """Stores what each setting of the winner brings."""
         self._set(CONTRIBUTIONS, json.dumps(found.to_json()))
 
     def importances(self) -> dict[str, float]:
@@ -256,7 +256,7 @@ class StudyStore:
             return {}
 
     def set_excluded(self, excluded: Sequence[Excluded]) -> None:
-        """What was not launched because it certainly does not fit."""
+        """Stores the configurations that were not launched because they certainly do not fit."""
         self._set(EXCLUDED, json.dumps([each.to_json() for each in excluded]))
 
     def set_ended(self, reason: str) -> None:

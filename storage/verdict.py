@@ -1,4 +1,4 @@
-"""Who is the fastest of a search, as far as it and the runs after it tell: the candidates, and how they rank."""
+"""Fastest configuration of a search, as far as it and the runs after it tell: the candidates, and how they rank."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -26,9 +26,10 @@ class Verdict:
     leader: str
     """Name of the configuration to take."""
     level: tuple[str, ...] = ()
-    """Those shown to be within `storage.finalists.LEVEL` of the fastest, which may be the leader or one of these."""
+    """Configurations shown to be within `storage.finalists.LEVEL` of the fastest, which may be the leader or one of
+    these."""
     unsettled: tuple[str, ...] = ()
-    """Those that the runs so far cannot tell from the fastest."""
+    """Configurations that the runs so far cannot tell from the fastest."""
 
 
 def contenders(field: Mapping[str, Finalist]) -> list[str]:

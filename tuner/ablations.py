@@ -30,7 +30,7 @@ def ablated(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstWinner:
-    """What a configuration did, and the winner beside it: figures of one kind."""
+    """Results of a configuration and of the winner beside it: figures of one kind."""
 
     outcome: Outcome
     samples_per_second: float | None

@@ -1,4 +1,4 @@
-"""What answers a study's trials, as a request chose it: ranks that train here, a recording, or the cost model.
+"""Backends that answer a study's trials, as a request chose: ranks that train here, a recording, or the cost model.
 
 Another way to answer is one more function that returns `Backend`, and its line in `backend_for`.
 """
@@ -35,7 +35,7 @@ from ds_tune.tuner.space import Limits
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What differs between a run on GPUs and the same request on a CPU."""
+    """Values that differ between a run on GPUs and the same request on a CPU."""
 
     model: str
     dtype: str
@@ -51,7 +51,7 @@ DEFAULTS = {
 }
 
 Objectives: TypeAlias = tuple[Objective, Verification | None]
-"""Whom the search asks, and who verifies; None where there is nothing that could run again."""
+"""Objective of the search, and what verifies; None where there is nothing that could run again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +219,7 @@ def _replayed(request: TuneRequest, path: Path) -> Backend:
 
 
 def _recording_words(path: Path, recording: Recording) -> str:
-    """What was read, and what of it is not used."""
+    """Says what was read, and what of it is not used."""
     out_of_memory = sum(isinstance(outcome, Failure) for outcome in recording.outcomes.values())
     text = f"{path}: {len(recording.outcomes)} recorded configurations ({out_of_memory} out of memory); nothing is run."
     left_out = []

@@ -1,4 +1,4 @@
-"""What a person sees: a line a finished trial, a live line below, and the tables at the end."""
+"""Terminal output: a line a finished trial, a live line below, and the tables at the end."""
 
 import math
 import os
@@ -46,7 +46,7 @@ NARROW_COLUMNS, NARROW_NAME, WIDE_NAME = 100, 25, 36
 RATE_WIDTH, PEAK_WIDTH = 16, 9
 
 SHORTEST_WORD = 3
-"""Of an abbreviated word of a name, its ellipsis included."""
+"""Length of the shortest abbreviated word of a name, its ellipsis included."""
 
 BAR_WIDTH = 6
 
@@ -224,7 +224,7 @@ def forecast_lines(report: Report) -> list[str]:
 
 
 class _Running:
-    """What the live line shows: a run, and how much comes after it."""
+    """Contents of the live line: a run, and how much comes after it."""
 
     def __init__(self, config: TrialConfig, title: str, left: RunsLeft, summary: StudySummary) -> None:
         self.config = config

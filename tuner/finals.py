@@ -1,4 +1,4 @@
-"""What comes after the search: who really is the fastest, whether it trains what it should, and why it is fast."""
+"""After the search: who really is the fastest, whether it trains what it should, and why it is fast."""
 
 import dataclasses
 import datetime
@@ -25,14 +25,14 @@ COMPARED_ACCUMULATION = 2
 
 MIN_ABLATION_SECONDS = 20.0
 ABLATION_SHARE = 0.5
-"""Of the time that the search took: so much may be spent on saying why its winner is fast."""
+"""Fraction of the search's time that may be spent on saying why its winner is fast."""
 
 AS_UNTUNED = "nothing in it can change the numbers: only its batch sizes are not the baseline's"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """Who runs the finalists again."""
+    """Objectives that run the finalists again."""
 
     fresh: Objective
     """With nothing that an earlier run could have left."""
@@ -175,7 +175,7 @@ class Finals:
             self._add_seconds()
 
     def _to_ablate(self, winner: TrialRecord, summary: StudySummary) -> list[TrialConfig]:
-        """What the winner's explanation has to run: itself once more, and what the study's trials do not tell."""
+        """Configurations that explain the winner: itself once more, and those that the study's trials do not tell."""
         known = {record.config for record in summary.records}
         new = [config for _, config in ablated(winner.config, summary, self._legal.__contains__) if config not in known]
         return [winner.config, *new] if new else []
@@ -280,7 +280,7 @@ class Finals:
 
 
 def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, list[TrialConfig]]:
-    """What of a configuration is compared, and with what: untuned, on the same samples a step.
+    """Chooses what of a configuration is compared, and with what: untuned, on the same samples a step.
 
     Returns:
         The configuration with no more micro-steps than show everything; and the references in the order to try them,

@@ -1,4 +1,4 @@
-"""Who is told how a study goes."""
+"""Callbacks for study progress."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,7 +10,7 @@ from ds_tune.tuner.time_left import RunsLeft
 
 
 class Observer(Protocol):
-    """Who is told how a study goes."""
+    """Callbacks for study progress."""
 
     def say(self, text: str) -> None:
         """One line for the person, such as what a study does without."""
@@ -35,7 +35,7 @@ class Observer(Protocol):
         """A finalist's losses are compared; `compared` runs now, the finalist or what it is compared with."""
 
     def numerics_finished(self, record: TrialRecord, found: NumericsCheck | str) -> None:
-        """What they showed, or why they could not be compared."""
+        """The comparison is over; `found` is what the losses showed, or why they could not be compared."""
 
     def ablation_started(self, winner: TrialRecord, config: TrialConfig, summary: StudySummary, left: RunsLeft) -> None:
         """The winner runs without one of its settings, to see what that brings."""

@@ -77,14 +77,14 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is predicted of a workload on some hardware."""
+    """Predictions for a workload on some hardware."""
 
     workload: Workload
     hardware: Hardware
     parameters: int
     is_exact: bool
     fitting: Sequence[PlanRow]
-    """Those that are likely to fit, the fastest first."""
+    """Configurations that are likely to fit, the fastest first."""
     refused: Sequence[PlanRow]
     """For each combination of the other knobs the smallest micro-batch that does not fit."""
     configurations: int

@@ -25,29 +25,29 @@ from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import TrialConfig
 
 ENOUGH_GAIN = 0.003
-"""What is not expected to make training so much faster is not worth a trial. Replayed on six recorded surfaces, the
-best that is left out is 0.0 to 0.4% faster on average (benchmarks/search.py)."""
+"""Stop when no candidate's expected gain reaches this. Replayed on six recorded surfaces, the best that is left out is
+0.0 to 0.4% faster on average (benchmarks/search.py)."""
 
 COST_POWER = 0.2
 """How much a trial's seconds weigh: 0 not at all, 1 for gain a second. A long trial says more about the others, most of
 which are as long. Recorded surfaces cannot tell 0 from 0.5; it keeps compiling, which takes minutes, for what gains."""
 
 AS_GOOD = 0.02
-"""What is so near to the best is as good."""
+"""Relative difference from the best within which a configuration is as good."""
 
 ODDS_TO_SPEAK_OF = 0.1
 """Where no configuration is so likely to be as good as the best, the most to gain decides."""
 
 DRAWS = 1000
 CONTENDERS = 200
-"""Of so many configurations the odds are drawn, those that may turn out fastest; the rest have none."""
+"""Number of configurations whose odds are drawn, those that may turn out fastest; the rest have none."""
 
 FIT_POWER = 3
 """How much the probability of fitting weighs; 1 would be the plain expectation, but a trial that runs out of memory
 also leaves a person with one result fewer."""
 
 UNLIKELY_TO_FIT = 0.2
-"""What has less than this is not what a search hopes for."""
+"""Probability of fitting below which a configuration is not what a search hopes for."""
 
 BASELINE_FITS = 0.7
 """A baseline with less waits until others have been tried: what a search begins with is to run. Under 32 GiB one GPU
@@ -61,10 +61,10 @@ HOPELESS_STAGE_3 = 1.25
 two H200s it was 66 to 52 samples/s, and stage 3 took 19 to 30 s of a search's 59 to 79."""
 
 SETUP_SECONDS = (0.6, 0.6, 0.6, 3.5)
-"""What a warm trial takes besides its steps, by ZeRO stage (measured on an H200 with GPT2-xl)."""
+"""Seconds that a warm trial takes besides its steps, by ZeRO stage (measured on an H200 with GPT2-xl)."""
 
 COMPILATION_SECONDS = {"model": 95.0, "deepcompile": 130.0}
-"""What is compiled as a whole takes besides (measured with GPT2-xl on an H100, DeepCompile at ZeRO-2)."""
+"""Seconds that compiling a whole model adds (measured with GPT2-xl on an H100, DeepCompile at ZeRO-2)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Proposer:
         return self._row.get(config)
 
     def beliefs(self, observations: Sequence[Observation]) -> tuple[RatePosterior, MemoryPosterior]:
-        """What is believed after these observations, of the whole grid."""
+        """Beliefs about the whole grid after these observations."""
         return (
             calibrate_rates(self.grid, observations, self._prior.error_priors),
             calibrate_memory(
@@ -189,7 +189,7 @@ class Proposer:
         )
 
     def forecast(self, row: int, rates: RatePosterior, memory: MemoryPosterior) -> Forecast:
-        """What is believed of one row."""
+        """Forecast for one row."""
         mean, deviation = float(rates.mean[row]), float(rates.deviation[row])
         return Forecast(
             samples_per_second=math.exp(mean),
@@ -200,7 +200,7 @@ class Proposer:
         )
 
     def excluded(self, memory: MemoryPosterior, taken: Collection[int]) -> list[Excluded]:
-        """What certainly does not fit, of each combination of the other knobs its smallest micro-batch."""
+        """Configurations that certainly do not fit: of each combination of the other knobs its smallest micro-batch."""
         too_large = memory.certainly_too_large & (np.arange(len(self.grid)) < self._proposable)
         too_large[list(taken)] = False
         kinds: dict[tuple[float, int], list[int]] = {}
@@ -238,7 +238,7 @@ class Proposer:
         observations: Sequence[Observation],
         contends: npt.NDArray[np.bool_],
     ) -> Floats:
-        """Of each row, the probability that it is as good as the best there is and the best so far is not; times the
+        """Probability of each row that it is as good as the best there is and the best so far is not; times the
         square of that of fitting, since a trial that runs out of memory leaves one with a result fewer.
 
         What the formulas are wrong by in speed is mostly the same for all, so that the rows are drawn together. Whether

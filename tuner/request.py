@@ -29,13 +29,13 @@ MAX_TRIALS = 1_000_000
 """No study of whole trainings has more; a larger number is a slip of the finger, or more than a database can hold."""
 
 NUMERICS = tuple(f"numerics:{field}" for field, knob in KNOBS.items() if knob.numerics is not None)
-"""What can be allowed."""
+"""Names of what can be allowed."""
 
 TRAINING_FIELDS = (
     "model", "dtype", "seq_len", "dataset", "tokenizer", "pretrained", "ds_config",
     "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
 )  # fmt: skip
-"""What is trained and on what: of use only where something is trained."""
+"""Fields that say what is trained and on what: of use only where something is trained."""
 
 NOT_SIMULATED = (
     "dataset", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
@@ -50,7 +50,7 @@ _UNIT_BYTES = {"gib": 2**30, "g": 2**30, "gb": 10**9, "mib": 2**20, "m": 2**20, 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
-    """What is trained, on which hardware, and among which configurations."""
+    """Training, hardware and configurations that a request is for."""
 
     model: str | None = None
     """A shipped model, a folder or config.json, or a hub id; None, here as below, for the default on the device."""
@@ -113,13 +113,13 @@ class SearchRequest:
         )
 
     def given(self, names: Sequence[str]) -> list[str]:
-        """Those of the named fields that were given, in backticks; none of them may have a default of its own."""
+        """Returns the named fields that were given, in backticks; none of them may have a default of its own."""
         return [f"`{name}`" for name in names if getattr(self, name) is not None and getattr(self, name) is not False]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest(SearchRequest):
-    """What to predict without running anything."""
+    """Request to predict without running anything."""
 
     best: int = 12
     """Configurations to show."""
@@ -131,7 +131,7 @@ class PlanRequest(SearchRequest):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TuneRequest(SearchRequest):
-    """What one run of the tuner is asked for."""
+    """Request for one run of the tuner."""
 
     trials: int = DEFAULT_TRIALS
     """Finished trials that the study is to have."""

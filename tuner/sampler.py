@@ -34,7 +34,7 @@ nearest new configuration is taken instead."""
 
 
 class SpaceSampler(optuna.samplers.BaseSampler):
-    """What every sampler of a `Space` has in common, and what the study's loop asks each of them beside a proposal.
+    """Base of all samplers of a `Space`, with what the study's loop asks each of them beside a proposal.
 
     One that predicts nothing has no more to say than the answers here.
     """
@@ -112,7 +112,7 @@ class CostModelSampler(SpaceSampler):
         return proposal.config
 
     def propose(self, trials: Sequence[FrozenTrial], number: int) -> Proposal | None:
-        """What trial `number` would run; None when nothing that is left can fit."""
+        """Proposal for trial `number`; None when nothing that is left can fit."""
         return self.proposer.propose(self.observations(trials), self._taken(trials), self._random(number))
 
     def forecast(self, config: TrialConfig, trials: Sequence[FrozenTrial]) -> Forecast | None:
@@ -129,7 +129,7 @@ class CostModelSampler(SpaceSampler):
         return self.proposer.excluded(memory, self._taken(trials))
 
     def baselines(self, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
-        """Those of the space in the order to try them, as `Proposer.baselines` has it."""
+        """Baselines of the space in the order to try them, as `Proposer.baselines` has it."""
         return self.proposer.baselines(self._space.baselines, self.observations(trials))
 
     def settled(self, trials: Sequence[FrozenTrial]) -> str | None:
@@ -146,7 +146,7 @@ class CostModelSampler(SpaceSampler):
         return [row for row in rows if row is not None]
 
     def observations(self, trials: Sequence[FrozenTrial]) -> list[Observation]:
-        """What the finished trials say, those of other spaces left out."""
+        """Observations from the finished trials, those of other spaces left out."""
         observations: list[Observation | None] = [*self._earlier]
         for trial in trials:
             record = record_of(trial) if trial.state.is_finished() else None
@@ -228,7 +228,7 @@ SAMPLERS: dict[str, Callable[[Space, int], SpaceSampler]] = {
     "random": lambda space, seed: RandomSampler(space, seed),
     "grid": lambda space, seed: GridSampler(space, seed),
 }
-"""Those that need no cost model, by their name in a request."""
+"""Samplers that need no cost model, by their name in a request."""
 
 OWN = "cost-model"
 

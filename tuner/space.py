@@ -1,4 +1,4 @@
-"""What is searched: one `Dimension` a field of `TrialConfig`, and the legal configurations they span.
+"""Search space: one `Dimension` a field of `TrialConfig`, and the legal configurations they span.
 
 Knobs, their values and their conditions are declared in `objectives.trial`; a preset chooses among them.
 """
@@ -29,7 +29,7 @@ BATCH_FIELDS = ("micro_batch_size", "gradient_accumulation_steps")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What bounds the batch sizes of a study."""
+    """Bounds on the batch sizes of a study."""
 
     ranks: int
     max_micro_batch: int
@@ -102,7 +102,7 @@ PRESETS = ("core", "speed", "full")
 
 
 def knob_values(preset: str, context: KnobContext, allowed: Collection[str] = ()) -> dict[str, tuple[Scalar, ...]]:
-    """What a preset has of each knob, beside off; see `dimensions_of`."""
+    """Values of each knob in a preset, beside off; see `dimensions_of`."""
     found: dict[str, tuple[Scalar, ...]] = {}
     for field, knob in KNOBS.items():
         found[field] = {"core": (), "speed": knob.usual(context), "full": knob.values}[preset]
@@ -141,8 +141,8 @@ MICRO_BATCH_STEP, ACCUMULATION_STEP = 1.05, 1.25
 """Above that many, batch sizes that are so much apart: nobody could tell those between them from each other."""
 
 MAX_UNUSUAL_KNOBS = 1
-"""So many knobs at once may have a value that is not in the preset `speed`: what they bring hardly depends on each
-other, and all of their combinations would be millions."""
+"""Number of knobs that may at once have a value that is not in the preset `speed`: what they bring hardly depends on
+each other, and all of their combinations would be millions."""
 
 
 def _values(field: str, distribution: BaseDistribution) -> Sequence[Any]:
@@ -185,7 +185,8 @@ DIMENSIONS = (
     ),
     *(knob_dimension(field, ()) for field in KNOBS),
 )
-"""Of the preset `core`: the knobs are left alone, unless a study is restricted to configurations that have them."""
+"""Dimensions of the preset `core`: the knobs are left alone, unless a study is restricted to configurations that have
+them."""
 
 
 class Space:
@@ -344,7 +345,7 @@ class Space:
         return min(candidates, key=distance)
 
     def to_json(self) -> dict[str, Any]:
-        """What identifies the space."""
+        """Returns what identifies the space."""
         document: dict[str, Any] = {
             "dimensions": {
                 name: optuna.distributions.distribution_to_json(distribution)

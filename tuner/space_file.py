@@ -38,12 +38,12 @@ MAX_CONFIGURATIONS = 100_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SpaceFile:
-    """What such a file says, checked as far as the file alone allows."""
+    """Contents of such a file, checked as far as the file alone allows."""
 
     path: Path
     preset: str
     values: Mapping[str, tuple[Scalar, ...]]
-    """Of each field listed, in the file's order."""
+    """Values of each listed field, in the file's order."""
     conditions: tuple[Condition, ...]
 
     @classmethod
@@ -179,7 +179,7 @@ class SpaceFile:
 def _meaningful(
     kind: Mapping[str, Any], field: str, choices: Sequence[Scalar], context: KnobContext
 ) -> Sequence[Scalar]:
-    """Those of a field's values that have a meaning beside the others; off, where none has."""
+    """Returns those of a field's values that have a meaning beside the others; off, where none has."""
     if field not in KNOBS:
         return choices
     knob = KNOBS[field]

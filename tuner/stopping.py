@@ -1,4 +1,4 @@
-"""What Ctrl-C and the termination signals do to a running study."""
+"""Effect of Ctrl-C and the termination signals on a running study."""
 
 import signal
 from collections.abc import Callable

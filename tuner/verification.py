@@ -80,8 +80,8 @@ def _budget_seconds(summary: StudySummary) -> float:
 
 
 def _wanted_for_speedup(summary: StudySummary) -> list[TrialRecord]:
-    """Who has to run again for the speed-up: the baseline as often as the machine asks for, then the one of the two
-    whose figure is known less, as long as that is affordable and the speed-up no answer."""
+    """Trials to run again for the speed-up: the baseline as often as the machine asks for, then the one of the two
+    whose figure is less certain, as long as that is affordable and the speed-up is not settled."""
     best, baseline, speedup = summary.best, summary.baseline, summary.speedup
     if best is None or baseline is None:
         return []

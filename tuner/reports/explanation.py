@@ -47,7 +47,7 @@ def explanation_lines(summary: StudySummary) -> list[str]:
 
 
 def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel) -> str:
-    """What the largest part of a step goes to. The optimizer's share is measured, the others are the model's."""
+    """Says what the largest part of a step goes to. The optimizer's share is measured, the others are the model's."""
     step = model.predict(best.config).step
     optimizer = measured.optimizer_seconds / statistics.fmean(measured.step_seconds)
     others = {
@@ -70,7 +70,7 @@ def bottleneck_words(best: TrialRecord, measured: Measurement, model: CostModel)
 
 
 def contribution_lines(best: TrialRecord, summary: StudySummary) -> list[str]:
-    """What each setting of the winner brings, measured where it was."""
+    """Lines on what each setting of the winner brings, measured where it was."""
     found = summary.contributions
     if found is None or found.winner != best.config.name:
         return []
@@ -93,7 +93,7 @@ def contribution_lines(best: TrialRecord, summary: StudySummary) -> list[str]:
 
 
 def gain_words(gain: float, noise: float | None = None, *, disturbed: bool = False) -> str:
-    """What a setting does to samples/s, as a verb with its object.
+    """Says what a setting does to samples/s, as a verb with its object.
 
     Args:
         noise: half the 95% interval of the logarithm of 1 + gain; None where that is not known.
@@ -145,7 +145,7 @@ def first_steps_words(summary: StudySummary) -> str | None:
 
 
 def next_step_lines(config: TrialConfig, model: CostModel, context: KnobContext) -> list[str]:
-    """What other numbers or other hardware are predicted to bring; nothing of it was run."""
+    """Lines on what other numbers or other hardware are predicted to bring; nothing of it was run."""
     now = model.predict(config).step.samples_per_second
     lines = []
     for field, knob in KNOBS.items():

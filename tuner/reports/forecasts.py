@@ -22,7 +22,7 @@ class ForecastErrors:
 
 
 def forecast_errors(summary: StudySummary) -> ForecastErrors | None:
-    """What the forecasts of a study's measured trials were off by; None where nothing was forecast."""
+    """Errors of the forecasts of a study's measured trials; None where nothing was forecast."""
     rates, peaks = [], []
     for record in summary.records:
         if record.forecast is None or not isinstance(record.outcome, Measurement):

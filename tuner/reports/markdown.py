@@ -90,7 +90,7 @@ def rate_words(record: TrialRecord) -> str:
 
 
 def verified_words(record: TrialRecord, summary: StudySummary, *, short: bool = False) -> str:
-    """The same of its runs in fresh processes, with their number unless short."""
+    """Samples per second of its runs in fresh processes, with the half width, and with their number unless short."""
     verified = summary.verified(record)
     if verified is None:
         return "–"
@@ -112,7 +112,7 @@ def figure_words(record: TrialRecord, summary: StudySummary) -> str:
 
 
 def numerics_words(name: str, found: NumericsCheck | str) -> str:
-    """What the comparison of a configuration's losses with untuned training says, in one sentence."""
+    """Result of comparing a configuration's losses with untuned training, in one sentence."""
     if isinstance(found, str):
         return f"Numbers of {name}: {found}."
     if found.fault is not None:

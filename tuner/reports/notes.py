@@ -1,4 +1,4 @@
-"""What optuna-dashboard shows beside a trial and beside the study, in Markdown."""
+"""Notes that optuna-dashboard shows beside a trial and beside the study, in Markdown."""
 
 import optuna
 import optuna_dashboard

@@ -1,4 +1,4 @@
-"""Who won a study and by how much, who could not be told from it, and what is still to be done: marks and sentences."""
+"""Marks and sentences: who won a study and by how much, who could not be told from it, what is still to be done."""
 
 import math
 
@@ -28,14 +28,14 @@ def standing_words(record: TrialRecord, summary: StudySummary) -> str:
 
 
 def first_words(summary: StudySummary) -> str:
-    """What the best configuration is called: only what was measured has to be verified to win."""
+    """Title of the best configuration: only what was measured has to be verified to win."""
     if summary.winner is not None or (summary.is_searched and summary.provenance is not Provenance.MEASURED):
         return WINNER
     return LEADS if summary.verification or not summary.is_searched else FASTEST
 
 
 def legend_words(summary: StudySummary) -> str:
-    """What the marks in the tables say, of those that are there."""
+    """Explains the marks in the tables, of those that are there."""
     verdict, first = summary.verdict, first_words(summary)
     if not summary.verification:
         return f"{first}; all figures are {summary.provenance.value}."
@@ -45,7 +45,7 @@ def legend_words(summary: StudySummary) -> str:
 
 
 def after_search_words(summary: StudySummary, *, goes_on: bool = False) -> str | None:
-    """What after the search is still to be done; None where nothing is.
+    """Says what is still to be done after the search; None where nothing is.
 
     Args:
         goes_on: this command does it.
@@ -76,7 +76,7 @@ def improvement_words(summary: StudySummary) -> str:
 
 
 def verdict_lines(summary: StudySummary) -> list[str]:
-    """What the verification found of the others: who is level with the winner, and who could not be told from it."""
+    """Lines on the others after the verification: who is level with the winner, and who could not be told from it."""
     verdict, disturbance = summary.verdict, summary.disturbance
     lines = [] if verdict is None else _ranking_lines(verdict, summary)
     if disturbance is not None and summary.verification:
