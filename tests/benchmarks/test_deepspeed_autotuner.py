@@ -191,6 +191,7 @@ def document(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_autotuner_run_on_two_cpu_ranks_finds_a_winner_and_verifies_it(run: Run, tmp_path: Path) -> None:
     done = run("--timeout", "240", "--verify", "1")
     assert done.returncode == 0, done.stderr

@@ -256,6 +256,7 @@ def call(run_script: Run, tmp_path: Path) -> Run:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_head_to_head_cut_off_by_its_time_limit_goes_on_and_completes_the_comparison(call: Run, tmp_path: Path) -> None:
     cut = call("--autotuner-seconds", "110", "--call-seconds", "20")
     assert cut.returncode == 130, cut.stderr

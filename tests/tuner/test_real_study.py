@@ -129,6 +129,7 @@ def ranks_pinned_by(marked: Marked) -> list[str]:
     return processes[1:]  # one of them is what the ranks are forked from
 
 
+@pytest.mark.timeout(900)
 def test_killed_during_a_trial_it_leaves_no_rank_and_goes_on(start: Start, marked: Marked, tmp_path: Path) -> None:
     results = ResultsFolder(tmp_path / "autotuning_results")
     process = start("--trials", "3", *SHORT_TRIALS)
