@@ -159,7 +159,7 @@ class Console:
 
     def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:
         self.trial_finished(record, summary)
-        self.say(f"     {record.config.name} is faster with one setting changed back: it is verified, too")
+        self.say(f"     {record.config.name}, the winner with one setting changed back, is faster: it is verified, too")
 
     def _live_line(self) -> rich.text.Text:
         if self._running is None:

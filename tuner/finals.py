@@ -27,7 +27,7 @@ MIN_ABLATION_SECONDS = 20.0
 ABLATION_SHARE = 0.5
 """Fraction of the search's time that may be spent on saying why its winner is fast."""
 
-AS_UNTUNED = "nothing in it can change the numbers: only its batch sizes are not the baseline's"
+AS_UNTUNED = "not compared, for only its batch sizes differ from the baseline's"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,8 +56,8 @@ class PlanRow:
         usable = float(usable_bytes(for_tensors_bytes, memory.large_bytes)) / GIB
         left = f"about {usable:.1f}" if usable > 0 else "nothing"
         return (
-            f"needs {self.forecast.peak_memory_bytes / GIB:.1f} GiB where fragmentation leaves it {left}, "
-            f"among them {needs}"
+            f"needs {self.forecast.peak_memory_bytes / GIB:.1f} GiB, of these {needs}, "
+            f"and fragmentation leaves it {left}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def test_ablation_that_beats_the_winner_is_verified_and_wins(tune: Tune) -> None
     document = json.loads(finished.stdout)
     jsonschema.validate(document, SCHEMA)
     [found] = [trial for trial in document["trials"] if trial["source"] == "ablation"]
-    assert f"{found['name']} is faster with one setting changed back: it is verified, too" in finished.stderr
+    assert f"{found['name']}, the winner with one setting changed back, is faster" in finished.stderr
     assert document["best"]["name"] == found["name"]
     assert document["best"]["verification_runs"] >= 1
     assert document["contributions"]["winner"] == found["name"], "the new winner is explained"
