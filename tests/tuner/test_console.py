@@ -187,5 +187,5 @@ def test_best_is_marked_for_what_it_is_where_nothing_was_verified(changes: dict[
     text = printed(dataclasses.replace(summary, **{"trials_total": len(summary.records), **changes}))
     assert "✓" not in text and "in all" not in text
     assert first in text
-    [row] = [line for line in text.splitlines() if line.strip().startswith("global")]
+    [row] = [line for line in text.splitlines() if line.split()[:2] == ["global", "2"]]
     assert row.rstrip().endswith("z0_gas1_tmbspg2   ★")
