@@ -65,7 +65,7 @@ class LocalLauncher:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._template: ForkServer | None = None
+        self._fork_server: ForkServer | None = None
 
     def __enter__(self) -> "LocalLauncher":
         return self
@@ -77,20 +77,18 @@ class LocalLauncher:
 
     def launch(self, *, stdout: Path, stderr: Path) -> "LocalRankProcesses":
         environment = group_environment(self._machine)
-        if self._template is not None and not self._template.serves(environment):
+        if self._fork_server is not None and not self._fork_server.serves(environment):
             self.close()
         with stdout.open("ab") as out, stderr.open("ab") as err:
-            if self._template is None:
-                self._template = ForkServer(environment, out, err)
-            processes = LocalRankProcesses(self._machine, self._template, out, err)
-        processes.logs = (stderr, stdout)
-        return processes
+            if self._fork_server is None:
+                self._fork_server = ForkServer(environment, out, err)
+            return LocalRankProcesses(self._machine, self._fork_server, out, err, logs=(stderr, stdout))
 
     def close(self) -> None:
         """Ends what the next group would have been forked from; may be called again, and so may `launch`."""
-        if self._template is not None:
-            self._template.kill()
-            self._template = None
+        if self._fork_server is not None:
+            self._fork_server.kill()
+            self._fork_server = None
 
 
 class ForkServer:
@@ -139,10 +137,10 @@ class ForkServer:
 
 
 class ForkedRank:
-    """A rank's process, of which the template is the parent. See `RankExit`."""
+    """A rank's process, of which the fork server is the parent. See `RankExit`."""
 
-    def __init__(self, template: ForkServer, told: IO[bytes]) -> None:
-        self._template = template
+    def __init__(self, fork_server: ForkServer, told: IO[bytes]) -> None:
+        self._fork_server = fork_server
         self._told = told
         self._lines = b""
         self.returncode: int | None = None
@@ -161,20 +159,31 @@ class ForkedRank:
             while (ended := EXIT_LINE.search(self._lines)) is None and (told := self._told.read(64)):
                 self._lines += told
             self._told.close()
-            # Whoever cannot be forked any more has ended as the template has.
-            self.returncode = int(ended[1]) if ended is not None else self._template.wait()
+            # Whoever cannot be forked any more has ended as the fork server has.
+            self.returncode = int(ended[1]) if ended is not None else self._fork_server.wait()
         return self.returncode
 
 
 class LocalRankProcesses:
     """See `RankProcesses`."""
 
-    def __init__(self, machine: Machine, template: ForkServer, stdout: IO[bytes], stderr: IO[bytes]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        fork_server: ForkServer,
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+        *,
+        logs: tuple[Path, ...],
+    ) -> None:
+        """
+        Args:
+            logs: the files behind the two streams, the one that tells most first.
+        """
         self.ranks: list[RankProcess] = []
-        self.logs: tuple[Path, ...] = ()
-        """Files that ranks write to now, the one that tells most first."""
+        self._logs = logs
         self._oom_kills_before = host_oom_kills()
-        self._template = template
+        self._fork_server = fork_server
         self._forked: list[ForkedRank] = []
         self._group = GuardedGroup()
         try:
@@ -194,7 +203,7 @@ class LocalRankProcesses:
             commands, events, told = os.pipe(), os.pipe(), os.pipe()
             for descriptor in (commands[0], events[1], told[1]):
                 theirs.callback(os.close, descriptor)
-            self._template.fork(
+            self._fork_server.fork(
                 environment,
                 self._group.id,
                 [
@@ -205,7 +214,7 @@ class LocalRankProcesses:
                     *(listening.fileno() for listening in sockets),
                 ],
             )
-            process = ForkedRank(self._template, os.fdopen(told[0], "rb", buffering=0))
+            process = ForkedRank(self._fork_server, os.fdopen(told[0], "rb", buffering=0))
             self._forked.append(process)
             self.ranks.append(
                 RankProcess(
@@ -218,18 +227,18 @@ class LocalRankProcesses:
 
     def log_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.logs = tuple(folder / name for name in LOGS)
-        for log in self.logs:
+        self._logs = tuple(folder / name for name in LOGS)
+        for log in self._logs:
             log.write_bytes(b"")
         self._oom_kills_before = host_oom_kills()
 
     def evidence(self, rank: int) -> Evidence:
-        return Evidence(log_end=_log_end(self.logs), oom_kills=host_oom_kills() - self._oom_kills_before)
+        return Evidence(log_end=_log_end(self._logs), oom_kills=host_oom_kills() - self._oom_kills_before)
 
     def kill(self) -> None:
         waiting = [process for process in self._forked if process.returncode is None]
         if not all(process.is_forked() for process in waiting):
-            self._template.kill()  # it still imports, and would fork them when it is done
+            self._fork_server.kill()  # it still imports, and would fork them when it is done
         self._group.signal_all()
         for rank in self.ranks:
             rank.process.wait()
