@@ -28,6 +28,8 @@ class KnobContext:
     """The GPUs' own, such as (9, 0) for an H200; (0, 0) where it is not known."""
     dtype: str = "fp16"
     """The workload's precision."""
+    stage_0_trains: bool = True
+    """Training at ZeRO stage 0 keeps its gradients; see `objectives.loss_scale`."""
     model_type: str = ""
     """As transformers calls the model's family; empty where it is not known."""
     grouped_queries: bool = False

@@ -13,6 +13,7 @@ from ds_tune.objectives.cost_model.hardware import Hardware, machine_of, parse_h
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.simulated import SimulatedObjective
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT, forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
 from ds_tune.objectives.objective import Objective
 from ds_tune.objectives.recorded.recording import Recording, read_recording
@@ -105,6 +106,9 @@ def _measured(request: TuneRequest) -> Backend:
             f"No GPU in use: real DeepSpeed on {machine.ranks} CPU ranks with {workload.title}; "
             "what is fastest here need not be on a GPU."
         )
+
+    if forgets_loss_scale(0, workload.dtype):
+        notes.append(STAGE_0_LEFT_OUT)
 
     def objectives(
         results: ResultsFolder, notice: Callable[[str], None], resources: contextlib.ExitStack

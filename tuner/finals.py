@@ -5,6 +5,7 @@ import datetime
 import time
 from collections.abc import Sequence
 
+from ds_tune.objectives.loss_scale import forgets_loss_scale
 from ds_tune.objectives.numerics import LossCurve, NumericsCheck
 from ds_tune.objectives.objective import Objective, TrainingObjective
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
@@ -289,6 +290,8 @@ def compared(winner: TrialConfig, summary: StudySummary) -> tuple[TrialConfig, l
     """
     baseline = summary.baseline
     stage = baseline.config.zero_stage if baseline is not None else winner.zero_stage
+    if forgets_loss_scale(stage, winner.trained_dtype(summary.workload.dtype)):
+        stage = 1  # nothing can be learned from what does not train
     accumulation = min(winner.gradient_accumulation_steps, COMPARED_ACCUMULATION)
     config = dataclasses.replace(winner, gradient_accumulation_steps=accumulation)
     saving = baseline.config.knobs_on if baseline is not None else {}

@@ -12,6 +12,7 @@ from ds_tune.objectives.cost_model.forecast import Forecast
 from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of, machine_of, parse_hardware
 from ds_tune.objectives.cost_model.memory_calibration import usable_bytes
 from ds_tune.objectives.cost_model.model import CostModel, Prediction
+from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT, forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.kinds import Workload
@@ -183,6 +184,8 @@ def print_plan(plan: Plan, console: rich.console.Console) -> None:
         "Every figure is predicted.",
         soft_wrap=True,
     )
+    if forgets_loss_scale(0, plan.workload.dtype):
+        console.print(STAGE_0_LEFT_OUT, soft_wrap=True)
     if plan.fitting:
         console.print(_speed_table(plan.fitting))
         console.print(_memory_table("Their memory a rank, GiB", plan.fitting))

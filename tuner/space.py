@@ -23,6 +23,12 @@ from ds_tune.objectives.workload.kinds import Workload
 
 ZERO_STAGES = (0, 1, 2, 3)
 
+
+def zero_stages(context: KnobContext) -> tuple[int, ...]:
+    """The ZeRO stages worth a trial: all at which DeepSpeed trains."""
+    return ZERO_STAGES if context.stage_0_trains else ZERO_STAGES[1:]
+
+
 BATCH_FIELDS = ("micro_batch_size", "gradient_accumulation_steps")
 """The two knobs whose product is bounded; what one may be depends on the other."""
 
@@ -98,6 +104,12 @@ def knob_dimension(field: str, values: Sequence[Scalar]) -> Dimension:
     )
 
 
+def _stage_dimension(stages: Sequence[int]) -> Dimension:
+    return Dimension(
+        field="zero_stage", short="stage", distribution=lambda limits: CategoricalDistribution(tuple(stages))
+    )
+
+
 PRESETS = ("core", "speed", "full")
 
 
@@ -121,11 +133,9 @@ def dimensions_of(
         context: decides what usually pays.
         allowed: knobs that change the numbers training produces, and are to be searched all the same.
     """
-    knobs = [
-        knob_dimension(field, values)
-        for field, values in knob_values(preset, context or KnobContext(), allowed).items()
-    ]
-    return (*DIMENSIONS[:3], *knobs)
+    context = context or KnobContext()
+    knobs = [knob_dimension(field, values) for field, values in knob_values(preset, context, allowed).items()]
+    return (_stage_dimension(zero_stages(context)), *DIMENSIONS[1:3], *knobs)
 
 
 COARSE_MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128)
@@ -172,7 +182,7 @@ def _largest_accumulation(limits: Limits) -> int:
 
 
 DIMENSIONS = (
-    Dimension(field="zero_stage", short="stage", distribution=lambda limits: CategoricalDistribution(ZERO_STAGES)),
+    _stage_dimension(ZERO_STAGES),
     Dimension(
         field="micro_batch_size",
         short="mbs",
@@ -304,7 +314,7 @@ class Space:
         accumulation = self.limits.global_batch // self.limits.ranks if self.limits.global_batch is not None else 1
         untuned = tuple(
             TrialConfig(zero_stage=stage, micro_batch_size=1, gradient_accumulation_steps=accumulation)
-            for stage in ZERO_STAGES
+            for stage in zero_stages(self.context)
         )
         return (*untuned, *self._most_saving())
 

@@ -26,7 +26,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext, Scalar
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from ds_tune.tuner.conditions import Condition
-from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values
+from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values, zero_stages
 
 FIELDS = (*CORE_FIELDS, *KNOBS)
 PRESETS_TO_EXTEND = ("core", "speed")
@@ -126,7 +126,7 @@ class SpaceFile:
 
     def _choices(self, context: KnobContext, allowed: Collection[str]) -> dict[str, tuple[Scalar, ...]]:
         """Stage and knobs with their values, in the order of `TrialConfig`."""
-        choices: dict[str, tuple[Scalar, ...]] = {"zero_stage": ZERO_STAGES}
+        choices: dict[str, tuple[Scalar, ...]] = {"zero_stage": zero_stages(context)}
         for field, values in knob_values(self.preset, context, allowed).items():
             choices[field] = (KNOBS[field].off, *values)
         return {field: self.values.get(field, values) for field, values in choices.items()}

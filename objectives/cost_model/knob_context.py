@@ -6,6 +6,7 @@ import importlib.util
 from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext
+from ds_tune.objectives.loss_scale import forgets_loss_scale
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.workload.kinds import Workload
 
@@ -20,6 +21,7 @@ def knob_context_of(workload: Workload, machine: Machine) -> KnobContext:
         liger=importlib.util.find_spec("liger_kernel") is not None,
         compute_capability=(int(major), int(minor)),
         dtype=workload.dtype,
+        stage_0_trains=not forgets_loss_scale(0, workload.dtype),
         pretrained=workload.weights_are_loaded,
     )
     try:

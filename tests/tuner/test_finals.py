@@ -39,7 +39,7 @@ def config(stage: int, mbs: int, gas: int = 1, **knobs: int | str) -> TrialConfi
     )  # fmt: skip
 
 
-def summary(baseline: TrialConfig, *others: TrialConfig) -> StudySummary:
+def summary(baseline: TrialConfig, *others: TrialConfig, dtype: str = "bf16") -> StudySummary:
     records: Sequence[TrialRecord] = [
         TrialRecord(
             number=number,
@@ -52,7 +52,7 @@ def summary(baseline: TrialConfig, *others: TrialConfig) -> StudySummary:
         )
         for number, each in enumerate((baseline, *others))
     ]
-    workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
+    workload = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype=dtype)
     return StudySummary(
         study="s", workload=workload, machine=MACHINE, versions={}, trials_total=len(records), tuning_seconds=1.0,
         ended=None, records=records,
@@ -80,6 +80,13 @@ def test_reference_has_the_zero_stage_of_a_partitioned_baseline() -> None:
     winner = config(3, 4)
     _, references = compared(winner, summary(config(2, 1), winner))
     assert names(references) == ["z2_gas4_tmbspg1"]
+
+
+def test_the_reference_trains_where_the_baseline_loses_its_gradients() -> None:
+    winner = config(1, 8, compile="blocks")
+    assert names(compared(winner, summary(config(0, 1), winner, dtype="fp16"))[1])[0].startswith("z1_")
+    untrained = config(0, 8)
+    assert names(compared(untrained, summary(config(0, 1), untrained, dtype="fp16"))[1])[0].startswith("z1_")
 
 
 def test_larger_batches_alone_are_not_compared() -> None:

@@ -82,6 +82,13 @@ def test_the_baseline_is_untuned_and_falls_back_to_more_partitioning() -> None:
     assert names == ["z0_gas1_tmbspg1", "z1_gas1_tmbspg1", "z2_gas1_tmbspg1", "z3_gas1_tmbspg1"]
 
 
+def test_a_stage_that_loses_gradients_is_no_part_of_the_space_nor_its_baseline() -> None:
+    context = KnobContext(stage_0_trains=False)
+    space = Space(limits(), dimensions_of("speed", context), context=context)
+    assert {config.zero_stage for config in (*space.legal, *space.baselines)} == {1, 2, 3}
+    assert space.baselines[0].name == "z1_gas1_tmbspg1"
+
+
 def test_the_baseline_of_a_global_batch_trains_on_that_batch() -> None:
     space = Space(limits(global_batch=24))
     assert next(config.name for config in space.baselines) == "z0_gas12_tmbspg1"

@@ -24,6 +24,12 @@ def test_the_site_is_read_from_the_machine_and_the_model() -> None:
     ).compute_capability == (0, 0)
 
 
+def test_stage_0_is_left_out_in_fp16_alone() -> None:
+    machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=GIB, compute_capability="9.0")
+    assert not knob_context_of(GPT2_XL, machine).stage_0_trains
+    assert knob_context_of(dataclasses.replace(GPT2_XL, dtype="bf16"), machine).stage_0_trains
+
+
 def test_states_share_is_the_fraction_of_a_rank_s_memory_taken_by_model_states() -> None:
     machine = Machine(device="cuda", name="NVIDIA H200", ranks=2, memory_bytes=32 * GIB, compute_capability="9.0")
     # 1.56e9 parameters in two bytes, and 12 bytes of states for each over two ranks: 11.6 GiB.
