@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def tune_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tune",
         description="Finds the fastest DeepSpeed configuration for a model on this machine by training with it.",
+        usage="tune [options] [-- train.py ...]",
         epilog="Other commands: tune plan, tune report, tune export, tune dashboard (each with --help). "
         "The same command again resumes a study. Exit status: 0 found, 1 error, 2 usage, 3 nothing fits, "
         "130 interrupted and resumable.",
@@ -130,6 +132,12 @@ def tune_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="your DeepSpeed configuration; trials keep all of it that is not searched",
     )
+    script = parser.add_argument_group("a training script of your own", "its launch line comes last, behind --")
+    script.add_argument(
+        "--free-batch", action="store_true", help="let the global batch change; the script's own is held otherwise"
+    )
+    script.add_argument("--micro-batch-flag", metavar="FLAG", help="option of the script that its mbs follows")
+    script.add_argument("--accumulation-flag", metavar="FLAG", help="option of the script that its gas follows")
     _add_space_options(parser)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -259,13 +267,16 @@ def dashboard_command(storage: str | None, results: Path) -> str:
     return shlex.join([program, "dashboard", *where])
 
 
-def tune_request(arguments: argparse.Namespace) -> TuneRequest:
+def tune_request(arguments: argparse.Namespace, script: Sequence[str] = ()) -> TuneRequest:
     """The request that the options of `tune` make.
+
+    Args:
+        script: what came behind --.
 
     Raises:
         UsageError: they do not go together.
     """
-    return TuneRequest(**_fields(TuneRequest, arguments))
+    return TuneRequest(**_fields(TuneRequest, arguments), script=tuple(script))
 
 
 def plan_request(arguments: argparse.Namespace) -> PlanRequest:
@@ -278,7 +289,7 @@ def plan_request(arguments: argparse.Namespace) -> PlanRequest:
 
 
 def _fields(request: type[SearchRequest], arguments: argparse.Namespace) -> dict[str, Any]:
-    names = (field.name for field in dataclasses.fields(request))
+    names = (field.name for field in dataclasses.fields(request) if field.name != "script")
     return as_fields({name: getattr(arguments, name) for name in names if name in arguments})
 
 

@@ -28,7 +28,7 @@ from ds_tune.tuner.arguments import (
     tune_parser,
     tune_request,
 )
-from ds_tune.tuner.backend import backend_for
+from ds_tune.tuner.backends import backend_for
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.output import output
 from ds_tune.tuner.plan import plan_of, print_plan
@@ -46,7 +46,7 @@ EXIT_FOUND, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs or resumes a study."""
-    request = tune_request(arguments)
+    request = tune_request(arguments, arguments.script)
     spec = make_spec(request, backend_for(request))
     # With --json, standard output belongs to the document alone.
     console = Console(output(stderr=arguments.json), quiet=arguments.quiet)
@@ -160,7 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_optuna()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     try:
+        script = None
+        if command == "tune" and "--" in words:
+            words, script = words[: words.index("--")], words[words.index("--") + 1 :]
+            if not script:
+                raise UsageError("nothing comes behind --: write the line that launches your training there")
         arguments = make_parser().parse_args(words)
+        arguments.script = script or ()
         with storage_faults(_storage_url(arguments)) if "storage" in arguments else contextlib.nullcontext():
             status = run(arguments)
         sys.stdout.flush()  # what cannot be written is said here, not by the interpreter in its last moment

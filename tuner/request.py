@@ -37,6 +37,20 @@ TRAINING_FIELDS = (
 )  # fmt: skip
 """Fields that say what is trained and on what: of use only where something is trained."""
 
+NOT_SCRIPT = (
+    "model",
+    "dtype",
+    "seq_len",
+    "dataset",
+    "tokenizer",
+    "pretrained",
+    "ds_config",
+    "hardware",
+    "simulate",
+    "replay",
+)
+"""Fields that a training script answers itself."""
+
 NOT_SIMULATED = (
     "dataset", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
 )  # fmt: skip
@@ -157,6 +171,14 @@ class TuneRequest(SearchRequest):
     """Run the fastest trials and the baseline again in fresh processes."""
     replay: Path | None = None
     """A recorded surface that answers instead of training."""
+    script: tuple[str, ...] = ()
+    """The line that launches a training script of one's own, in place of a built-in model."""
+    free_batch: bool = False
+    """Let the script's global batch change; it is held otherwise."""
+    micro_batch_flag: str | None = None
+    """Option of the script that its micro-batch size follows."""
+    accumulation_flag: str | None = None
+    """Option of the script that its gradient accumulation follows."""
     simulate: bool = False
     """The cost model answers, for `hardware`, instead of training."""
 
@@ -174,6 +196,10 @@ class TuneRequest(SearchRequest):
         check_choice("metric", self.metric, tuple(METRICS))
         if self.gpus is not None and self.gpus < 0:
             raise UsageError(f"`gpus={self.gpus}`: a number of GPUs, or 0 for the CPU")
+        if self.script:
+            self._check_script()
+        elif refused := self.given(("free_batch", "micro_batch_flag", "accumulation_flag")):
+            raise UsageError(f"{refused[0]} is about a training script; put its launch line behind --")
         if self.replay is not None:
             self._check_replay()
         elif self.simulate:
@@ -187,6 +213,17 @@ class TuneRequest(SearchRequest):
     @property
     def trial_seconds(self) -> float:
         return float(self.trial_timeout or DEFAULT_TRIAL_SECONDS)
+
+    def _check_script(self) -> None:
+        if refused := self.given(NOT_SCRIPT):
+            raise UsageError(f"{', '.join(refused)}: the training script behind -- says that itself; leave it out")
+        if self.preset not in (None, "core"):
+            raise UsageError(
+                f"`preset={self.preset}`: of a training script ZeRO stage, mbs and gas are searched so far; leave it "
+                "out, or name DeepSpeed's knobs in a file for `space`"
+            )
+        if self.free_batch and self.global_batch is not None:
+            raise UsageError("`free_batch` does not go with `global_batch`; leave out one")
 
     def _check_replay(self) -> None:
         if refused := self.given(TRAINING_FIELDS):
@@ -212,6 +249,8 @@ def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = Path(value)
         elif isinstance(value, os.PathLike):  # a model or a dataset, which may be a name on the hub as well
             fields[name] = os.fspath(value)
+    if "script" in fields:
+        fields["script"] = tuple(fields["script"])
     if "allow" in fields:
         words = fields["allow"]
         fields["allow"] = (words,) if isinstance(words, str) else tuple(words)
