@@ -47,6 +47,12 @@ EXIT_FOUND, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs or resumes a study."""
     request = tune_request(arguments, arguments.script)
+    if arguments.explain:
+        if not request.script:
+            raise UsageError("`explain` is about a training script; put its launch line behind --")
+        for line in backend_for(request).notes:
+            print(in_options(line))
+        return EXIT_FOUND
     spec = make_spec(request, backend_for(request))
     # With --json, standard output belongs to the document alone.
     console = Console(output(stderr=arguments.json), quiet=arguments.quiet)
