@@ -1,7 +1,10 @@
 """Real trials on two CPU ranks, faults inside them, and the proof that nothing of them is left."""
 
 import contextlib
+import dataclasses
+import fcntl
 import gc
+import json
 import os
 import textwrap
 import time
@@ -116,14 +119,81 @@ def fork_servers() -> Iterator[SharedForkServers]:
     servers.close()
 
 
+MACHINE = Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
+WORKLOAD = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
+OWN_ADAM = dataclasses.replace(
+    WORKLOAD, base_ds_config={"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": False}}}
+)
+"""Trains with DeepSpeed's Adam, which has to be compiled."""
+
+
 @pytest.fixture
 def machine() -> Machine:
-    return Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
+    return MACHINE
 
 
 @pytest.fixture
 def workload() -> HuggingFaceWorkload:
-    return HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
+    return WORKLOAD
+
+
+@pytest.fixture
+def own_adam() -> HuggingFaceWorkload:
+    return OWN_ADAM
+
+
+COMPILER = """\
+#!/bin/sh
+exec c++ "$@" -O0 -g0
+"""
+"""What it compiles is run for a step at most: optimizing and debugging it takes longer than all else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledAdam:
+    """DeepSpeed's CPUAdam, really compiled by ds-tune: for no trial yet, but for some that need it."""
+
+    environment: dict[str, str]
+    """With these variables it is found, and compiled by nobody again."""
+    extensions: Path
+    told: list[str]
+
+
+@pytest.fixture(scope="session")
+def compiled_adam(tmp_path_factory: pytest.TempPathFactory, fork_servers: SharedForkServers) -> CompiledAdam:
+    """Once for all workers: it takes more than a minute of a core."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, compiler = shared / "compiled_adam", shared / "compiled_adam" / "c++"
+    environment = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "CXX": str(compiler)}
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "told.json").exists():
+            compiler.write_text(COMPILER)
+            compiler.chmod(0o755)
+            told: list[str] = []
+            with pytest.MonkeyPatch.context() as patch, SharingLauncher(MACHINE, fork_servers) as launcher:
+                for name, value in environment.items():
+                    patch.setenv(name, value)
+                tuned = DeepSpeedObjective(
+                    OWN_ADAM, MACHINE, launcher=launcher, log_folder=folder, trial_seconds=120, notice=told.append
+                )
+                try:
+                    tuned.prepare(
+                        TrialConfig(
+                            zero_stage=stage,
+                            micro_batch_size=1,
+                            gradient_accumulation_steps=1,
+                            offload_optimizer="cpu",
+                        )
+                        for stage in (1, 2)
+                    )
+                finally:
+                    tuned.close()
+            (folder / "told.json").write_text(json.dumps(told))
+    return CompiledAdam(environment, folder / "extensions", json.loads((folder / "told.json").read_text()))
 
 
 @pytest.fixture
@@ -191,7 +261,7 @@ def open_files(fork_servers: SharedForkServers) -> Callable[[], int]:
 def nothing_is_left(started_processes: Callable[[], list[psutil.Process]]) -> Iterator[None]:
     """Fails a test that leaves a process behind, and ends that process."""
     yield
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (left := started_processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
     for process in left:
