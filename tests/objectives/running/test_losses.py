@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve, NumericsCheck
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
-from ds_tune.objectives.trial import Failure, TrialConfig
+from ds_tune.objectives.trial import Failure, FailureKind, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 pytestmark = pytest.mark.slow
@@ -118,9 +119,10 @@ def test_ranks_that_do_not_share_their_gradients_are_found(
 
 
 def test_losses_of_a_configuration_that_does_not_fit_are_a_failure(
-    objective: Callable[..., DeepSpeedObjective], tmp_path: Path
+    objective: Callable[..., DeepSpeedObjective], machine: Machine, tmp_path: Path
 ) -> None:
-    training = objective()
+    # Whatever does not fit is never touched: 2 GiB of logits alone.
+    training = objective(machine=dataclasses.replace(machine, memory_cap_bytes=GIB))
     failure = training.losses(TrialConfig(zero_stage=0, micro_batch_size=4096, gradient_accumulation_steps=1),
                               tmp_path, lambda phase: None)  # fmt: skip
-    assert isinstance(failure, Failure)
+    assert isinstance(failure, Failure) and failure.kind is FailureKind.OUT_OF_MEMORY, failure
