@@ -25,8 +25,8 @@ def check(
 ) -> Callable[..., list[NumericsCheck]]:
     """Compares configurations with `REFERENCE`, in the same ranks."""
 
-    def run(*configs: TrialConfig, dtype: str = "fp32") -> list[NumericsCheck]:
-        training = objective(workload=dataclasses.replace(workload, dtype=dtype))
+    def run(*configs: TrialConfig, dtype: str = "fp32", model: str = workload.model) -> list[NumericsCheck]:
+        training = objective(workload=dataclasses.replace(workload, dtype=dtype, model=model))
         curves = []
         for config in (REFERENCE, *configs):
             folder = tmp_path / config.name
@@ -92,10 +92,10 @@ def test_models_of_other_kinds_begin_and_learn_partitioned_as_they_do_whole(
     assert whole.losses[-1] < whole.losses[0]
 
 
-def test_bf16_keeps_them_within_its_own_rounding(
-    check: Callable[..., list[NumericsCheck]],
-) -> None:
-    checks = check(cut(0), cut(1), cut(3), dtype="bf16")
+def test_bf16_keeps_them_within_its_own_rounding(check: Callable[..., list[NumericsCheck]], tmp_path: Path) -> None:
+    # Most CPUs have no instruction for bf16: the nano model would take a minute of a core.
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "gpt2", "vocab_size": 500}))
+    checks = check(cut(0), cut(1), cut(3), dtype="bf16", model=str(tmp_path))
     assert [each.fault for each in checks] == [None] * 3
 
 
