@@ -75,7 +75,7 @@ def tune_parser() -> argparse.ArgumentParser:
         prog="tune",
         description="Finds the fastest DeepSpeed configuration for a model on this machine by training with it.",
         usage="tune [options] [-- train.py ...]",
-        epilog="Other commands: tune plan, tune report, tune export, tune dashboard (each with --help). "
+        epilog="Other commands: tune plan, tune report, tune export, tune run, tune dashboard (each with --help). "
         "The same command again resumes a study. Exit status: 0 found, 1 error, 2 usage, 3 nothing fits, "
         "130 interrupted and resumable.",
     )
@@ -137,8 +137,14 @@ def tune_parser() -> argparse.ArgumentParser:
     script.add_argument(
         "--free-batch", action="store_true", help="let the global batch change; the script's own is held otherwise"
     )
-    script.add_argument("--micro-batch-flag", metavar="FLAG", help="option of the script that its mbs follows")
-    script.add_argument("--accumulation-flag", metavar="FLAG", help="option of the script that its gas follows")
+    script.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="KEY=OPTION",
+        help="an option of the script that follows a setting of DeepSpeed's and is not found by itself, such as "
+        "train_micro_batch_size_per_gpu=--rows; may be repeated",
+    )
     _add_space_options(parser)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -257,7 +263,7 @@ _FIELD = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 @functools.cache
 def _options() -> dict[str, argparse.Action]:
     """The options of all commands, by the fields that they fill."""
-    parsers = (tune_parser(), plan_parser(), report_parser(), export_parser(), dashboard_parser())
+    parsers = (tune_parser(), plan_parser(), report_parser(), export_parser(), run_parser(), dashboard_parser())
     return {action.dest: action for parser in parsers for action in parser._actions if action.dest != "help"}
 
 
@@ -338,6 +344,10 @@ def export_parser() -> argparse.ArgumentParser:
     parser = _stored_study_parser("export", "Writes the result files of a study again, from its storage alone.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     return parser
+
+
+def run_parser() -> argparse.ArgumentParser:
+    return _stored_study_parser("run", "Launches the winner of a study for real: trains with it to the end.")
 
 
 def dashboard_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The commands: `tune` (which is meant when none is named), `plan`, `report`, `export` and `dashboard`."""
+"""The commands: `tune` (which is meant when none is named), `plan`, `report`, `export`, `run` and `dashboard`."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_tune.objectives.errors import DsTuneError, UsageError
+from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.database import storage_faults
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.ownership import check_owner
@@ -25,6 +26,7 @@ from ds_tune.tuner.arguments import (
     plan_parser,
     plan_request,
     report_parser,
+    run_parser,
     tune_parser,
     tune_request,
 )
@@ -116,6 +118,26 @@ def report(arguments: argparse.Namespace) -> int:
     return _exit_status(summary, console)
 
 
+def launch(arguments: argparse.Namespace) -> int:
+    """Launches a study's winner for real, in place of this process."""
+    summary = _load(arguments).summary()
+    command = ResultsFolder(arguments.results).optimal_command.resolve()
+    if summary.best is None:
+        raise UsageError(f"the study in {arguments.results} has no winner yet")
+    if summary.provenance is not Provenance.MEASURED:
+        raise UsageError(f"the winner in {arguments.results} is of {summary.provenance.value} figures: nothing was run")
+    if not command.exists():
+        raise UsageError(f"{command} is missing; tune export writes it again")
+    folder = summary.workload.launch_folder
+    if folder is not None:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise UsageError(f"{folder}, where the script is, cannot be entered ({error.strerror})") from error
+    sys.stdout.flush()
+    os.execvp("sh", ["sh", str(command)])
+
+
 def export_again(arguments: argparse.Namespace) -> int:
     """Writes a stored study's files."""
     store = _load(arguments)
@@ -154,6 +176,7 @@ COMMANDS = {
     "plan": (plan_parser, plan),
     "report": (report_parser, report),
     "export": (export_parser, export_again),
+    "run": (run_parser, launch),
     "dashboard": (dashboard_parser, show_dashboard),
 }
 

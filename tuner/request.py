@@ -16,6 +16,7 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.trial import KNOBS
 from ds_tune.objectives.workload.huggingface import DTYPES
+from ds_tune.objectives.workload.script import MAPPED_KEYS
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.tuner.space import PRESETS, Limits
 
@@ -128,7 +129,7 @@ class SearchRequest:
 
     def given(self, names: Sequence[str]) -> list[str]:
         """Returns the named fields that were given, in backticks; none of them may have a default of its own."""
-        return [f"`{name}`" for name in names if getattr(self, name) is not None and getattr(self, name) is not False]
+        return [f"`{name}`" for name in names if getattr(self, name) not in (None, False, ())]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,10 +176,8 @@ class TuneRequest(SearchRequest):
     """The line that launches a training script of one's own, in place of a built-in model."""
     free_batch: bool = False
     """Let the script's global batch change; it is held otherwise."""
-    micro_batch_flag: str | None = None
-    """Option of the script that its micro-batch size follows."""
-    accumulation_flag: str | None = None
-    """Option of the script that its gradient accumulation follows."""
+    map: tuple[str, ...] = ()
+    """Options of the script that follow a setting of DeepSpeed's, each as `key=option`; see `MAPPED_KEYS`."""
     simulate: bool = False
     """The cost model answers, for `hardware`, instead of training."""
 
@@ -198,7 +197,7 @@ class TuneRequest(SearchRequest):
             raise UsageError(f"`gpus={self.gpus}`: a number of GPUs, or 0 for the CPU")
         if self.script:
             self._check_script()
-        elif refused := self.given(("free_batch", "micro_batch_flag", "accumulation_flag")):
+        elif refused := self.given(("free_batch", "map")):
             raise UsageError(f"{refused[0]} is about a training script; put its launch line behind --")
         if self.replay is not None:
             self._check_replay()
@@ -211,10 +210,26 @@ class TuneRequest(SearchRequest):
             )
 
     @property
+    def mapped(self) -> dict[str, str]:
+        """Options of the script by the keys of DeepSpeed's settings that they follow.
+
+        Raises:
+            UsageError: a key is none that an option can follow, or no option is named.
+        """
+        found = {}
+        for word in self.map:
+            key, _, option = word.partition("=")
+            if key not in MAPPED_KEYS or not option.startswith("-"):
+                raise UsageError(f"`map={word}`: write KEY=OPTION, with KEY one of {', '.join(MAPPED_KEYS)}")
+            found[key] = option
+        return found
+
+    @property
     def trial_seconds(self) -> float:
         return float(self.trial_timeout or DEFAULT_TRIAL_SECONDS)
 
     def _check_script(self) -> None:
+        _ = self.mapped  # is checked
         if refused := self.given(NOT_SCRIPT):
             raise UsageError(f"{', '.join(refused)}: the training script behind -- says that itself; leave it out")
         if self.preset not in (None, "core"):
@@ -249,8 +264,9 @@ def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = Path(value)
         elif isinstance(value, os.PathLike):  # a model or a dataset, which may be a name on the hub as well
             fields[name] = os.fspath(value)
-    if "script" in fields:
-        fields["script"] = tuple(fields["script"])
+    for name in ("script", "map"):
+        if name in fields:
+            fields[name] = tuple(fields[name])
     if "allow" in fields:
         words = fields["allow"]
         fields["allow"] = (words,) if isinstance(words, str) else tuple(words)

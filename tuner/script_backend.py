@@ -37,9 +37,7 @@ def scripted(request: TuneRequest) -> Backend:
     )
     if ranks is not None and machine.ranks != ranks:
         raise UsageError(f"the launch line starts {ranks} ranks, and {machine.ranks} were asked for; leave one out")
-    workload = ScriptWorkload(
-        start=start, micro_batch_flag=request.micro_batch_flag, accumulation_flag=request.accumulation_flag
-    )
+    workload = ScriptWorkload(start=start, mapped=request.mapped)
     workload = dataclasses.replace(workload, facts=_learned(workload, machine, request))
     own = _own(workload.known)
     limits = _limits(request, own, machine)
@@ -123,7 +121,7 @@ def _notes(
     if is_fixed:
         lines.append(
             f"Its micro-batch size stays {own.micro_batch_size}: no option of it was found that sets it; name one with "
-            "`micro_batch_flag`."
+            "`map=train_micro_batch_size_per_gpu=--OPTION`."
         )
     held = f"The global batch is held at {limits.global_batch}; `free_batch` lets it go." if limits.global_batch else ""
     lines.append(f"Left out of trials: checkpoints, trackers, uploads and evaluation. {held}".strip())

@@ -94,6 +94,10 @@ class HuggingFaceWorkload:
     def fills_in_batch_sizes(self) -> bool:
         return False
 
+    @property
+    def launch_folder(self) -> None:
+        return None
+
     def launch_line(self, launcher: Sequence[str], ranks: int, ds_config: Path, config: TrialConfig) -> list[str]:
         words = [*launcher, *self._training_words()]
         for knob, value in config.model_knobs.items():

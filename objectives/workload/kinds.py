@@ -51,6 +51,10 @@ class WorkloadKind(Protocol):
     def fills_in_batch_sizes(self) -> bool:
         """Whether the training itself puts batch sizes in the place of `"auto"`."""
 
+    @property
+    def launch_folder(self) -> str | None:
+        """Folder that its launch line is for; None for any."""
+
     def launch_line(self, launcher: Sequence[str], ranks: int, ds_config: Path, config: TrialConfig) -> list[str]:
         """The argv that trains with a configuration.
 

@@ -24,6 +24,13 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 DS_CONFIG_KEYS = {*BATCH_KEYS, "zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "gradient_clipping"}
 """A JSON object with any of these is taken for a DeepSpeed configuration."""
 
+MAPPED_KEYS = {
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "zero_optimization.stage": "zero_stage",
+}
+"""Settings of DeepSpeed's that an option of a script may say as well, and the fields of a `TrialConfig` they are."""
+
 TRAINER, ACCELERATE, PLAIN = "Trainer", "Accelerate", "DeepSpeed"
 """Who owns the training loop, the last one the script itself."""
 
@@ -114,9 +121,8 @@ class ScriptWorkload:
     start: ScriptStart
     facts: ScriptFacts | None = None
     """None before it has run."""
-    micro_batch_flag: str | None = None
-    """Option that its micro-batch size follows, where ds-tune does not know it by name."""
-    accumulation_flag: str | None = None
+    mapped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Options that follow a setting of DeepSpeed's, by its key, as the person named them; see `MAPPED_KEYS`."""
 
     @property
     def title(self) -> str:
@@ -161,9 +167,12 @@ class ScriptWorkload:
     def fills_in_batch_sizes(self) -> bool:
         return self.known.loop == TRAINER
 
+    @property
+    def launch_folder(self) -> str:
+        return self.start.folder
+
     def launch_line(self, launcher: Sequence[str], ranks: int, ds_config: Path, config: TrialConfig) -> list[str]:
-        batch = {field: getattr(config, field) for field in self.flags}
-        start = self.started_with(ds_config, batch)
+        start = self.started_with(ds_config, config)
         # Without a launcher of the person's own: what gives ranks no more than they had in the trials.
         words = list(start.launcher or ("torchrun", "--standalone", "--nproc_per_node", str(ranks)))
         return [*words, *(["-m"] if start.is_module and not start.launcher else []), start.program, *start.arguments]
@@ -175,12 +184,13 @@ class ScriptWorkload:
 
     @property
     def flags(self) -> dict[str, str]:
-        """Options that batch sizes are handed to it by, by the fields of a `TrialConfig`."""
-        named = {
-            "micro_batch_size": self.micro_batch_flag or self.known.micro_batch_flag,
-            "gradient_accumulation_steps": self.accumulation_flag or self.known.accumulation_flag,
+        """Options that settings are handed to it by, by the fields of a `TrialConfig`."""
+        found = {
+            "micro_batch_size": self.known.micro_batch_flag,
+            "gradient_accumulation_steps": self.known.accumulation_flag,
         }
-        return {field: flag for field, flag in named.items() if flag is not None}
+        named = {MAPPED_KEYS[key]: flag for key, flag in self.mapped.items()}
+        return {field: flag for field, flag in found.items() if flag is not None} | named
 
     @property
     def batch_follows(self) -> bool:
@@ -193,18 +203,17 @@ class ScriptWorkload:
             or (facts.loop == PLAIN and self.start.ds_config_argument() is not None)
         )
 
-    def started_with(self, ds_config: Path | None, batch: Mapping[str, int]) -> ScriptStart:
+    def started_with(self, ds_config: Path | None, config: TrialConfig) -> ScriptStart:
         """How it is started under other settings.
 
         Args:
             ds_config: the file to read in place of the person's; None to leave that argument as it is.
-            batch: batch sizes by the fields of a `TrialConfig`.
         """
         start = self.start
         if ds_config is not None and (index := start.ds_config_argument()) is not None:
             start = start.with_value(index, str(ds_config))
         for field, flag in self.flags.items():
-            start = start.with_option(flag, str(batch[field]))
+            start = start.with_option(flag, str(getattr(config, field)))
         return start
 
     def to_json(self) -> dict[str, Any]:

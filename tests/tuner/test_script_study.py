@@ -63,7 +63,10 @@ def test_own_loop_is_tuned_and_the_exported_line_launches_the_winner(folder: Pat
     command = (results / "cmd_optimal.txt").read_text()
     words = shlex.split(command)
     assert words[words.index("deepspeed") :][:4] == ["deepspeed", "--num_gpus", "2", str(folder / "own_loop.py")]
-    launched = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, timeout=600)
+    launched = subprocess.run(
+        [sys.executable, "-P", "-m", "ds_tune.tuner", "run", "--results", str(results)],
+        cwd=folder.parent, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
     assert "epoch 0: loss " in launched.stdout
     assert (folder / "checkpoint.pt").exists()  # now it is for real
@@ -87,6 +90,11 @@ def test_what_is_recognised_is_explained_without_a_trial(folder: Path) -> None:
         (["--", "nothere.py"], "nothere.py: there is no such training script"),
         (["--model", "gpt2", "--", "own_loop.py"], "--model: the training script behind -- says that itself"),
         (["--preset", "speed", "--", "own_loop.py"], "--preset speed: of a training script"),
+        (
+            ["--map", "stage=--zero", "--", "own_loop.py"],
+            "--map stage=--zero: write KEY=OPTION, with KEY",
+        ),
+        (["--map", "zero_optimization.stage=--zero"], "--map is about a training script"),
         (["--free-batch"], "--free-batch is about a training script"),
         (["--explain"], "--explain is about a training script"),
         (["--free-batch", "--global-batch", "8", "--", "own_loop.py"], "--free-batch does not go with --global-batch"),

@@ -102,8 +102,7 @@ class ScriptRank:
         start = self._workload.start
         if config is not None:
             ds_config = self._ds_config_file(config, command.log_folder)
-            batch = {field: getattr(config, field) for field in self._workload.flags}
-            start = self._workload.started_with(ds_config, batch)
+            start = self._workload.started_with(ds_config, config)
         if isinstance(command, Losses):
             seed_generators()
         self._progress.announce("script", seconds=PREPARE_SECONDS)

@@ -12,7 +12,6 @@ from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.script import ACCELERATE, PLAIN, TRAINER, ScriptFacts, ScriptStart, ScriptWorkload
 
 CONFIG = TrialConfig(zero_stage=2, micro_batch_size=8, gradient_accumulation_steps=1)
-BATCH = {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
 AUTO = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
@@ -45,14 +44,14 @@ def workload(folder: Path, *arguments: str, loop: str = PLAIN, **facts: Any) -> 
 
 @pytest.mark.parametrize("arguments", [("--config", "model.json", "--ds", "ds.json"), ("--ds=ds.json",)])
 def test_deepspeed_file_is_found_among_the_arguments_and_replaced(arguments: tuple[str, ...], folder: Path) -> None:
-    start = workload(folder, *arguments).started_with(Path("/tmp/other.json"), {})
+    start = workload(folder, *arguments).started_with(Path("/tmp/other.json"), CONFIG)
     assert start.arguments[-1].rpartition("=")[2] == "/tmp/other.json"
     assert start.arguments[:-1] == arguments[:-1]
 
 
 def test_a_file_that_is_no_deepspeed_configuration_stays(folder: Path) -> None:
     script = workload(folder, "--config", "model.json", "--data", "missing.json")
-    assert script.started_with(Path("/tmp/other.json"), {}) == script.start
+    assert script.started_with(Path("/tmp/other.json"), CONFIG) == script.start
 
 
 @pytest.mark.parametrize(
@@ -67,12 +66,14 @@ def test_option_of_the_batch_size_is_set_where_it_stands_or_added(
     arguments: tuple[str, ...], expected: tuple[str, ...], folder: Path
 ) -> None:
     script = workload(folder, *arguments, micro_batch_flag="--bs")
-    assert script.started_with(None, BATCH).arguments == expected
+    assert script.started_with(None, CONFIG).arguments == expected
 
 
 def test_option_named_by_the_person_goes_before_the_one_that_was_found(folder: Path) -> None:
-    script = dataclasses.replace(workload(folder, micro_batch_flag="--bs"), micro_batch_flag="--rows")
-    assert script.flags == {"micro_batch_size": "--rows"}
+    mapped = {"train_micro_batch_size_per_gpu": "--rows", "zero_optimization.stage": "--zero"}
+    script = dataclasses.replace(workload(folder, micro_batch_flag="--bs"), mapped=mapped)
+    assert script.flags == {"micro_batch_size": "--rows", "zero_stage": "--zero"}
+    assert script.started_with(None, CONFIG).arguments == ("--rows", "8", "--zero", "2")
 
 
 def test_batch_size_follows_by_option_file_loader_or_trainer(folder: Path) -> None:
