@@ -177,6 +177,17 @@ class ScriptWorkload:
         words = list(start.launcher or ("torchrun", "--standalone", "--nproc_per_node", str(ranks)))
         return [*words, *(["-m"] if start.is_module and not start.launcher else []), start.program, *start.arguments]
 
+    def by_hand(self, config: TrialConfig) -> list[str]:
+        facts, lines = self.known, []
+        if self.start.ds_config_argument() is None:
+            where = facts.initialized_at
+            lines.append(f"Put ds_config_optimal.json in the place of the DeepSpeed settings that reach {where}.")
+        missing = {"micro_batch_size", "gradient_accumulation_steps"} - set(self.flags)
+        if facts.loop == TRAINER and missing:
+            values = f"{config.micro_batch_size}, gradient_accumulation_steps={config.gradient_accumulation_steps}"
+            lines.append(f"Write TrainingArguments(per_device_train_batch_size={values}).")
+        return lines
+
     def model_document(self) -> Mapping[str, Any] | None:
         facts = self.known
         # The formulas count the states of all parameters.

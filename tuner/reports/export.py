@@ -198,7 +198,8 @@ def export(report: Report, folder: ResultsFolder) -> list[Path]:
     optimal = deepspeed_config(best.config, summary.workload, ranks=best.machine.ranks, device=best.machine.device)
     write_json(folder.optimal_config, optimal)
     command = training_command(summary.workload, best.machine, folder.optimal_config, best.config)
-    write_atomically(folder.optimal_command, _origin(summary) + shell_line(command, best.machine))
+    by_hand = "".join(f"# {line}\n" for line in summary.workload.by_hand(best.config))
+    write_atomically(folder.optimal_command, _origin(summary) + by_hand + shell_line(command, best.machine))
     return [folder.optimal_config, folder.optimal_command, *written]
 
 
