@@ -104,6 +104,9 @@ class HuggingFaceWorkload:
             words += ["--knob", f"{knob}={value}"]
         return [*words, "--deepspeed", "--deepspeed_config", str(ds_config)]
 
+    def extra_files(self, config: TrialConfig) -> dict[str, str]:
+        return {}
+
     def by_hand(self, config: TrialConfig) -> list[str]:
         return []
 
