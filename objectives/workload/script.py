@@ -109,6 +109,8 @@ class ScriptFacts:
     micro_batch_flag: str | None = None
     """Option of the script whose value was the micro-batch size."""
     accumulation_flag: str | None = None
+    engines: int = 1
+    """DeepSpeed engines that it made; of those that train the first one is meant."""
     initialized_at: str = ""
     """File and line of the script that led to `deepspeed.initialize`."""
 

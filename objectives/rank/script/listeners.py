@@ -13,6 +13,7 @@ from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.settings import engine_dtype
 from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
 from ds_tune.objectives.running.protocol import Losses, RankResult, Time
@@ -245,7 +246,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def facts_of(
-    listening: Listening, *, loop: str, written: dict[str, Any], flags: dict[str, str], at: str, loader_follows: bool
+    listening: Listening, observer: Observer, *, loop: str, written: dict[str, Any], flags: dict[str, str]
 ) -> ScriptFacts:
     """Facts of a script whose engine has taken some steps."""
     engine = listening.engine
@@ -266,6 +267,7 @@ def facts_of(
         tokens_per_sample=lengths.pop() if len(lengths) == 1 else None,
         micro_batch_flag=flags.get("micro_batch_size"),
         accumulation_flag=flags.get("gradient_accumulation_steps"),
-        initialized_at=at,
-        loader_follows=loader_follows,
+        engines=observer.engines,
+        initialized_at=observer.initialized_at,
+        loader_follows=observer.loader_follows,
     )

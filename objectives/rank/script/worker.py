@@ -112,6 +112,8 @@ class ScriptRank:
         except SystemExit as ended:
             if ended.code not in (None, 0):
                 self._fail(UsageError(f"it ended with status {ended.code}"))
+        except EOFError:
+            self._fail(UsageError("it waits for input, and in a trial nobody types: have it take that from an option"))
         except BaseException as error:
             self._fail(error)
         self._fail(UsageError(self._ended_early(listener)))
@@ -130,9 +132,7 @@ class ScriptRank:
                 return Learner(
                     self._progress, self._meter, steps="learning", **common,
                     facts=lambda seen: facts_of(
-                        seen, loop=settings.loop, written=settings.written, flags=self._flags(seen),
-                        at=self._observer.initialized_at,
-                        loader_follows=self._observer.loader_follows,
+                        seen, self._observer, loop=settings.loop, written=settings.written, flags=self._flags(seen)
                     ),
                 )  # fmt: skip
 

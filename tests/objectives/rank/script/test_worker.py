@@ -219,6 +219,7 @@ def sleeping(folder: Path) -> list[psutil.Process]:
     [
         (["broken.py"], "ModuleNotFoundError: No module named 'no_such_package'"),
         (["never_deepspeed.py"], "it never calls deepspeed.initialize with a model to train"),
+        (["two_engines.py", "--ask"], "it waits for input, and in a trial nobody types"),
         (["own_loop.py", "--no-such-option"], "it ended with status 2"),
         (["own_loop.py"], "DeepSpeed requires --deepspeed_config"),
     ],
@@ -230,6 +231,13 @@ def test_script_that_does_not_train_says_why(
     failure = objective(ScriptWorkload(start=start)).learn(logs)
     assert isinstance(failure, Failure)
     assert sentence in failure.message
+
+
+def test_of_two_engines_the_one_that_trains_is_meant(objective: Objective, folder: Path, logs: Path) -> None:
+    start, _ = read_launch_line(["two_engines.py"])
+    facts = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(facts, ScriptFacts), facts
+    assert (facts.engines, facts.zero_stage, facts.initialized_at) == (2, 1, "two_engines.py:15")
 
 
 def test_a_trial_that_ends_too_early_says_after_how_many_steps(objective: Objective, folder: Path, logs: Path) -> None:
