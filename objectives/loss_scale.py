@@ -14,8 +14,8 @@ FORGETS_AT_STAGE_0 = SpecifierSet(">=0.18.3")
 there."""
 
 STAGE_0_LEFT_OUT = (
-    f"ZeRO stage 0 is left out: in fp16 DeepSpeed {importlib.metadata.version('deepspeed')} does not scale the loss there, "
-    "so its training stalls."
+    f"ZeRO stage 0 is left out: in fp16 DeepSpeed {importlib.metadata.version('deepspeed')} does not scale the loss "
+    "there, so its training stalls."
 )
 """What a person is told."""
 

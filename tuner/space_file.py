@@ -24,6 +24,7 @@ import yaml
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext, Scalar
+from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from ds_tune.tuner.conditions import Condition
 from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values, zero_stages
@@ -88,8 +89,13 @@ class SpaceFile:
             allowed: knobs that may change the numbers.
 
         Raises:
-            UsageError: none is left, they are too many, or a knob has no meaning in any.
+            UsageError: none is left, they are too many, a knob has no meaning in any, or one would not train.
         """
+        if 0 in self.values.get("zero_stage", ()) and not context.stage_0_trains:
+            raise _refusal(
+                self.path,
+                f"{STAGE_0_LEFT_OUT.rstrip('.')}; list zero_stage 1, 2 or 3, or add `dtype=bf16` where the GPUs have it",
+            )
         for field in self.values:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
                 raise _refusal(self.path, f"{field} changes the numbers of training: add `allow=numerics:{field}`")

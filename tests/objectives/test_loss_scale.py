@@ -36,9 +36,7 @@ def first_step(stage: int, monkeypatch: pytest.MonkeyPatch) -> float:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_STEP, str(stage)], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", FIRST_STEP, str(stage)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.rsplit("moved by", 1)[1])
 
