@@ -23,7 +23,7 @@ from typing import Any, Self
 import yaml
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import KnobContext, Scalar
+from ds_tune.objectives.knobs import KnobContext, Scalar, whole_number
 from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from ds_tune.tuner.conditions import Condition
@@ -92,10 +92,8 @@ class SpaceFile:
             UsageError: none is left, they are too many, a knob has no meaning in any, or one would not train.
         """
         if 0 in self.values.get("zero_stage", ()) and not context.stage_0_trains:
-            raise _refusal(
-                self.path,
-                f"{STAGE_0_LEFT_OUT.rstrip('.')}; list zero_stage 1, 2 or 3, or add `dtype=bf16` where the GPUs have it",
-            )
+            why = STAGE_0_LEFT_OUT.removesuffix(".")
+            raise _refusal(self.path, f"{why}; list zero_stage 1, 2 or 3, or add `dtype=bf16` where the GPUs have it")
         for field in self.values:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
                 raise _refusal(self.path, f"{field} changes the numbers of training: add `allow=numerics:{field}`")
@@ -262,25 +260,19 @@ def _value(path: Path, field: str, value: Any) -> Scalar:
         if field != "zero_stage" and number < 1:
             raise _refusal(path, f"{field} is at least 1, not {number}")
         return number
-    knob = KNOBS[field]
-    if isinstance(knob.off, int):
-        number = _whole(path, field, value)
-        if number < 0:
-            raise _refusal(path, f"{field} is 0 for off, or more, not {number}")
-        return number
-    # YAML reads the words on and off as true and false.
-    word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-    if word not in (knob.off, *knob.values):
-        raise _refusal(path, f"{field} is one of {', '.join(map(str, (knob.off, *knob.values)))}, not {word}")
-    return str(word)
+    if isinstance(value, bool) and not isinstance(KNOBS[field].off, int):
+        value = {True: "on", False: "off"}[value]  # as YAML reads these words
+    try:
+        return KNOBS[field].checked(field, value)
+    except ValueError as error:
+        raise _refusal(path, str(error)) from None
 
 
 def _whole(path: Path, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _refusal(path, f"{name} takes whole numbers, not {value!r}")
-    if abs(value) >= 2**63:
-        raise _refusal(path, f"{name} takes whole numbers below 2^63")
-    return value
+    try:
+        return whole_number(name, value)
+    except ValueError as error:
+        raise _refusal(path, str(error)) from None
 
 
 def _unknown(word: str, known: Sequence[str]) -> str:
