@@ -231,7 +231,7 @@ def out_of_memory(record: TrialRecord) -> bool:
 
 def test_baseline_is_the_smallest_likely_to_fit_where_zero_0_is_unlikely_to(simulate: Run, folder: Path) -> None:
     """35 GiB are more than an RTX 4090's 23.6, but not beyond all doubt before anything was measured."""
-    assert simulate("--trials", "5", hardware="2xRTX4090")[0] == 0
+    assert simulate("--trials", "5", "--dtype", "bf16", hardware="2xRTX4090")[0] == 0
     summary = store(folder).summary()
     assert summary.baseline is summary.records[0]
     assert (summary.records[0].config.name, summary.records[0].source) == ("z1_gas1_tmbspg1", Source.BASELINE)
@@ -240,7 +240,8 @@ def test_baseline_is_the_smallest_likely_to_fit_where_zero_0_is_unlikely_to(simu
 
 def test_baseline_is_the_smallest_that_fits_after_zero_0_ran_out_of_memory(simulate: Run, folder: Path) -> None:
     """35 GiB fit into 41 unless much is lost to fragments."""
-    assert simulate("--trials", "5", "--seed", "9", "--memory-cap", "41GiB", hardware="2xH200")[0] == 0
+    cap = ["--dtype", "bf16", "--memory-cap", "41GiB"]
+    assert simulate("--trials", "5", "--seed", "9", *cap, hardware="2xH200")[0] == 0
     summary = store(folder).summary()
     first, second = summary.records[:2]
     assert out_of_memory(first) and (first.config.name, first.source) == ("z0_gas1_tmbspg1", Source.BASELINE)
@@ -262,7 +263,7 @@ def test_names_and_states_stay_apart_however_long_a_name_is(
 
 
 def test_zero_0_certain_not_to_fit_is_not_launched_as_the_baseline(simulate: Run, folder: Path) -> None:
-    assert simulate("--trials", "5", hardware="16xV100-16GB")[0] == 0
+    assert simulate("--trials", "5", "--dtype", "bf16", hardware="16xL4")[0] == 0
     summary = store(folder).summary()
     assert summary.baseline is summary.records[0]
     assert (summary.records[0].config.name, summary.records[0].source) == ("z1_gas1_tmbspg1", Source.BASELINE)
