@@ -5,14 +5,18 @@ one; the command line spells them as its options (`ds_tune.tuner.arguments.in_op
 """
 
 import dataclasses
+import difflib
 import math
 import os
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import shown
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.trial import KNOBS
 from ds_tune.objectives.workload.huggingface import DTYPES
@@ -24,6 +28,9 @@ DEFAULT_TRIALS = 9
 DEFAULT_TRIAL_SECONDS = 300.0
 DEFAULT_SAMPLER = "cost-model"
 SAMPLER_NAMES = (DEFAULT_SAMPLER, "tpe", "gp", "random", "grid")
+
+LARGEST = 2**63
+"""No whole number is as large: a database cannot hold it."""
 
 MAX_TRIALS = 1_000_000
 """No study of whole trainings has more; a larger number is a slip of the finger, or more than a database can hold."""
@@ -80,6 +87,9 @@ class SearchRequest:
         Raises:
             UsageError: a field has a value that it cannot have, or does not go with another.
         """
+        if self.memory_cap is not None:
+            parse_memory(self.memory_cap)
+        check_types(self)
         for name in ("seq_len", "max_micro_batch", "max_global_batch", "global_batch"):
             check_count(name, getattr(self, name))
         check_choice("dtype", self.dtype, DTYPES)
@@ -91,8 +101,6 @@ class SearchRequest:
             raise UsageError("`global_batch` does not go with `max_global_batch`; leave out one")
         if self.space is not None and self.preset is not None:
             raise UsageError("`space` does not go with `preset`: the file can name one itself; leave out one")
-        if self.memory_cap is not None:
-            parse_memory(self.memory_cap)
 
     @property
     def allowed(self) -> frozenset[str]:
@@ -162,18 +170,18 @@ class TuneRequest(SearchRequest):
 
     def __post_init__(self) -> None:
         SearchRequest.__post_init__(self)
-        for name in ("trials", "more", "ranks"):
-            check_count(name, getattr(self, name))
         for name, count in (("trials", self.trials), ("more", self.more)):
             if count is not None and count > MAX_TRIALS:
-                raise UsageError(f"`{name}` must be at most {MAX_TRIALS} (got {count})")
+                raise UsageError(f"`{name}` must be at most {MAX_TRIALS} (got {shown(count)})")
+        for name in ("trials", "more", "ranks"):
+            check_count(name, getattr(self, name))
         check_count("seed", self.seed, least=0)
-        if self.trial_timeout is not None and not self.trial_timeout > 0:
-            raise UsageError(f"`trial_timeout` must be more than 0 (got {self.trial_timeout})")
+        if self.trial_timeout is not None and not 0 < self.trial_timeout < math.inf:
+            raise UsageError(f"`trial_timeout` must be a number of seconds above 0 (got {self.trial_timeout})")
         check_choice("sampler", self.sampler, SAMPLER_NAMES)
         check_choice("metric", self.metric, tuple(METRICS))
-        if self.gpus is not None and self.gpus < 0:
-            raise UsageError(f"`gpus={self.gpus}`: a number of GPUs, or 0 for the CPU")
+        if self.gpus is not None and not 0 <= self.gpus < LARGEST:
+            raise UsageError(f"`gpus={shown(self.gpus)}`: a number of GPUs, or 0 for the CPU")
         if self.replay is not None:
             self._check_replay()
         elif self.simulate:
@@ -205,30 +213,84 @@ class TuneRequest(SearchRequest):
 
 
 def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as a request holds them: files and folders as Path, names as text, words to allow as a tuple."""
+    """Fields as a request holds them: files and folders as Path, names as text, words to allow as a tuple.
+
+    What cannot be brought into this form stays as it is, for the request to refuse.
+    """
     fields = dict(values)
     for name, value in values.items():
-        if name in PATH_FIELDS and value is not None:
-            fields[name] = Path(value)
+        if name in PATH_FIELDS:
+            if isinstance(value, str | os.PathLike) and value != "":
+                fields[name] = Path(value)
         elif isinstance(value, os.PathLike):  # a model or a dataset, which may be a name on the hub as well
             fields[name] = os.fspath(value)
     if "allow" in fields:
         words = fields["allow"]
-        fields["allow"] = (words,) if isinstance(words, str) else tuple(words)
+        if isinstance(words, str | list | tuple | set | frozenset):
+            fields["allow"] = (words,) if isinstance(words, str) else tuple(words)
     return fields
+
+
+def request_of(values: Mapping[str, Any]) -> TuneRequest:
+    """The request that a program's keywords make.
+
+    Raises:
+        UsageError: there is no such field, or one has a value that it cannot have.
+    """
+    known = [field.name for field in dataclasses.fields(TuneRequest)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"is `{near[0]}` meant?" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"there is no field `{name}`; {hint}")
+    if values.get("more") is not None and "trials" in values:
+        raise UsageError("`trials` does not go with `more`; leave out one")
+    return TuneRequest(**as_fields(values))
+
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a text"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "True or False"),
+    Path: ((Path,), "a path"),
+    tuple[str, ...]: ((tuple,), "a list of texts"),
+}
+"""Types that a value may have, and words for them, by a field's declared type."""
+
+
+def check_types(request: "SearchRequest") -> None:
+    """
+    Raises:
+        UsageError: a field has a value of another type than it is declared with, or an empty one.
+    """
+    for name, declared in typing.get_type_hints(type(request)).items():
+        value = getattr(request, name)
+        allowed = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+        if value is None and types.NoneType in allowed:
+            continue
+        [kind] = [each for each in allowed if each is not types.NoneType]
+        kinds, words = _KINDS[kind]
+        if isinstance(value, str) and not value.strip() and kind in (str, Path):
+            raise UsageError(f"`{name}` is empty; give it a value, or leave it out")
+        is_right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        if not is_right or (isinstance(value, tuple) and not all(isinstance(each, str) for each in value)):
+            raise UsageError(f"`{name}` must be {words} (got {shown(value)})")
+        if isinstance(value, str) and not value.isprintable():
+            raise UsageError(f"`{name}` has characters that cannot be printed (got {shown(value)})")
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
     """
     Raises:
-        UsageError: the field has a value, and that is no whole number or too small.
+        UsageError: the field has a value, and that is too small, or more than any can be.
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"`{name}` must be a whole number (got {value!r})")
     if value < least:
-        raise UsageError(f"`{name}` must be at least {least} (got {value})")
+        raise UsageError(f"`{name}` must be at least {least} (got {shown(value)})")
+    if value >= LARGEST:
+        raise UsageError(f"`{name}` must be less than 2^63 (got {shown(value)})")
 
 
 def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
