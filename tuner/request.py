@@ -35,6 +35,12 @@ LARGEST = 2**63
 MAX_TRIALS = 1_000_000
 """No study of whole trainings has more; a larger number is a slip of the finger, or more than a database can hold."""
 
+MAX_RANKS = 1024
+"""Each is a process of gigabytes on this machine."""
+
+MAX_TRIAL_SECONDS = 10**9
+"""Thirty years."""
+
 NUMERICS = tuple(f"numerics:{field}" for field, knob in KNOBS.items() if knob.numerics is not None)
 """Names of what can be allowed."""
 
@@ -176,8 +182,13 @@ class TuneRequest(SearchRequest):
         for name in ("trials", "more", "ranks"):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, least=0)
-        if self.trial_timeout is not None and not 0 < self.trial_timeout < math.inf:
-            raise UsageError(f"`trial_timeout` must be a number of seconds above 0 (got {self.trial_timeout})")
+        if self.ranks is not None and self.ranks > MAX_RANKS:
+            raise UsageError(f"`ranks` must be at most {MAX_RANKS} (got {shown(self.ranks)})")
+        if self.trial_timeout is not None and not 0 < self.trial_timeout <= MAX_TRIAL_SECONDS:
+            raise UsageError(
+                f"`trial_timeout` must be a number of seconds from above 0 to {MAX_TRIAL_SECONDS} "
+                f"(got {shown(self.trial_timeout)})"
+            )
         check_choice("sampler", self.sampler, SAMPLER_NAMES)
         check_choice("metric", self.metric, tuple(METRICS))
         if self.gpus is not None and not 0 <= self.gpus < LARGEST:

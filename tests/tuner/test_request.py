@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.tuner.arguments import in_options, plan_parser, plan_request, tune_parser, tune_request
+from ds_tune.tuner.arguments import (
+    in_options,
+    not_negative,
+    plan_parser,
+    plan_request,
+    positive,
+    tune_parser,
+    tune_request,
+    whole,
+)
 from ds_tune.tuner.request import PlanRequest, TuneRequest, as_fields, request_of
 
 OUTPUT = {"json", "quiet", "help"}
@@ -44,9 +53,10 @@ def test_options_become_fields_with_their_types() -> None:
         ({"more": 1_000_001}, "`more` must be at most 1000000 (got 1000001)"),
         ({"seed": -1}, "`seed` must be at least 0 (got -1)"),
         ({"gpus": -1}, "`gpus=-1`: a number of GPUs, or 0 for the CPU"),
-        ({"trial_timeout": 0}, "`trial_timeout` must be a number of seconds above 0 (got 0)"),
-        ({"trial_timeout": float("inf")}, "`trial_timeout` must be a number of seconds above 0 (got inf)"),
-        ({"trial_timeout": float("nan")}, "`trial_timeout` must be a number of seconds above 0 (got nan)"),
+        ({"trial_timeout": 0}, "`trial_timeout` must be a number of seconds from above 0 to 1000000000"),
+        ({"trial_timeout": float("inf")}, "`trial_timeout` must be a number of seconds from above 0 to"),
+        ({"ranks": 1025}, "`ranks` must be at most 1024 (got 1025)"),
+        ({"trial_timeout": float("nan")}, "`trial_timeout` must be a number of seconds from above 0 to"),
         ({"seed": 10**5000}, "`seed` must be less than 2^63 (got a number of thousands of digits)"),
         ({"gpus": -(10**5000)}, "`gpus=a number of thousands of digits`: a number of GPUs, or 0 for the CPU"),
         ({"sampler": "best"}, "`sampler=best` is none of cost-model, tpe, gp, random, grid"),
@@ -102,6 +112,21 @@ def test_a_field_of_another_type_is_refused_by_name(field: dataclasses.Field[Any
     if "None" not in str(field.type):
         with pytest.raises(UsageError, match=rf"^`{field.name}` must be .* \(got None\)$"):
             request_of({field.name: None})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [action.option_strings[0] for action in tune_parser()._actions if action.type in (positive, not_negative, whole)],
+)
+def test_an_integer_option_says_in_a_short_sentence_what_is_wrong(option: str) -> None:
+    for value, why in (
+        ("9" * 5000, "a number of 5000 characters is too large"), ("x" * 5000, f"'{'x' * 59}… is not a whole number"),
+        ("1.5", "1.5 is not a whole number"), ("9" * 24, None),
+    ):  # fmt: skip
+        with pytest.raises(UsageError) as refused:
+            tune_request(tune_parser().parse_args([option, value]))
+        assert len(str(refused.value)) < 200
+        assert why is None or f"argument {option}: {why}" in str(refused.value)
 
 
 def test_a_field_that_is_none_is_refused_with_the_nearest() -> None:
