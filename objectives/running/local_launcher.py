@@ -65,7 +65,7 @@ class LocalLauncher:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._fork_server: ForkServer | None = None
+        self._fork_server: ForkServerProcess | None = None
 
     def __enter__(self) -> "LocalLauncher":
         return self
@@ -81,7 +81,7 @@ class LocalLauncher:
             self.close()
         with stdout.open("ab") as out, stderr.open("ab") as err:
             if self._fork_server is None:
-                self._fork_server = ForkServer(environment, out, err)
+                self._fork_server = ForkServerProcess(environment, out, err)
             return LocalRankProcesses(self._machine, self._fork_server, out, err, logs=(stderr, stdout))
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class LocalLauncher:
             self._fork_server = None
 
 
-class ForkServer:
+class ForkServerProcess:
     """The tuner's side of the process that ranks are forked from; `objectives.rank.fork_server` has the protocol."""
 
     def __init__(self, environment: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> None:
@@ -139,7 +139,7 @@ class ForkServer:
 class ForkedRank:
     """A rank's process, of which the fork server is the parent. See `RankExit`."""
 
-    def __init__(self, fork_server: ForkServer, told: IO[bytes]) -> None:
+    def __init__(self, fork_server: ForkServerProcess, told: IO[bytes]) -> None:
         self._fork_server = fork_server
         self._told = told
         self._lines = b""
@@ -170,7 +170,7 @@ class LocalRankProcesses:
     def __init__(
         self,
         machine: Machine,
-        fork_server: ForkServer,
+        fork_server: ForkServerProcess,
         stdout: IO[bytes],
         stderr: IO[bytes],
         *,

@@ -12,7 +12,7 @@ import pytest
 CHECKOUT = Path(__file__).parents[2]
 TOOLS = ["awk", "cat", "cksum", "cp", "dirname", "grep", "ln", "mkdir", "readlink", "rm", "sh", "sleep", "sort"]
 
-# Backend -c like a real Python; notes what venv, pip and -m are asked to do instead of doing it.
+# Answers -c like a real Python; notes what venv, pip and -m are asked to do instead of doing it.
 FAKE_PYTHON = f"""#!/bin/sh
 case "$1 $2" in
     "-c "*) exec "{sys.executable}" "$@" ;;
