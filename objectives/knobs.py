@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from ds_tune.objectives.words import shown
+
 Scalar: TypeAlias = int | str
 
 
@@ -38,19 +40,6 @@ class KnobContext:
     """Its weights are loaded, so that their shapes are given."""
     states_share: float = 0.0
     """Fraction of a rank's memory that parameters and optimizer states take under ZeRO-1; 0 where it is not known."""
-
-
-def shown(value: Any) -> str:
-    """A value for a message: in one line, short, and without what a terminal would obey."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
-
-
-MOST_SHOWN = 60
-"""Characters of a wrong value; more would hide the sentence around it."""
 
 
 def whole_number(field: str, value: Any) -> int:

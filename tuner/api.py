@@ -36,7 +36,7 @@ def tune(
         KeyboardInterrupt: the study was interrupted, and the same call goes on from there.
     """
     from ds_tune.objectives.errors import UsageError
-    from ds_tune.objectives.knobs import shown
+    from ds_tune.objectives.words import shown
     from ds_tune.storage.database import storage_faults
     from ds_tune.storage.records import StudyState
     from ds_tune.storage.study_store import StudyStore

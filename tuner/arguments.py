@@ -11,9 +11,9 @@ from typing import Any
 
 from ds_tune.objectives.cost_model.hardware import CATALOGUE
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import MOST_SHOWN, shown
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
+from ds_tune.objectives.words import MOST_SHOWN, shown
 from ds_tune.objectives.workload.huggingface import DTYPES, SHIPPED_MODELS
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.storage.urls import masked

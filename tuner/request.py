@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import shown
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.trial import KNOBS
+from ds_tune.objectives.words import shown
 from ds_tune.objectives.workload.huggingface import DTYPES
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.tuner.space import PRESETS, Limits

@@ -7,8 +7,8 @@ import dataclasses
 import re
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import shown
 from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.words import shown
 
 TERA = 1e12
 GIGA = 1e9

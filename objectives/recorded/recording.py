@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import shown
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.words import shown
 from ds_tune.objectives.workload.huggingface import DTYPES, HuggingFaceWorkload
 
 LARGEST = 2**20
