@@ -1,6 +1,7 @@
 """DeepSpeed's own autotuner on ds-tune's workload, for comparison: how long it takes, and how fast its choice trains.
 
-    python benchmarks/deepspeed_autotuner.py --out FILE [--stage default|all] [--timeout S] [--verify N] [--gpus N]
+    python benchmarks/deepspeed_autotuner.py --out FILE [--stage default|all] [--global-batch N] [--timeout S]
+                                             [--verify N] [--gpus N]
 
 Runs `deepspeed --autotuning tune` in its fast mode on all GPUs, or on two CPU ranks where there are none, with the
 DeepSpeed settings that ds-tune's trials have, and writes one JSON document. `seconds` is the wall clock's, from the
@@ -48,7 +49,7 @@ from ds_tune.objectives.running import guard
 from ds_tune.objectives.running.local_launcher import threads_per_rank
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload, check_workload
-from ds_tune.tuner.arguments import in_options
+from ds_tune.tuner.arguments import in_options, positive
 from ds_tune.tuner.backend import DEFAULTS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -297,7 +298,13 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
     )
     check_workload(workload)
     folder = (arguments.folder or arguments.out.with_name(f"{arguments.out.stem}-files")).resolve()
-    return Bench(folder=folder, workload=workload, machine=machine, stage=arguments.stage)
+    return Bench(
+        folder=folder,
+        workload=workload,
+        machine=machine,
+        stage=arguments.stage,
+        global_batch=arguments.global_batch,
+    )
 
 
 def compare(bench: Bench, arguments: argparse.Namespace) -> int:
@@ -347,6 +354,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON document")
     parser.add_argument("--stage", choices=["default", "all"], default="default", help="of zero_optimization")
+    parser.add_argument("--global-batch", type=positive, metavar="N", help="the largest that it may try")
     parser.add_argument("--timeout", type=float, default=3600, metavar="S", help="stop the autotuner after S seconds")
     parser.add_argument("--verify", type=int, default=0, metavar="N", help="train with the winner N times")
     parser.add_argument("--gpus", type=int, help="the first N GPUs; 0 for two CPU ranks")

@@ -2,7 +2,8 @@
 
     python benchmarks/head_to_head.py --out DIR [--gpus N | --ranks N] [--preset speed|full] [--rounds 3]
 
-Three contestants: `deepspeed`, DeepSpeed's autotuner in its fast mode over all ZeRO stages; `core`, ds-tune with 9
+Three contestants: `deepspeed`, DeepSpeed's autotuner in its fast mode over all ZeRO stages, or with --stage default
+over the one that it takes by default; `core`, ds-tune with 9
 trials; and ds-tune's wide preset with 20. A fourth on request, `matched`: the wide preset at the global batch of the
 autotuner's winner. None of them verifies: when all have chosen, the choices run again by the code that times ds-tune's
 trials, each time in fresh processes, one after the other, the order turned from round to round. On GPUs the optimizer's
@@ -276,6 +277,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--autotuner-seconds", type=float, default=3600, metavar="S", help="of its tuning over all calls; then its best"
     )
+    parser.add_argument(
+        "--stage", choices=("default", "all"), default="all", help="ZeRO stages of the autotuner (default all)"
+    )
     parser.add_argument("--gpus", type=int, help="the first N GPUs; 0 for CPU ranks")
     parser.add_argument("--ranks", type=positive, default=2, help="on the CPU (default 2)")
     parser.add_argument("--model", help="as for ds-tune, likewise below")
@@ -316,12 +320,17 @@ def prepare(arguments: argparse.Namespace) -> HeadToHead:
         "global_batch": arguments.global_batch,
         "contestants": sorted(arguments.contestants),
         "trials": trials,
+        **({} if arguments.stage == "all" else {"stage": arguments.stage}),
         "versions": software_versions(),
     }
     claim(out / "asked.json", asked)
     say(f"{machine.description}: {workload.description}")
     bench = Bench(
-        folder=out / AUTOTUNER, workload=workload, machine=machine, stage="all", global_batch=arguments.global_batch
+        folder=out / AUTOTUNER,
+        workload=workload,
+        machine=machine,
+        stage=arguments.stage,
+        global_batch=arguments.global_batch,
     )
     document = {key: value for key, value in asked.items() if key != "contestants"}
     return HeadToHead(bench, out, arguments, {"hardware": machine.description, **document})

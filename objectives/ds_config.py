@@ -20,11 +20,14 @@ def deepspeed_config(config: TrialConfig, workload: Workload, *, ranks: int, dev
     """The complete DeepSpeed configuration of one trial, ready for `deepspeed.initialize`.
 
     The user's settings come first; batch sizes and the ZeRO stage are the trial's; what neither names has
-    ds-tune's defaults: AdamW, gradient clipping 1.0, and on CPU torch's own Adam and small buckets.
+    ds-tune's defaults: AdamW, gradient clipping 1.0, and on CPU torch's own Adam and small buckets. A person's own
+    script gets no defaults: see `overlaid`.
 
     Args:
         device: `cuda` or `cpu`.
     """
+    if workload.ds_config_is_whole:
+        return overlaid(workload.base_ds_config, config, ranks=ranks, keeps_auto=workload.fills_in_batch_sizes)
     document = _without_auto(workload.base_ds_config)
     for key in (
         "autotuning",
@@ -50,6 +53,31 @@ def deepspeed_config(config: TrialConfig, workload: Workload, *, ranks: int, dev
             # DeepSpeed's CPUAdam is compiled at first use, for a minute or two; torch's is at hand.
             optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     return document
+
+
+def overlaid(
+    document: Mapping[str, Any], config: TrialConfig, *, ranks: int, keeps_auto: bool = False
+) -> dict[str, Any]:
+    """A person's own configuration with nothing changed but what a trial decides.
+
+    Args:
+        keeps_auto: leave batch sizes that are `"auto"`, or not there, to whoever fills them in: transformers' Trainer.
+    """
+    laid: dict[str, Any] = copy.deepcopy(dict(document))
+    laid.pop("autotuning", None)
+    batch = {
+        "train_batch_size": config.global_batch_size(ranks),
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+    }
+    for key, value in batch.items():
+        if not keeps_auto or laid.get(key, "auto") != "auto":
+            laid[key] = value
+    _merge(laid, {"zero_optimization": {"stage": config.zero_stage}})
+    for field, value in config.knobs_on.items():
+        if (writes := KNOBS[field].writes) is not None:
+            _merge(laid, writes(value))
+    return laid
 
 
 def dtype_of(document: Mapping[str, Any]) -> str:

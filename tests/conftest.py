@@ -1,5 +1,7 @@
 """What every test relies on: DeepSpeed on the CPU, no hub, caches that vanish, no GPU tests where there is no GPU.
 
+Linear algebra has one thread: beside another test, two that wait for each other in a loop take twice the time.
+
 Signals are heeded: under `nohup` or in the background of a script, whatever a test starts would ignore some.
 
 Records and summaries are as a study would have them, made without running one.
@@ -12,6 +14,9 @@ import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
+
+# Read when numpy is imported, which the next imports do.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 

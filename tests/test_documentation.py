@@ -51,7 +51,7 @@ def arguments_of(line: str) -> list[str] | None:
         return None
     words: list[str] = []
     for word in shlex.split(line[match.end() :], comments=True):
-        if word in ("|", ">", "&&", "2>", ";"):
+        if word in ("|", ">", "&&", "2>", ";", "--"):
             break
         words.append(word)
     return words

@@ -41,7 +41,7 @@ def tune(
     from ds_tune.storage.records import StudyState
     from ds_tune.storage.study_store import StudyStore
     from ds_tune.tuner.arguments import dashboard_command
-    from ds_tune.tuner.backend import backend_for
+    from ds_tune.tuner.backends import backend_for
     from ds_tune.tuner.console import Console
     from ds_tune.tuner.observer import SilentObserver, check_observer
     from ds_tune.tuner.output import output

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def tune_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tune",
         description="Finds the fastest DeepSpeed configuration for a model on this machine by training with it.",
-        epilog="Other commands: tune plan, tune report, tune export, tune dashboard (each with --help). "
+        usage="tune [options] [-- train.py ...]",
+        epilog="Other commands: tune plan, tune report, tune export, tune run, tune dashboard (each with --help). "
         "The same command again resumes a study. Exit status: 0 found, 1 error, 2 usage, 3 nothing fits, "
         "130 interrupted and resumable.",
     )
@@ -152,6 +154,19 @@ def tune_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="your DeepSpeed configuration; trials keep all of it that is not searched",
+    )
+    script = parser.add_argument_group("a training script of your own", "its launch line comes last, behind --")
+    script.add_argument("--explain", action="store_true", help="say what is recognised of it, and run no trial")
+    script.add_argument(
+        "--free-batch", action="store_true", help="let the global batch change; the script's own is held otherwise"
+    )
+    script.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="KEY=OPTION",
+        help="an option of the script that follows a setting of DeepSpeed's and is not found by itself, such as "
+        "train_micro_batch_size_per_gpu=--rows; may be repeated",
     )
     _add_space_options(parser)
     machine = parser.add_argument_group("machine")
@@ -271,7 +286,7 @@ _FIELD = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 @functools.cache
 def _options() -> dict[str, argparse.Action]:
     """The options of all commands, by the fields that they fill."""
-    parsers = (tune_parser(), plan_parser(), report_parser(), export_parser(), dashboard_parser())
+    parsers = (tune_parser(), plan_parser(), report_parser(), export_parser(), run_parser(), dashboard_parser())
     return {action.dest: action for parser in parsers for action in parser._actions if action.dest != "help"}
 
 
@@ -282,13 +297,16 @@ def dashboard_command(storage: str | None, results: Path) -> str:
     return shlex.join([program, "dashboard", *where])
 
 
-def tune_request(arguments: argparse.Namespace) -> TuneRequest:
+def tune_request(arguments: argparse.Namespace, script: Sequence[str] = ()) -> TuneRequest:
     """The request that the options of `tune` make.
+
+    Args:
+        script: what came behind --.
 
     Raises:
         UsageError: they do not go together.
     """
-    return TuneRequest(**_fields(TuneRequest, arguments))
+    return TuneRequest(**_fields(TuneRequest, arguments), script=tuple(script))
 
 
 def plan_request(arguments: argparse.Namespace) -> PlanRequest:
@@ -301,7 +319,7 @@ def plan_request(arguments: argparse.Namespace) -> PlanRequest:
 
 
 def _fields(request: type[SearchRequest], arguments: argparse.Namespace) -> dict[str, Any]:
-    names = (field.name for field in dataclasses.fields(request))
+    names = (field.name for field in dataclasses.fields(request) if field.name != "script")
     return as_fields({name: getattr(arguments, name) for name in names if name in arguments})
 
 
@@ -349,6 +367,10 @@ def export_parser() -> argparse.ArgumentParser:
     parser = _stored_study_parser("export", "Writes the result files of a study again, from its storage alone.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     return parser
+
+
+def run_parser() -> argparse.ArgumentParser:
+    return _stored_study_parser("run", "Launches the winner of a study for real: trains with it to the end.")
 
 
 def dashboard_parser() -> argparse.ArgumentParser:

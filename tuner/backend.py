@@ -1,6 +1,6 @@
-"""Backends that answer a study's trials, as a request chose: ranks that train here, a recording, or the cost model.
+"""Backends that answer a study's trials: ranks that train here, a recording, or the cost model.
 
-Another way to answer is one more function that returns `Backend`, and its line in `backend_for`.
+`ds_tune.tuner.backends` chooses among them.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from ds_tune.objectives.cost_model.hardware import Hardware, machine_of, parse_hardware
+from ds_tune.objectives.cost_model.hardware import Hardware, machine_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.simulated import SimulatedObjective
 from ds_tune.objectives.errors import UsageError
@@ -19,6 +19,7 @@ from ds_tune.objectives.objective import Objective
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.recorded.replay import ReplayObjective
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launcher import Launcher
 from ds_tune.objectives.running.launchers import DEFAULT_LAUNCHER, LAUNCHERS
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
 from ds_tune.objectives.trial import Failure, TrialConfig
@@ -28,6 +29,7 @@ from ds_tune.objectives.workload.huggingface import (
     check_workload,
     load_base_ds_config,
 )
+from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.finals import Verification
 from ds_tune.tuner.request import SearchRequest, TuneRequest
@@ -54,21 +56,25 @@ DEFAULTS = {
 Objectives: TypeAlias = tuple[Objective, Verification | None]
 """Objective of the search, and what verifies; None where there is nothing that could run again."""
 
+MakeObjectives: TypeAlias = Callable[[ResultsFolder, Callable[[str], None], contextlib.ExitStack], Objectives]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """The machine and the training that trials are of, and who answers them."""
 
     machine: Machine
-    workload: HuggingFaceWorkload
+    workload: Workload
     limits: Limits
-    objectives: Callable[[ResultsFolder, Callable[[str], None], contextlib.ExitStack], Objectives]
+    objectives: MakeObjectives
     """Makes them for a results folder; the second argument is told in one line what a person should know, and the third
     gives back what outlives both."""
     verifies: bool = False
     """Whether there is something to run the finalists again."""
     restricted_to: Sequence[TrialConfig] | None = None
     """The only configurations that can be answered; None for all within the limits."""
+    own: TrialConfig | None = None
+    """The configuration that a person trains with today."""
     recording: str | None = None
     """Which recording answers, where one does."""
     versions: Mapping[str, str] | None = None
@@ -77,20 +83,7 @@ class Backend:
     """Lines for the person before the study begins."""
 
 
-def backend_for(request: TuneRequest) -> Backend:
-    """
-    Raises:
-        UsageError: what was asked for cannot be.
-        EnvironmentFault: the machine does not say what it has.
-    """
-    if request.replay is not None:
-        return _replayed(request, request.replay)
-    if request.hardware is not None:
-        return _simulated(request, parse_hardware(request.hardware, memory_cap_bytes=request.memory_cap_bytes))
-    return _measured(request)
-
-
-def _measured(request: TuneRequest) -> Backend:
+def measured(request: TuneRequest) -> Backend:
     """Real training, in ranks on this machine."""
     machine = detect_machine(
         gpus=request.gpus,
@@ -110,10 +103,34 @@ def _measured(request: TuneRequest) -> Backend:
     if forgets_loss_scale(0, workload.dtype):
         notes.append(STAGE_0_LEFT_OUT)
 
+    return Backend(
+        machine=machine,
+        workload=workload,
+        limits=limits_of(request, machine),
+        objectives=training_objectives(request, workload, machine, LAUNCHERS[DEFAULT_LAUNCHER]),
+        verifies=True,
+        notes=notes,
+    )
+
+
+def training_objectives(
+    request: TuneRequest,
+    workload: Workload,
+    machine: Machine,
+    launcher_of: Callable[[Machine], Launcher],
+    *,
+    fresh_ranks: bool = False,
+) -> MakeObjectives:
+    """Objectives that really train; see `Backend.objectives`.
+
+    Args:
+        fresh_ranks: give every trial of the search processes of its own, too.
+    """
+
     def objectives(
         results: ResultsFolder, notice: Callable[[str], None], resources: contextlib.ExitStack
     ) -> Objectives:
-        launcher = resources.enter_context(LAUNCHERS[DEFAULT_LAUNCHER](machine))
+        launcher = resources.enter_context(launcher_of(machine))
         searching, verifying = (
             DeepSpeedObjective(
                 workload,
@@ -122,21 +139,14 @@ def _measured(request: TuneRequest) -> Backend:
                 log_folder=results.process_logs.resolve(),
                 trial_seconds=request.trial_seconds,
                 plan=plan,
-                fresh_ranks=fresh_ranks,
+                fresh_ranks=fresh,
                 notice=notice,
             )
-            for plan, fresh_ranks in ((StepPlan(), request.fresh_ranks), (PRECISE, True))
+            for plan, fresh in ((StepPlan(), request.fresh_ranks or fresh_ranks), (PRECISE, True))
         )
         return searching, Verification(fresh=verifying, training=searching)
 
-    return Backend(
-        machine=machine,
-        workload=workload,
-        limits=limits_of(request, machine),
-        objectives=objectives,
-        verifies=True,
-        notes=notes,
-    )
+    return objectives
 
 
 def limits_of(request: SearchRequest, machine: Machine) -> Limits:
@@ -186,7 +196,7 @@ def _as_path(name: str) -> str:
     return str(Path(name).resolve()) if name not in SHIPPED_MODELS and Path(name).exists() else name
 
 
-def _simulated(request: TuneRequest, hardware: Hardware) -> Backend:
+def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     """The cost model's own figures, with errors and noise."""
     machine = machine_of(hardware)
     workload = imagined_workload(request, hardware)
@@ -205,7 +215,7 @@ def _simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     )
 
 
-def _replayed(request: TuneRequest, path: Path) -> Backend:
+def replayed(request: TuneRequest, path: Path) -> Backend:
     """Nothing but what was recorded, on the machine that it was recorded on."""
     recording = read_recording(path)
     ranks = recording.machine.ranks

@@ -1,4 +1,4 @@
-"""The commands: `tune` (which is meant when none is named), `plan`, `report`, `export` and `dashboard`."""
+"""The commands: `tune` (which is meant when none is named), `plan`, `report`, `export`, `run` and `dashboard`."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_tune.objectives.errors import DsTuneError, UsageError
+from ds_tune.objectives.trial import Provenance
 from ds_tune.objectives.words import counted
 from ds_tune.storage.database import storage_faults
 from ds_tune.storage.layout import ResultsFolder
@@ -26,10 +27,11 @@ from ds_tune.tuner.arguments import (
     plan_parser,
     plan_request,
     report_parser,
+    run_parser,
     tune_parser,
     tune_request,
 )
-from ds_tune.tuner.backend import backend_for
+from ds_tune.tuner.backends import backend_for
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.output import output
 from ds_tune.tuner.plan import plan_of, print_plan
@@ -47,7 +49,13 @@ EXIT_FOUND, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 0, 1, 
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs or resumes a study."""
-    request = tune_request(arguments)
+    request = tune_request(arguments, arguments.script)
+    if arguments.explain:
+        if not request.script:
+            raise UsageError("`explain` is about a training script; put its launch line behind --")
+        for line in backend_for(request).notes:
+            print(in_options(line))
+        return EXIT_FOUND
     spec = make_spec(request, backend_for(request))
     # With --json, standard output belongs to the document alone.
     console = Console(output(stderr=arguments.json), quiet=arguments.quiet)
@@ -111,6 +119,26 @@ def report(arguments: argparse.Namespace) -> int:
     return _exit_status(summary, console)
 
 
+def launch(arguments: argparse.Namespace) -> int:
+    """Launches a study's winner for real, in place of this process."""
+    summary = _load(arguments).summary()
+    command = ResultsFolder(arguments.results).optimal_command.resolve()
+    if summary.best is None:
+        raise UsageError(f"the study in {arguments.results} has no winner yet")
+    if summary.provenance is not Provenance.MEASURED:
+        raise UsageError(f"the winner in {arguments.results} is of {summary.provenance.value} figures: nothing was run")
+    if not command.exists():
+        raise UsageError(f"{command} is missing; tune export writes it again")
+    folder = summary.workload.launch_folder
+    if folder is not None:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise UsageError(f"{folder}, where the script is, cannot be entered ({error.strerror})") from error
+    sys.stdout.flush()
+    os.execvp("sh", ["sh", str(command)])
+
+
 def export_again(arguments: argparse.Namespace) -> int:
     """Writes a stored study's files."""
     store = _load(arguments)
@@ -149,6 +177,7 @@ COMMANDS = {
     "plan": (plan_parser, plan),
     "report": (report_parser, report),
     "export": (export_parser, export_again),
+    "run": (run_parser, launch),
     "dashboard": (dashboard_parser, show_dashboard),
 }
 
@@ -161,7 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_optuna()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     try:
+        script = None
+        if command == "tune" and "--" in words:
+            words, script = words[: words.index("--")], words[words.index("--") + 1 :]
+            if not script:
+                raise UsageError("nothing comes behind --: write the line that launches your training there")
         arguments = make_parser().parse_args(words)
+        arguments.script = script or ()
         with storage_faults(_storage_url(arguments)) if "storage" in arguments else contextlib.nullcontext():
             status = run(arguments)
         sys.stdout.flush()  # what cannot be written is said here, not by the interpreter in its last moment

@@ -20,6 +20,7 @@ from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.trial import KNOBS
 from ds_tune.objectives.words import shown
 from ds_tune.objectives.workload.huggingface import DTYPES
+from ds_tune.objectives.workload.script import MAPPED_KEYS
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.tuner.space import PRESETS, Limits
 
@@ -49,6 +50,20 @@ TRAINING_FIELDS = (
     "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
 )  # fmt: skip
 """Fields that say what is trained and on what: of use only where something is trained."""
+
+NOT_SCRIPT = (
+    "model",
+    "dtype",
+    "seq_len",
+    "dataset",
+    "tokenizer",
+    "pretrained",
+    "ds_config",
+    "hardware",
+    "simulate",
+    "replay",
+)
+"""Fields that a training script answers itself."""
 
 NOT_SIMULATED = (
     "dataset", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
@@ -128,7 +143,7 @@ class SearchRequest:
 
     def given(self, names: Sequence[str]) -> list[str]:
         """Returns the named fields that were given, in backticks; none of them may have a default of its own."""
-        return [f"`{name}`" for name in names if getattr(self, name) is not None and getattr(self, name) is not False]
+        return [f"`{name}`" for name in names if getattr(self, name) not in (None, False, ())]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +186,12 @@ class TuneRequest(SearchRequest):
     """Run the fastest trials and the baseline again in fresh processes."""
     replay: Path | None = None
     """A recorded surface that answers instead of training."""
+    script: tuple[str, ...] = ()
+    """The line that launches a training script of one's own, in place of a built-in model."""
+    free_batch: bool = False
+    """Let the script's global batch change; it is held otherwise."""
+    map: tuple[str, ...] = ()
+    """Options of the script that follow a setting of DeepSpeed's, each as `key=option`; see `MAPPED_KEYS`."""
     simulate: bool = False
     """The cost model answers, for `hardware`, instead of training."""
 
@@ -193,6 +214,10 @@ class TuneRequest(SearchRequest):
         check_choice("metric", self.metric, tuple(METRICS))
         if self.gpus is not None and not 0 <= self.gpus < LARGEST:
             raise UsageError(f"`gpus={shown(self.gpus)}`: a number of GPUs, or 0 for the CPU")
+        if self.script:
+            self._check_script()
+        elif refused := self.given(("free_batch", "map")):
+            raise UsageError(f"{refused[0]} is about a training script; put its launch line behind --")
         if self.replay is not None:
             self._check_replay()
         elif self.simulate:
@@ -204,8 +229,35 @@ class TuneRequest(SearchRequest):
             )
 
     @property
+    def mapped(self) -> dict[str, str]:
+        """Options of the script by the keys of DeepSpeed's settings that they follow.
+
+        Raises:
+            UsageError: a key is none that an option can follow, or no option is named.
+        """
+        found = {}
+        for word in self.map:
+            key, _, option = word.partition("=")
+            if key not in MAPPED_KEYS or not option.startswith("-"):
+                raise UsageError(f"`map={word}`: write KEY=OPTION, with KEY one of {', '.join(MAPPED_KEYS)}")
+            found[key] = option
+        return found
+
+    @property
     def trial_seconds(self) -> float:
         return float(self.trial_timeout or DEFAULT_TRIAL_SECONDS)
+
+    def _check_script(self) -> None:
+        _ = self.mapped  # is checked
+        if refused := self.given(NOT_SCRIPT):
+            raise UsageError(f"{', '.join(refused)}: the training script behind -- says that itself; leave it out")
+        if self.preset not in (None, "core"):
+            raise UsageError(
+                f"`preset={self.preset}`: of a training script ZeRO stage, mbs and gas are searched so far; leave it "
+                "out, or name DeepSpeed's knobs in a file for `space`"
+            )
+        if self.free_batch and self.global_batch is not None:
+            raise UsageError("`free_batch` does not go with `global_batch`; leave out one")
 
     def _check_replay(self) -> None:
         if refused := self.given(TRAINING_FIELDS):
@@ -235,10 +287,12 @@ def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
                 fields[name] = Path(value)
         elif isinstance(value, os.PathLike):  # a model or a dataset, which may be a name on the hub as well
             fields[name] = os.fspath(value)
-    if "allow" in fields:
-        words = fields["allow"]
-        if isinstance(words, str | list | tuple | set | frozenset):
-            fields["allow"] = (words,) if isinstance(words, str) else tuple(words)
+    for name in ("script", "map"):
+        if isinstance(fields.get(name), list | tuple):
+            fields[name] = tuple(fields[name])
+    words = fields.get("allow")
+    if isinstance(words, str | list | tuple | set | frozenset):
+        fields["allow"] = (words,) if isinstance(words, str) else tuple(words)
     return fields
 
 

@@ -105,9 +105,8 @@ def knob_dimension(field: str, values: Sequence[Scalar]) -> Dimension:
 
 
 def _stage_dimension(stages: Sequence[int]) -> Dimension:
-    return Dimension(
-        field="zero_stage", short="stage", distribution=lambda limits: CategoricalDistribution(tuple(stages))
-    )
+    distribution = CategoricalDistribution(tuple(stages))
+    return Dimension(field="zero_stage", short="stage", distribution=lambda limits: distribution)
 
 
 PRESETS = ("core", "speed", "full")
@@ -209,17 +208,19 @@ class Space:
         *,
         context: KnobContext | None = None,
         restricted_to: Sequence[TrialConfig] | None = None,
+        own: TrialConfig | None = None,
     ) -> None:
         """
         Args:
             context: what decides, besides the configuration, which knobs have a meaning.
-            only: where given, nothing else is ever proposed; of these, what keeps to the limits.
+            restricted_to: where given, nothing else is ever proposed; of these, what keeps to the limits.
+            own: the configuration that a person trains with today: the first of the baselines.
 
         Raises:
             UsageError: no configuration is left.
         """
         limits.check()
-        self.limits = limits
+        self.limits, self.own = limits, own
         self.context = context or KnobContext(ranks=limits.ranks)
         self.restricted_to = (
             None if restricted_to is None else tuple(config for config in restricted_to if limits.allow(config))
@@ -306,8 +307,12 @@ class Space:
         """The untuned configuration, then what to fall back on where it does not fit: mbs 1 under more partitioning,
         then with the most of what the space has to save memory.
 
-        Where only some may be tried: the smallest of each ZeRO stage, what costs speed to save memory last.
+        Where only some may be tried: the smallest of each ZeRO stage, what costs speed to save memory last. The
+        person's own comes first where there is one.
         """
+        if self.own is not None:
+            smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
+            return (self.own, *sorted(smallest, key=lambda config: -config.zero_stage))
         if self.restricted_to is not None:
             smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
             return tuple(sorted(smallest, key=lambda config: (self._knobs_on(config), config.zero_stage)))
@@ -364,6 +369,8 @@ class Space:
             "max_global_batch": self.limits.max_global_batch if self.limits.global_batch is None else None,
             "global_batch": self.limits.global_batch,
         }
+        if self.own is not None:
+            document["own"] = self.own.name
         if self.restricted_to is not None:
             names = " ".join(config.name for config in self.legal)
             digest = hashlib.sha256(names.encode()).hexdigest()[:12]
@@ -379,13 +386,14 @@ def study_space(
     workload: Workload,
     machine: Machine,
     restricted_to: Sequence[TrialConfig] | None = None,
+    own: TrialConfig | None = None,
 ) -> Space:
-    """The space of a study; a recording (`only`) has its own knobs, whatever the preset.
+    """The space of a study; configurations that it is restricted to have their own knobs, whatever the preset.
 
     Raises:
         UsageError: no configuration is left.
     """
     if restricted_to is not None:
-        return Space(limits, restricted_to=restricted_to)
+        return Space(limits, restricted_to=restricted_to, own=own)
     context = knob_context_of(workload, machine)
-    return Space(limits, dimensions_of(preset, context, allowed), context=context)
+    return Space(limits, dimensions_of(preset, context, allowed), context=context, own=own)

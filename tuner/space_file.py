@@ -93,7 +93,8 @@ class SpaceFile:
         """
         if 0 in self.values.get("zero_stage", ()) and not context.stage_0_trains:
             why = STAGE_0_LEFT_OUT.removesuffix(".")
-            raise _refusal(self.path, f"{why}; list zero_stage 1, 2 or 3, or add `dtype=bf16` where the GPUs have it")
+            instead = "list zero_stage 1, 2 or 3, or train in bf16 (`dtype=bf16`) where the GPUs have it"
+            raise _refusal(self.path, f"{why}; {instead}")
         for field in self.values:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
                 raise _refusal(self.path, f"{field} changes the numbers of training: add `allow=numerics:{field}`")

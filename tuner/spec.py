@@ -36,7 +36,12 @@ def make_spec(request: TuneRequest, backend: Backend) -> StudySpec:
     """
     check_metric(request.metric, backend.workload, backend.machine)
     space = search_space(
-        request, backend.limits, workload=backend.workload, machine=backend.machine, recorded=backend.restricted_to
+        request,
+        backend.limits,
+        workload=backend.workload,
+        machine=backend.machine,
+        recorded=backend.restricted_to,
+        own=backend.own,
     )
     if request.storage is not None:
         check_storage_url(request.storage)
@@ -57,10 +62,12 @@ def search_space(
     workload: Workload,
     machine: Machine,
     recorded: Sequence[TrialConfig] | None = None,
+    own: TrialConfig | None = None,
 ) -> Space:
     """
     Args:
         recorded: the only configurations that can be answered.
+        own: the configuration that a person trains with today.
 
     Raises:
         UsageError: no configuration is left, or the request's file is not to be understood.
@@ -77,6 +84,7 @@ def search_space(
         workload=workload,
         machine=machine,
         restricted_to=restricted_to,
+        own=own,
     )
 
 

@@ -68,7 +68,7 @@ class CostModel:
         self._attention = attention
         self._memory_constants = memory_constants
         self._step_constants = step_constants
-        zero = workload.base_ds_config.get("zero_optimization", {})
+        zero = workload.base_ds_config.get("zero_optimization") or {}
         default = CPU_BUCKET_ELEMENTS if hardware.device == "cpu" else DEFAULT_BUCKET_ELEMENTS
         bucket = zero.get("reduce_bucket_size", default)
         self._bucket_elements = int(bucket) if isinstance(bucket, int | float) else default

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -49,17 +50,29 @@ def connect_ranks(device: torch.device) -> None:
 class Peers:
     """The other ranks of the group, with whom this one agrees on how to go on."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        """
+        Args:
+            device: of the tensors that are exchanged.
+            group: process group to exchange them in; None for the default one.
+        """
         self._device = device
+        self._group = group
 
     def slowest(self, seconds: Sequence[float]) -> list[float]:
         """The largest of all ranks' values, one by one; the same on every rank. All give as many."""
         if not seconds:
             return []
         values = torch.tensor(seconds, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return [float(value) for value in values.tolist()]
+
+    def mean(self, value: float) -> float:
+        """The mean over all ranks."""
+        values = torch.tensor([value], dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(values, group=self._group)
+        return float(values) / torch.distributed.get_world_size(self._group)
 
     def barrier(self) -> None:
         """Returns once all ranks have come here."""
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=self._group)

@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ds_tune.objectives.rank.data import load_blocks
 from ds_tune.objectives.rank.device import cap_memory, claim_device, lift_cap, local_rank, meter_for, resident_bytes
 from ds_tune.objectives.rank.distributed import Peers, connect_ranks
 from ds_tune.objectives.rank.engine import EngineSlot
+from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.loss_curve import run_losses
 from ds_tune.objectives.rank.model import load_config
 from ds_tune.objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
@@ -90,7 +90,7 @@ class Worker:
     def run(self, command: Time | Losses) -> None:
         """Carries out a command and tells the tuner its result, or why there is none."""
         rank = self._resources
-        _log_to(command.log_folder)
+        log_to(command.log_folder)
         rank.meter.reset_peaks()
         rank.progress.phase = "start"
         slot = EngineSlot()
@@ -128,15 +128,6 @@ class Worker:
         )
 
 
-def _log_to(folder: Path) -> None:
-    """Sends everything that is printed from here on, by C++ libraries too, to the trial's log files."""
-    for name, stream in (("stdout.log", sys.stdout), ("stderr.log", sys.stderr)):
-        stream.flush()
-        target = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(target, stream.fileno())
-        os.close(target)
-
-
 def main() -> None:
     progress = Progress(int(os.environ.pop("DS_TUNE_EVENT_FD")))
     setup = decode_command(sys.stdin.readline())
@@ -149,7 +140,7 @@ def main() -> None:
     progress.send(Ready())
     for line in sys.stdin:
         command = decode_command(line)
-        assert not isinstance(command, Setup)
+        assert isinstance(command, Time | Losses)
         worker.run(command)
 
 

@@ -12,14 +12,15 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
 from ds_tune.objectives.objective import OnPhase
 from ds_tune.objectives.running.launcher import Launcher
-from ds_tune.objectives.running.protocol import Losses, RankContext, RankResult, Time
-from ds_tune.objectives.running.rank_group import RankGroup
+from ds_tune.objectives.running.protocol import Learn, Losses, RankContext, RankResult, Time
+from ds_tune.objectives.running.rank_group import RankGroup, ignore
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.kinds import Workload
+from ds_tune.objectives.workload.script import ScriptFacts
 
-Result = TypeVar("Result", list[RankResult], list[LossCurve])
+Result = TypeVar("Result", list[RankResult], list[LossCurve], list[ScriptFacts])
 
 
 class DeepSpeedObjective:
@@ -84,7 +85,7 @@ class DeepSpeedObjective:
             best_samples_per_second=best_samples_per_second,
         )
         answer = self._with_group(
-            config, on_phase, lambda group: group.run(command, seconds=self._trial_seconds, on_phase=on_phase)
+            config.name, on_phase, lambda group: group.run(command, seconds=self._trial_seconds, on_phase=on_phase)
         )
         start_seconds, self._start_seconds = self._start_seconds, 0.0
         wall_seconds = time.monotonic() - started
@@ -101,12 +102,22 @@ class DeepSpeedObjective:
             config=config, log_folder=folder.resolve(), steps=STEPS, seconds_per_sample=self._seconds_per_sample
         )
         answer = self._with_group(
-            config, on_phase, lambda group: group.run(command, seconds=self._trial_seconds, on_phase=on_phase)
+            config.name, on_phase, lambda group: group.run(command, seconds=self._trial_seconds, on_phase=on_phase)
+        )
+        return answer if isinstance(answer, Failure) else answer[0]
+
+    def learn(self, folder: Path, on_phase: OnPhase = ignore) -> ScriptFacts | Failure:
+        """What a person's script trains, from a few steps of it as it stands."""
+        command = Learn(log_folder=folder.resolve())
+        answer = self._with_group(
+            "the first run",
+            on_phase,
+            lambda group: group.run(command, seconds=self._trial_seconds, on_phase=on_phase),
         )
         return answer if isinstance(answer, Failure) else answer[0]
 
     def _with_group(
-        self, config: TrialConfig, on_phase: OnPhase, run: Callable[[RankGroup], Result | Failure]
+        self, name: str, on_phase: OnPhase, run: Callable[[RankGroup], Result | Failure]
     ) -> Result | Failure:
         """Has the ranks run a configuration, starts them where there are none, and ends those it left unusable."""
         if self._group is None:
@@ -124,7 +135,7 @@ class DeepSpeedObjective:
         if self._fresh_ranks or reason is not None:
             self.close()
         if reason is not None:
-            self._notice(f"New training processes after {config.name}: {reason}.")
+            self._notice(f"New training processes after {name}: {reason}.")
         return answer
 
     @property

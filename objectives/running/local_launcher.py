@@ -63,8 +63,13 @@ class GuardedGroup:
 class LocalLauncher:
     """Starts ranks on this machine. Behind its `with` nothing is left but the groups that were not killed."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, worker: str = WORKER_MODULE) -> None:
+        """
+        Args:
+            worker: module whose `main()` each rank runs.
+        """
         self._machine = machine
+        self._worker = worker
         self._fork_server: ForkServerProcess | None = None
 
     def __enter__(self) -> "LocalLauncher":
@@ -81,7 +86,7 @@ class LocalLauncher:
             self.close()
         with stdout.open("ab") as out, stderr.open("ab") as err:
             if self._fork_server is None:
-                self._fork_server = ForkServerProcess(environment, out, err)
+                self._fork_server = ForkServerProcess(environment, out, err, worker=self._worker)
             return LocalRankProcesses(self._machine, self._fork_server, out, err, logs=(stderr, stdout))
 
     def close(self) -> None:
@@ -94,7 +99,9 @@ class LocalLauncher:
 class ForkServerProcess:
     """The tuner's side of the process that ranks are forked from; `objectives.rank.fork_server` has the protocol."""
 
-    def __init__(self, environment: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes], *, worker: str = WORKER_MODULE
+    ) -> None:
         """
         Args:
             stdout, stderr: get what the imports print.
@@ -106,7 +113,7 @@ class ForkServerProcess:
         with theirs:
             self._process = subprocess.Popen(
                 # -P: nothing in the user's folder shadows a package
-                [sys.executable, "-P", "-m", FORK_SERVER_MODULE, WORKER_MODULE, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", FORK_SERVER_MODULE, worker, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

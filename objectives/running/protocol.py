@@ -1,9 +1,9 @@
 """The messages between the tuner and its ranks, each one JSON document on a line of its own.
 
-To a rank: a `Setup`, then any number of `Time` and `Losses` commands, one after another. From a rank: `Ready` once it
-could run a trial, or `Refused`; during a trial `Phase` and `Notice`; at its end `Finished` or `Failed`; and `Released`
-once it has given back what the trial held. A message is complete in itself: nothing is left in a file for the other
-side to read, so the two need no file system in common.
+To a rank: a `Setup`, then any number of `Time`, `Losses` and `Learn` commands, one after another. From a rank: `Ready`
+once it could run a trial, or `Refused`; during a trial `Phase` and `Notice`; at its end `Finished` or `Failed`; and
+`Released` once it has given back what the trial held. A message is complete in itself: nothing is left in a file for
+the other side to read, so the two need no file system in common.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, TrialConfig
 from ds_tune.objectives.workload.kinds import Workload, workload_from_json
+from ds_tune.objectives.workload.script import ScriptFacts
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +176,22 @@ class Losses(_Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Learn(_Message):
+    """Command: run a person's script as it stands for a few optimizer steps. Answered by `ScriptFacts`."""
+
+    tag = "learn"
+    log_folder: Path
+    """See `Time`."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"log_folder": str(self.log_folder)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        return cls(log_folder=Path(document["log_folder"]))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Ready(_Message):
     """Event: the rank could run a trial."""
 
@@ -217,7 +234,7 @@ class Finished(_Message):
     """Event: a command was carried out."""
 
     tag = "finished"
-    result: RankResult | LossCurve
+    result: RankResult | LossCurve | ScriptFacts
 
     def to_json(self) -> dict[str, Any]:
         return {_RESULT_TAGS[type(self.result)]: self.result.to_json()}
@@ -229,7 +246,11 @@ class Finished(_Message):
         return cls(result=kind.from_json(result))
 
 
-_RESULT_TAGS: dict[type[RankResult] | type[LossCurve], str] = {RankResult: "timed", LossCurve: "curve"}
+_RESULT_TAGS: dict[type[RankResult] | type[LossCurve] | type[ScriptFacts], str] = {
+    RankResult: "timed",
+    LossCurve: "curve",
+    ScriptFacts: "facts",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,10 +283,10 @@ class Released(_Message):
         return cls(left_bytes=document["left_bytes"], collectives=tuple(document["collectives"]))
 
 
-Command: TypeAlias = Setup | Time | Losses
+Command: TypeAlias = Setup | Time | Losses | Learn
 Event: TypeAlias = Ready | Refused | Phase | Notice | Finished | Failed | Released
 
-_COMMANDS: dict[str, type[Command]] = {kind.tag: kind for kind in (Setup, Time, Losses)}
+_COMMANDS: dict[str, type[Command]] = {kind.tag: kind for kind in (Setup, Time, Losses, Learn)}
 _EVENTS: dict[str, type[Event]] = {
     kind.tag: kind for kind in (Ready, Refused, Phase, Notice, Finished, Failed, Released)
 }

@@ -11,7 +11,7 @@ import selectors
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import GIB
@@ -24,6 +24,7 @@ from ds_tune.objectives.running.protocol import (
     Event,
     Failed,
     Finished,
+    Learn,
     Losses,
     Notice,
     Phase,
@@ -38,6 +39,7 @@ from ds_tune.objectives.running.protocol import (
     encode,
 )
 from ds_tune.objectives.trial import Failure, FailureKind
+from ds_tune.objectives.workload.script import ScriptFacts
 
 START_SECONDS = 180.0
 """A rank that has not said it is ready by then never will: imports take 4 to 16 s, rendezvous 2 s."""
@@ -130,9 +132,11 @@ class RankGroup:
     def run(self, command: Time, *, seconds: float, on_phase: OnPhase) -> list[RankResult] | Failure: ...
     @overload
     def run(self, command: Losses, *, seconds: float, on_phase: OnPhase) -> list[LossCurve] | Failure: ...
+    @overload
+    def run(self, command: Learn, *, seconds: float, on_phase: OnPhase) -> list[ScriptFacts] | Failure: ...
     def run(
-        self, command: Time | Losses, *, seconds: float, on_phase: OnPhase
-    ) -> list[RankResult] | list[LossCurve] | Failure:
+        self, command: Time | Losses | Learn, *, seconds: float, on_phase: OnPhase
+    ) -> list[RankResult] | list[LossCurve] | list[ScriptFacts] | Failure:
         """Has all ranks carry out a command.
 
         Args:
@@ -148,10 +152,8 @@ class RankGroup:
         finished = [event for rank in self._ranks if (event := rank.last(Finished)) is not None]
         if timed_out or len(finished) < len(self._ranks):
             return self._failure(time.monotonic() - started, timed_out=timed_out)
-        results = [event.result for event in finished]
-        return [result for result in results if isinstance(result, RankResult)] or [
-            result for result in results if isinstance(result, LossCurve)
-        ]
+        results: list[Any] = [event.result for event in finished]
+        return results
 
     def reason_to_replace(self) -> str | None:
         """Waits until the ranks gave back what the trial held; why they cannot run another one, or None if they can."""

@@ -91,14 +91,19 @@ class Timing:
     best_step_seconds: float | None
     """Seconds that a step of this batch takes at the study's best throughput, if there is one."""
     agree: Agree
+    may_shorten: bool = True
+    """Steps can be closed after fewer micro-steps; not where the loop is a person's own."""
 
     def schedule(self) -> Schedule:
         """Returns the runs of the trial: warm-up, then short steps or whole ones until the plan has enough."""
         gas, plan = self.gradient_accumulation_steps, self.plan
-        steps, micro_steps = plan.warmup(self.zero_stage, self.compile), min(gas, plan.warmup_micro_steps)
+        steps, micro_steps = (
+            plan.warmup(self.zero_stage, self.compile),
+            min(gas, plan.warmup_micro_steps if self.may_shorten else gas),
+        )
         deadline = warmup_deadline(self.predicted_step_seconds * micro_steps / gas, steps, self.compile)
         warmup = yield Run(steps=steps, micro_steps=micro_steps, phase=WARM_UP, deadline_seconds=deadline)
-        timed = yield from self._short_steps(warmup[-1])
+        timed = (yield from self._short_steps(warmup[-1])) if self.may_shorten else None
         if timed is None:
             timed = yield from self._whole_steps(warmup[-1])
         return dataclasses.replace(timed, warmup=warmup)

@@ -6,11 +6,12 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.model_sizes import check_sizes
 
 DTYPES = ("fp16", "bf16", "fp32")
@@ -85,7 +86,26 @@ class HuggingFaceWorkload:
         document: Mapping[str, Any] = _from_hub(self.model) if path is None else json.loads(path.read_text())
         return document
 
-    def training_words(self) -> list[str]:
+    @property
+    def ds_config_is_whole(self) -> bool:
+        return False
+
+    @property
+    def fills_in_batch_sizes(self) -> bool:
+        return False
+
+    @property
+    def launch_folder(self) -> None:
+        return None
+
+    def launch_line(self, launcher: Sequence[str], ranks: int, ds_config: Path, config: TrialConfig) -> list[str]:
+        words = [*launcher, *self._training_words()]
+        for knob, value in config.model_knobs.items():
+            words += ["--knob", f"{knob}={value}"]
+        return [*words, "--deepspeed", "--deepspeed_config", str(ds_config)]
+
+    def _training_words(self) -> list[str]:
+        """Program and arguments that train it under DeepSpeed's launcher."""
         words = ["--module", TRAINING_MODULE, "--model", self.model, "--seq-len", str(self.seq_len)]
         if self.dataset is not None:
             words += ["--dataset", self.dataset]

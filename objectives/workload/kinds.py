@@ -4,10 +4,13 @@ A kind is a module beside this one and a row of `KINDS`. It is a frozen dataclas
 `WorkloadKind`, which is all that anybody outside `objectives.workload`, and the rank that trains it, may ask of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
+from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.objectives.workload.script import ScriptWorkload
 
 
 class WorkloadKind(Protocol):
@@ -40,15 +43,33 @@ class WorkloadKind(Protocol):
     def base_ds_config(self) -> Mapping[str, Any]:
         """The user's own DeepSpeed settings; `objectives.ds_config` lays each trial's over them."""
 
+    @property
+    def ds_config_is_whole(self) -> bool:
+        """Whether these settings are all that it trains with, so that `objectives.ds_config` adds no defaults."""
+
+    @property
+    def fills_in_batch_sizes(self) -> bool:
+        """Whether the training itself puts batch sizes in the place of `"auto"`."""
+
+    @property
+    def launch_folder(self) -> str | None:
+        """Folder that its launch line is for; None for any."""
+
+    def launch_line(self, launcher: Sequence[str], ranks: int, ds_config: Path, config: TrialConfig) -> list[str]:
+        """The argv that trains with a configuration.
+
+        Args:
+            launcher: DeepSpeed's launcher with the options for this machine's ranks.
+            ranks: how many these are.
+            ds_config: file with what of the configuration DeepSpeed's own says.
+        """
+
     def model_document(self) -> Mapping[str, Any] | None:
         """Configuration of the model in transformers' JSON form; None where it has none.
 
         Raises:
             UsageError: it cannot be had here.
         """
-
-    def training_words(self) -> list[str]:
-        """Program and arguments that train it under DeepSpeed's launcher, less the DeepSpeed configuration."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the tag under `type`."""
@@ -58,10 +79,10 @@ class WorkloadKind(Protocol):
         """The reverse; the tag is not in the document."""
 
 
-KINDS: dict[str, type[HuggingFaceWorkload]] = {kind.kind: kind for kind in (HuggingFaceWorkload,)}
-
-Workload: TypeAlias = HuggingFaceWorkload
+Workload: TypeAlias = HuggingFaceWorkload | ScriptWorkload
 """Union of the kinds."""
+
+KINDS: dict[str, type[Workload]] = {kind.kind: kind for kind in (HuggingFaceWorkload, ScriptWorkload)}
 
 
 def workload_from_json(document: Mapping[str, Any]) -> Workload:

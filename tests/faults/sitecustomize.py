@@ -2,7 +2,8 @@
 
 Python imports a module of this name when it starts, if its folder is on PYTHONPATH: the tests put it there for the
 ranks, so that the product knows nothing of it. `rank=*` means every rank; the fault strikes once, when the rank
-first enters the phase. `FAULT_MIB` is what memory is left with; `FAULT_FILE` is a path for the kinds that leave a note.
+first enters the phase. The variable may come after the ranks' imports. `FAULT_MIB` is what memory is left with;
+`FAULT_FILE` is a path for the kinds that leave a note.
 """
 
 import importlib.abc
@@ -128,15 +129,23 @@ KINDS = {
 }
 
 
-def wrap(progress: ModuleType, fault: dict[str, str]) -> None:
+def wanted() -> dict[str, str]:
+    """The fault that the environment asks for now; nothing where it asks for none."""
+    return dict(word.split("=", 1) for word in os.environ.get("FAULT", "").split())
+
+
+def wrap(progress: ModuleType) -> None:
     """Strikes once a rank has entered the phase that the fault names, and told the tuner where it does tell."""
     enter, send = progress.Progress.enter, progress.Progress.send
-    left = [KINDS[fault["kind"]]]
+    struck = False
     announced = {"config", "model", "engine", "warm-up", "timed steps"}
 
     def strike(phase: str | None) -> None:
-        if phase == fault["phase"] and left and fault["rank"] in ("*", os.environ["RANK"]):
-            left.pop()()
+        nonlocal struck
+        fault = wanted()
+        if not struck and phase == fault.get("phase") is not None and fault["rank"] in ("*", os.environ["RANK"]):
+            struck = True
+            KINDS[fault["kind"]]()
 
     def enter_and_strike(self: Any, phase: str) -> None:
         enter(self, phase)
@@ -155,9 +164,6 @@ def wrap(progress: ModuleType, fault: dict[str, str]) -> None:
 class WrapOnImport(importlib.abc.MetaPathFinder):
     """Stands first on sys.meta_path until the module is imported."""
 
-    def __init__(self, fault: dict[str, str]) -> None:
-        self._fault = fault
-
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != WRAPPED:
             return None
@@ -168,15 +174,14 @@ class WrapOnImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            wrap(module, self._fault)
+            wrap(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 # The process that ranks are forked from has no rank yet, but the variable that says how many there will be.
-if "FAULT" in os.environ and "WORLD_SIZE" in os.environ:
-    wanted = dict(word.split("=", 1) for word in os.environ["FAULT"].split())
-    if wanted["phase"] == "import":
-        KINDS[wanted["kind"]]()
-    sys.meta_path.insert(0, WrapOnImport(wanted))
+if "WORLD_SIZE" in os.environ:
+    if wanted().get("phase") == "import":
+        KINDS[wanted()["kind"]]()
+    sys.meta_path.insert(0, WrapOnImport())

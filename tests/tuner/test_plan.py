@@ -94,8 +94,8 @@ def test_every_configurations_parts_add_up_to_its_peak(
 
 
 def test_the_parts_are_those_of_zeros_stages(document: Callable[..., Plan]) -> None:
-    """Rajbhandari et al. 2020: what each stage spreads over the ranks, of fp16 training with Adam."""
-    found = document("--hardware", "4xH200", "--global-batch", "4", *ALL)
+    """Rajbhandari et al. 2020: what each stage spreads over the ranks, of mixed-precision training with Adam."""
+    found = document("--hardware", "4xH200", "--dtype", "bf16", "--global-batch", "4", *ALL)
     count, ranks = found["model_parameters"], 4
     parts = {row["config"]["zero_stage"]: row["memory_bytes"] for row in found["fitting"] if row["name"] in SMALLEST}
     assert [parts[stage]["optimizer_states"] for stage in range(4)] == [12 * count, *[12 * count / ranks] * 3]
@@ -125,7 +125,7 @@ def test_plan_lists_the_smallest_micro_batch_of_each_kind_that_does_not_fit(
     assert all(row["probability_of_fitting"] >= 0.5 for row in found["fitting"])
     kinds = [kind(row) for row in found["not_fitting"]]
     assert all(kinds.count(each) == 1 for each in kinds)
-    assert {each["zero_stage"] for each in kinds} == {0, 1, 2, 3}
+    assert {each["zero_stage"] for each in kinds} == {1, 2, 3}  # in fp16 stage 0 is left out
     for row in found["not_fitting"]:
         assert row["probability_of_fitting"] < 0.5
         # An allocator cannot use the last percents of a GPU's memory.
@@ -172,11 +172,11 @@ def test_the_table_shows_of_each_micro_batch_the_best_accumulation_only(plan: Ru
     assert len({re.sub(r"gas\d+_", "", name) for name in shown}) == len(shown) == 6
 
 
-def test_plan_names_the_largest_parts_of_memory_where_zero_0_does_not_fit(plan: Run) -> None:
-    _, output, _ = plan("--hardware", "16xV100-32GB")
+def test_plan_names_the_largest_parts_of_memory_where_a_stage_does_not_fit(plan: Run) -> None:
+    _, output, _ = plan("--hardware", "1xRTX4090")
     assert re.search(
-        r"z0_gas1_tmbspg1 needs 3\d\.\d GiB, of these 17\.4 GiB of optimizer states and \d+\.\d GiB of the optimizer "
-        r"step's copies, and fragmentation leaves it about 26\.1",
+        r"z1_gas1_tmbspg1 needs 3\d\.\d GiB, of these 17\.4 GiB of optimizer states and \d+\.\d GiB of the optimizer "
+        r"step's copies, and fragmentation leaves it about 19\.8",
         output,
     )
 
@@ -216,10 +216,12 @@ def test_nothing_fits(plan: Run, document: Callable[..., Plan]) -> None:
     status, output, error = plan("--hardware", "1xRTX4090")
     assert (status, error) == (3, "")
     assert "Nothing is predicted to fit, not even one sample a rank." in output
-    assert {line[0] for line in table_rows(output)} >= SMALLEST
+    assert "ZeRO stage 0 is left out: in fp16 DeepSpeed" in output
+    smallest = SMALLEST - {"z0_gas1_tmbspg1"}
+    assert {line[0] for line in table_rows(output)} >= smallest
     found = document("--hardware", "1xRTX4090", status=3)
     assert found["fitting"] == []
-    assert set(names(found["not_fitting"])) >= SMALLEST
+    assert set(names(found["not_fitting"])) >= smallest
     assert plan("--hardware", "1xRTX4090", "--memory-cap", "12GiB", "--quiet") == (3, "", "")
 
 

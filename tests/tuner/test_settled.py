@@ -27,7 +27,7 @@ from ds_tune.tuner.cli import main
 from ds_tune.tuner.space import Limits, Space
 
 Run = Callable[..., tuple[int, str, str]]
-Search = Callable[[list[str]], None]
+Search = Callable[..., None]
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 REPLAY = ["--replay", str(RECORDED)]
@@ -58,26 +58,27 @@ def tune(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture(scope="module")
-def searches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+def searches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str], int], Path]:
     """The results of a search that was allowed 30 trials; each is made once."""
     made: dict[tuple[str, ...], Path] = {}
 
-    def search(answers: list[str]) -> Path:
-        key = tuple(answers)
+    def search(answers: list[str], seed: int) -> Path:
+        words = [*answers, "--seed", str(seed), "--trials", "30"]
+        key = tuple(words)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("search") / "autotuning_results"
-            assert main([*answers, "--trials", "30", "--quiet", "--results", str(made[key])]) == 0
+            assert main([*words, "--quiet", "--results", str(made[key])]) == 0
         return made[key]
 
     return search
 
 
 @pytest.fixture
-def search(folder: Path, searches: Callable[[list[str]], Path]) -> Search:
+def search(folder: Path, searches: Callable[[list[str], int], Path]) -> Search:
     """Puts a copy of it into the test's own folder."""
 
-    def copy(answers: list[str]) -> None:
-        shutil.copytree(searches(answers), "autotuning_results")
+    def copy(answers: list[str], seed: int = 0) -> None:
+        shutil.copytree(searches(answers, seed), "autotuning_results")
 
     return copy
 
@@ -122,9 +123,9 @@ def test_the_search_stops_when_nothing_is_left_to_gain_and_says_so(tune: Run, an
 @both
 @pytest.mark.parametrize("seed", [0, 1])
 def test_search_that_ends_by_itself_has_found_nearly_the_best_configuration(
-    tune: Run, answers: list[str], seed: int
+    search: Search, answers: list[str], seed: int
 ) -> None:
-    assert tune(*answers, "--trials", "30", "--seed", str(seed))[0] == 0
+    search(answers, seed)
     everything = read_recording(RECORDED).outcomes if answers == REPLAY else simulated(answers[1], seed)
     rates = [outcome.samples_per_second for outcome in everything.values() if isinstance(outcome, Measurement)]
     best = summary().best
@@ -252,8 +253,8 @@ def test_configurations_certain_not_to_fit_are_listed_and_not_launched(search: S
 
 @pytest.mark.parametrize("hardware", ["16xV100-16GB", "16xV100-32GB"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_nothing_that_would_have_fitted_is_kept_from_being_launched(tune: Run, hardware: str, seed: int) -> None:
-    assert tune("--hardware", hardware, "--simulate", "--trials", "30", "--seed", str(seed))[0] == 0
+def test_nothing_that_would_have_fitted_is_kept_from_being_launched(search: Search, hardware: str, seed: int) -> None:
+    search(["--hardware", hardware, "--simulate"], seed)
     listed = {each["name"]: each["configurations"] for each in document()["not_launched"]}
     limits = {name[:2]: int(name.rpartition("tmbspg")[2]) for name in listed}
     larger = 0

@@ -241,8 +241,8 @@ def test_stage_0_is_refused_with_its_reason_where_its_gradients_are_lost(write: 
     with pytest.raises(UsageError) as refused:
         configurations(path, context=dataclasses.replace(SITE, stage_0_trains=False))
     assert str(refused.value) == (
-        f"`space={path}`: {STAGE_0_LEFT_OUT.removesuffix('.')}; list zero_stage 1, 2 or 3, or add `dtype=bf16` where "
-        "the GPUs have it"
+        f"`space={path}`: {STAGE_0_LEFT_OUT.removesuffix('.')}; list zero_stage 1, 2 or 3, or train in bf16 "
+        "(`dtype=bf16`) where the GPUs have it"
     )
 
 

@@ -49,15 +49,15 @@ def training_command(workload: Workload, machine: Machine, ds_config: Path, conf
     Args:
         ds_config: what of the configuration DeepSpeed's file says; the knobs of the model are options.
     """
-    command = ["deepspeed"]
+    command = local_launcher(machine)
+    return workload.launch_line(command, machine.ranks, ds_config.resolve(), config)
+
+
+def local_launcher(machine: Machine) -> list[str]:
+    """DeepSpeed's launcher, with the options that have it use the ranks of a machine."""
     if machine.device == "cpu":
-        command += ["--num_gpus", str(machine.ranks)]
-    else:
-        command += ["--include", "localhost:" + ",".join(str(index) for index in machine.device_ids)]
-    command += workload.training_words()
-    for knob, value in config.model_knobs.items():
-        command += ["--knob", f"{knob}={value}"]
-    return [*command, "--deepspeed", "--deepspeed_config", str(ds_config.resolve())]
+        return ["deepspeed", "--num_gpus", str(machine.ranks)]
+    return ["deepspeed", "--include", "localhost:" + ",".join(str(index) for index in machine.device_ids)]
 
 
 def shell_line(command: Sequence[str], machine: Machine) -> str:
@@ -86,7 +86,7 @@ def write_trial_inputs(folder: Path, config: TrialConfig, workload: Workload, ma
         "num_nodes": 1,
         "hostfile": None,
         "result_dir": str(folder),
-        "launcher_args": command[1 : command.index("--module")],
+        "launcher_args": command[1 : len(local_launcher(machine))],
         "ds_config_path": str(ds_config_path),
     }
     write_atomically(ds_config_path, json.dumps(ds_config))

@@ -18,6 +18,9 @@ from ds_tune.objectives.rank.model import build_model
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
+# For engines of this size a second thread is no help, and spins on a core that another test may want.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="package")
 def one_rank() -> Iterator[None]:

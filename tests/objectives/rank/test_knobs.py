@@ -247,8 +247,13 @@ def test_parameters_are_on_the_host(engine_of: Callable[..., deepspeed.DeepSpeed
 
 
 @pytest.mark.slow
-def test_half_of_the_optimizer_is_on_the_host(engine_of: Callable[..., deepspeed.DeepSpeedEngine]) -> None:
-    """With an embedding large enough for two groups of parameters. DeepSpeed compiles its CPUAdam for it."""
+@pytest.mark.timeout(900)
+def test_half_of_the_optimizer_is_on_the_host(
+    engine_of: Callable[..., deepspeed.DeepSpeedEngine], compiled_adam: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an embedding large enough for two groups of parameters, and DeepSpeed's own Adam."""
+    for name, value in compiled_adam.environment.items():
+        monkeypatch.setenv(name, value)
     described = model_config(n_layer=1, n_embd=512, vocab_size=100_000)
     # As on a GPU: on a CPU ds-tune would ask for torch's Adam.
     engine = engine_of(3, described=described, device="cuda", offload_optimizer="cpu_half")

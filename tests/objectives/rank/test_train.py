@@ -38,7 +38,7 @@ def test_deepspeed_s_launcher_runs_it_with_a_configuration_of_a_trial(
     steps = ["--warmup-steps", "1", "--steps", "2"]
     deepspeed = ["--deepspeed", "--deepspeed_config", tmp_path / "ds.json"]
     result = subprocess.run(
-        [*launcher, *script, *steps, *deepspeed], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [*launcher, *script, *steps, *deepspeed], capture_output=True, text=True, timeout=280, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
 

@@ -116,7 +116,7 @@ def test_prepare_starts_the_ranks_that_the_first_trial_uses(
     tmp_path: Path,
     started_ranks: Callable[[], list[Any]],
 ) -> None:
-    ready = objective()
+    ready = objective(imports=True)
     ready.prepare()
     ranks = started_ranks()
     assert len(ranks) == 2

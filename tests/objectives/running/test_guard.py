@@ -19,8 +19,8 @@ def test_the_guard_kills_its_whole_group_when_the_tuner_s_end_closes() -> None:
     deaf = subprocess.Popen(["sh", "-c", "trap '' TERM HUP INT; sleep 3600 & wait"], process_group=leader.pid)
     assert leader.stdin is not None
     leader.stdin.close()
-    assert deaf.wait(timeout=5) == -9
-    assert leader.wait(timeout=5) == -9
+    assert deaf.wait(timeout=60) == -9
+    assert leader.wait(timeout=60) == -9
 
 
 def test_the_guard_waits_as_long_as_the_tuner_lives() -> None:
@@ -29,4 +29,4 @@ def test_the_guard_waits_as_long_as_the_tuner_lives() -> None:
         leader.wait(timeout=0.5)
     assert leader.stdin is not None
     leader.stdin.close()
-    leader.wait(timeout=5)
+    leader.wait(timeout=60)

@@ -18,7 +18,7 @@ MIB = 2**20
 GAS = 1600
 # On a CPU a step of so many tiny micro-steps takes about ten seconds. Here every step counts as a long one.
 PLAN = StepPlan(
-    min_timed_steps=2, max_timed_steps=2, long_step_seconds=0.0, short_step_seconds=0.05, long_trial_seconds=2.0
+    min_timed_steps=2, max_timed_steps=2, long_step_seconds=0.0, short_step_seconds=0.05, long_trial_seconds=1.0
 )
 WHOLE = dataclasses.replace(PLAN, short_step_seconds=0.0)
 FAR_FASTER = 1e6

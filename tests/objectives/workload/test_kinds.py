@@ -1,11 +1,14 @@
 """Every kind of training keeps the contract that the rest of ds-tune relies on."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.objectives.workload.kinds import KINDS, Workload, workload_from_json
+from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload
 
 EXAMPLES: dict[str, Workload] = {
     "hugging_face": HuggingFaceWorkload(
@@ -15,6 +18,33 @@ EXAMPLES: dict[str, Workload] = {
         dataset="text.txt",
         tokenizer="folder",
         base_ds_config={"gradient_clipping": 0.5},
+    ),
+    "script": ScriptWorkload(
+        start=ScriptStart(
+            program="/home/me/train.py",
+            is_module=False,
+            arguments=("--batch-size", "4"),
+            local_rank_flag="--local_rank",
+            environment={"ACCELERATE_USE_DEEPSPEED": "true"},
+            folder="/home/me",
+            launcher=("deepspeed", "--num_gpus", "2"),
+        ),
+        facts=ScriptFacts(
+            loop="DeepSpeed",
+            ds_config={"train_micro_batch_size_per_gpu": 4},
+            zero_stage=1,
+            micro_batch_size=4,
+            gradient_accumulation_steps=2,
+            dtype="bf16",
+            parameters=1000,
+            trainable_parameters=10,
+            model={"model_type": "gpt2"},
+            samples_per_micro_batch=4,
+            tokens_per_sample=None,
+            loader_follows=False,
+            micro_batch_flag="--batch-size",
+            initialized_at="train.py:3",
+        ),
     ),
 }
 """A workload of each kind."""
@@ -38,7 +68,8 @@ def test_workload_says_what_is_trained(kind: str) -> None:
     assert workload.title in workload.description
     assert workload.dtype in ("fp16", "bf16", "fp32")
     assert workload.tokens_per_sample is None or workload.tokens_per_sample > 0
-    assert workload.training_words()
+    config = TrialConfig(zero_stage=1, micro_batch_size=8, gradient_accumulation_steps=1)
+    assert workload.launch_line(["deepspeed"], 2, Path("ds.json"), config)[0] == "deepspeed"
     document = workload.model_document()
     assert document is None or "model_type" in document
 

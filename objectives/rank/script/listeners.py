@@ -1,0 +1,271 @@
+"""What a run of a script is for: learning its facts, timing its steps, or taking down its losses."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import deepspeed
+import torch
+
+from ds_tune.objectives.numerics import LossCurve
+from ds_tune.objectives.rank.device import Meter
+from ds_tune.objectives.rank.distributed import Peers
+from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.script.settings import engine_dtype
+from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
+from ds_tune.objectives.running.protocol import Losses, RankResult, Time
+from ds_tune.objectives.timing.deadlines import warmup_deadline
+from ds_tune.objectives.timing.schedule import Timing
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload.script import ScriptFacts
+
+LEARNED_STEPS = 2
+"""Optimizer steps that the facts are learned from: the second one is past what only a first one does."""
+
+Finish = Callable[[Any], NoReturn]
+"""Sends a result and ends the rank."""
+
+
+class UnreachedError(RuntimeError):
+    """The script trains with other settings than the trial has."""
+
+
+class Listening:
+    """What all runs of a script have in common; see `Listener`."""
+
+    def __init__(
+        self, progress: Progress, meter: Meter, *, steps: str, finish: Finish, fail: Callable[..., Any]
+    ) -> None:
+        """
+        Args:
+            steps: phase that the optimizer steps are.
+            finish: given the result; does not return.
+            fail: given an exception; does not return.
+        """
+        self.progress = progress
+        self.meter = meter
+        self.finish = finish
+        self._phase = steps
+        self._fail = fail
+        self._began = time.perf_counter()
+        self.setup_seconds = 0.0
+        self.peers = Peers(torch.device("cpu"))
+        self.engine: Any = None
+        self.rows: Counter[int] = Counter()
+        """Micro-batches by their number of rows."""
+        self.lengths: set[int | None] = set()
+        """Tokens of a row in the micro-batches seen."""
+        self.steps = 0
+
+    def engine_made(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        self.engine = engine
+        self.peers = Peers(torch.device("cpu"), group=torch.distributed.new_group(backend="gloo"))
+        self.setup_seconds = time.perf_counter() - self._began
+
+    def enter(self, part: str) -> None:
+        self.progress.enter(part)
+
+    def fed(self, rows: int, tokens: int | None) -> None:
+        self.rows[rows] += 1
+        self.lengths.add(tokens)
+
+    def loss(self, value: torch.Tensor) -> None:
+        pass
+
+    def micro_step_done(self) -> None:
+        pass
+
+    def step_done(self, *, skipped: bool) -> None:
+        self.steps += 1
+
+    def failed(self, error: BaseException) -> None:
+        self._fail(error)
+
+    def check_settings(self, config: TrialConfig) -> None:
+        """
+        Raises:
+            UnreachedError: the engine or the data is not as the trial has it.
+        """
+        engine = self.engine
+        reached = {
+            "ZeRO stage": (config.zero_stage, engine.zero_optimization_stage()),
+            "micro-batch size": (config.micro_batch_size, engine.train_micro_batch_size_per_gpu()),
+            "gradient accumulation": (config.gradient_accumulation_steps, engine.gradient_accumulation_steps()),
+            "batch": (config.micro_batch_size, max(self.rows, default=config.micro_batch_size)),
+        }
+        for name, (asked, found) in reached.items():
+            if asked != found:
+                raise UnreachedError(f"its {name} is {found} where {asked} was asked for")
+
+
+class Learner(Listening):
+    """Learns what a script trains, from the script as it stands."""
+
+    def __init__(self, *common: Any, facts: Callable[[Any], ScriptFacts], **more: Any) -> None:
+        super().__init__(*common, **more)
+        self._facts = facts
+
+    def step_done(self, *, skipped: bool) -> None:
+        super().step_done(skipped=skipped)
+        if self.steps >= LEARNED_STEPS:
+            self.peers.barrier()
+            self.finish(self._facts(self))
+
+
+class Timer(Listening):
+    """Times a trial: whole optimizer steps, from the end of one to the end of the next."""
+
+    def __init__(self, *common: Any, command: Time, ranks: int, flops_per_sample: float, **more: Any) -> None:
+        super().__init__(*common, **more)
+        self._command = command
+        self._ranks = ranks
+        self._flops_per_sample = flops_per_sample
+        self._session: TimingSession | None = None
+
+    def fed(self, rows: int, tokens: int | None) -> None:
+        super().fed(rows, tokens)
+        if self._session is None:
+            self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress)
+
+    def _timing(self) -> Timing:
+        command, config = self._command, self._command.config
+        samples = config.micro_batch_size * config.gradient_accumulation_steps
+        best = command.best_samples_per_second
+        return Timing(
+            plan=command.plan,
+            zero_stage=config.zero_stage,
+            compile=config.compile,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            predicted_step_seconds=samples * (command.seconds_per_sample or UNKNOWN_SAMPLE_SECONDS),
+            best_step_seconds=config.global_batch_size(self._ranks) / best if best else None,
+            agree=self.peers.slowest,
+            may_shorten=False,
+        )
+
+    def enter(self, part: str) -> None:
+        super().enter(part)
+        if self._session is not None and part in ("forward", "backward", "step"):
+            self._session.enter(part)
+
+    def micro_step_done(self) -> None:
+        assert self._session is not None
+        self._session.micro_step_done()
+
+    def step_done(self, *, skipped: bool) -> None:
+        super().step_done(skipped=skipped)
+        assert self._session is not None
+        if self.steps == 1:
+            try:
+                self.check_settings(self._command.config)
+            except UnreachedError as error:
+                self.failed(error)
+        if self._session.step_done(skipped=skipped):
+            return
+        self.peers.barrier()
+        self.finish(self._result(self._session))
+
+    def _result(self, session: TimingSession) -> RankResult:
+        timed, meter = session.timed, self.meter
+        gas = self._command.config.gradient_accumulation_steps
+        return RankResult(
+            step_seconds=tuple(timed.step_seconds),
+            step_ci95_seconds=timed.ci95,
+            from_parts=None,
+            forward_seconds=timed.mean("forward_seconds"),
+            backward_seconds=timed.mean("backward_seconds"),
+            optimizer_seconds=timed.mean("optimizer_seconds"),
+            warmup_step_seconds=tuple(step.seconds for step in [*timed.warmup, *timed.early]),
+            first_steps_seconds=timed.first_steps_seconds(gas),
+            stopped_early=timed.stopped_early,
+            drifting=timed.drifting,
+            skipped_steps=session.skipped_steps,
+            deepspeed_samples_per_second=None,
+            peak_memory_bytes=meter.peak_memory_bytes(),
+            reserved_memory_bytes=meter.reserved_memory_bytes(),
+            alloc_retries=meter.alloc_retries(),
+            setup_seconds=self.setup_seconds,
+            model_parameters=count_parameters(self.engine.module)[0],
+            flops_per_sample=self._flops_per_sample,
+        )
+
+
+UNKNOWN_SAMPLE_SECONDS = 60.0
+"""For the deadline of the first steps, where no trial has told how long a sample takes."""
+
+
+class LossRecorder(Listening):
+    """Takes down the mean loss of each optimizer step, over all ranks and micro-batches."""
+
+    def __init__(self, *common: Any, command: Losses, **more: Any) -> None:
+        super().__init__(*common, **more)
+        self._wanted = command.steps
+        self._losses: list[float] = []
+        self._of_step: list[float] = []
+        self._skipped = 0
+
+    def engine_made(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        super().engine_made(engine)
+        turn_off_dropout(engine.module)
+        self.progress.announce("numerics", seconds=warmup_deadline(UNKNOWN_SAMPLE_SECONDS, self._wanted, "off"))
+
+    def loss(self, value: torch.Tensor) -> None:
+        self._of_step.append(float(value.detach()))
+
+    def step_done(self, *, skipped: bool) -> None:
+        super().step_done(skipped=skipped)
+        mean = self.peers.mean(math.fsum(self._of_step) / max(len(self._of_step), 1))
+        self._of_step = []
+        if skipped:
+            self._skipped += 1
+            if self._skipped > MAX_SKIPPED_STEPS:
+                self.failed(OverflowedError())
+            return
+        if math.isfinite(mean):
+            self._losses.append(mean)
+        if len(self._losses) == self._wanted or not math.isfinite(mean):
+            self.finish(LossCurve(losses=tuple(self._losses), skipped_steps=self._skipped))
+
+
+def turn_off_dropout(model: torch.nn.Module) -> None:
+    """Has a model drop nothing: which activations it drops depends on how a batch is cut into micro-batches."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # handed to a fused attention
+                setattr(module, name, 0.0)
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters of a model, and how many of them are trained; partitioned ones count whole."""
+    sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def facts_of(
+    listening: Listening, *, loop: str, written: dict[str, Any], flags: dict[str, str], at: str, loader_follows: bool
+) -> ScriptFacts:
+    """Facts of a script whose engine has taken some steps."""
+    engine = listening.engine
+    parameters, trainable = count_parameters(engine.module)
+    model_config: Any = getattr(engine.module, "config", None)
+    lengths = set(listening.lengths)
+    return ScriptFacts(
+        loop=loop,
+        ds_config=written,
+        zero_stage=engine.zero_optimization_stage(),
+        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        gradient_accumulation_steps=engine.gradient_accumulation_steps(),
+        dtype=engine_dtype(engine),
+        parameters=parameters,
+        trainable_parameters=trainable,
+        model=model_config.to_dict() if hasattr(model_config, "to_dict") else None,
+        samples_per_micro_batch=max(listening.rows, default=0),
+        tokens_per_sample=lengths.pop() if len(lengths) == 1 else None,
+        micro_batch_flag=flags.get("micro_batch_size"),
+        accumulation_flag=flags.get("gradient_accumulation_steps"),
+        initialized_at=at,
+        loader_follows=loader_follows,
+    )

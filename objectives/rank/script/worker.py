@@ -1,0 +1,268 @@
+"""A rank that runs a person's training script once, in a process of its own that ends with the run.
+
+Like `objectives.rank.worker` it is forked from a process that has done the imports, gets its commands on standard input
+and answers with events; then it becomes the script.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import runpy
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import accelerate
+import numpy
+import torch
+import transformers
+import transformers.integrations.deepspeed
+import transformers.trainer
+
+from ds_tune.objectives.cost_model.architecture import architecture_of
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.errors import DsTuneError, UsageError
+from ds_tune.objectives.files import write_atomically
+from ds_tune.objectives.machine import Machine
+from ds_tune.objectives.rank.device import cap_memory, claim_device, lift_cap, local_rank, meter_for
+from ds_tune.objectives.rank.distributed import skip_unused_ops
+from ds_tune.objectives.rank.logs import log_to
+from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.script.listeners import (
+    Learner,
+    Listening,
+    LossRecorder,
+    Timer,
+    facts_of,
+)
+from ds_tune.objectives.rank.script.observer import Observer
+from ds_tune.objectives.rank.script.quiet import leave_out_side_effects
+from ds_tune.objectives.rank.script.replaced import around
+from ds_tune.objectives.rank.script.settings import Settings
+from ds_tune.objectives.running.failures import first_sentence, kind_of_exception
+from ds_tune.objectives.running.protocol import (
+    Failed,
+    Finished,
+    Learn,
+    Losses,
+    Ready,
+    Refused,
+    Setup,
+    Time,
+    decode_command,
+)
+from ds_tune.objectives.trial import Failure
+from ds_tune.objectives.workload.script import (
+    ACCUMULATION_FLAGS,
+    MICRO_BATCH_FLAGS,
+    ScriptStart,
+    ScriptWorkload,
+)
+
+PREPARE_SECONDS = 1800.0
+"""A script that has not made its engine by then hangs: it may load a model and tokenize data first."""
+
+TRANSFORMERS_SITES = (transformers.trainer, transformers.integrations.deepspeed, accelerate)
+"""Modules that are imported before the fork, so that no trial pays for them."""
+
+
+class ScriptRank:
+    """One rank about to run a script."""
+
+    def __init__(self, workload: ScriptWorkload, machine: Machine, progress: Progress) -> None:
+        self._workload = workload
+        self._machine = machine
+        self._progress = progress
+        self._device = claim_device(machine, local_rank())
+        self._meter = meter_for(self._device)
+        self._scratch = Path(tempfile.mkdtemp(prefix="ds-tune-script-"))
+        self._options: dict[str, Any] = {}
+        """Options of the script's own parser, with their values."""
+
+    def run(self, command: Time | Losses | Learn) -> NoReturn:
+        """Runs the script and tells the tuner what was wanted of it, or why there is nothing."""
+        log_to(command.log_folder)
+        config = None if isinstance(command, Learn) else command.config
+        settings = Settings(config, self._machine.ranks)
+        listener = self._listener(command, settings)
+        observer = self._observer = Observer(settings, listener)
+        leave_out_side_effects(self._scratch)
+        settings.install()
+        observer.install()
+        around(argparse.ArgumentParser, "parse_known_args", self._parsed)
+        if self._machine.device == "cpu":
+            skip_unused_ops()
+            around(accelerate.PartialState, "_prepare_backend", _gloo)
+        start = self._workload.start
+        if config is not None:
+            ds_config = self._ds_config_file(config, command.log_folder)
+            start = self._workload.started_with(ds_config, config)
+        if isinstance(command, Losses):
+            seed_generators()
+        self._progress.announce("script", seconds=PREPARE_SECONDS)
+        cap_memory(self._machine)
+        try:
+            become_script(start)
+        except SystemExit as ended:
+            if ended.code not in (None, 0):
+                self._fail(UsageError(f"it ended with status {ended.code}"))
+        except BaseException as error:
+            self._fail(error)
+        self._fail(UsageError(self._ended_early(listener)))
+
+    def _listener(self, command: Time | Losses | Learn, settings: Settings) -> Listening:
+        common: dict[str, Any] = {"finish": self._finish, "fail": self._fail}
+        match command:
+            case Time():
+                return Timer(
+                    self._progress, self._meter, steps="steps", command=command, ranks=self._machine.ranks,
+                    flops_per_sample=self._flops_per_sample(), **common,
+                )  # fmt: skip
+            case Losses():
+                return LossRecorder(self._progress, self._meter, steps="numerics", command=command, **common)
+            case Learn():
+                return Learner(
+                    self._progress, self._meter, steps="learning", **common,
+                    facts=lambda seen: facts_of(
+                        seen, loop=settings.loop, written=settings.written, flags=self._flags(seen),
+                        at=self._observer.initialized_at,
+                        loader_follows=self._observer.loader_follows,
+                    ),
+                )  # fmt: skip
+
+    def _flops_per_sample(self) -> float:
+        tokens = self._workload.tokens_per_sample
+        try:
+            return architecture_of(self._workload).flops_per_sample(tokens) if tokens else 0.0
+        except UsageError:
+            return 0.0
+
+    def _parsed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found, rest = original(*args, **kwargs)
+        known = {*MICRO_BATCH_FLAGS, *ACCUMULATION_FLAGS}
+        for action in args[0]._actions:
+            for option in action.option_strings:
+                if option.replace("-", "_").replace("__", "--", 1) in known:
+                    self._options[option] = getattr(found, action.dest, None)
+        return found, rest
+
+    def _flags(self, seen: Listening) -> dict[str, str]:
+        """Options whose values are the batch sizes that the script trained with."""
+        fields = {
+            "micro_batch_size": (MICRO_BATCH_FLAGS, seen.engine.train_micro_batch_size_per_gpu()),
+            "gradient_accumulation_steps": (ACCUMULATION_FLAGS, seen.engine.gradient_accumulation_steps()),
+        }
+        found = {}
+        for field, (flags, size) in fields.items():
+            for flag in flags:
+                spelled = [option for option in (flag, flag.replace("_", "-")) if self._options.get(option) == size]
+                if spelled:
+                    found[field] = spelled[0]
+                    break
+        return found
+
+    def _ds_config_file(self, config: Any, folder: Path) -> Path | None:
+        if self._workload.start.ds_config_argument() is None:
+            return None
+        path = folder / f"ds_config.rank{local_rank()}.json"
+        machine = self._machine
+        document = deepspeed_config(config, self._workload, ranks=machine.ranks, device=machine.device)
+        write_atomically(path, json.dumps(document, indent=2))
+        return path
+
+    def _ended_early(self, listener: Listening) -> str:
+        if listener.engine is None:
+            return (
+                "it never calls deepspeed.initialize with a model to train: launch it as you do for DeepSpeed, with "
+                "the options that turn DeepSpeed on"
+            )
+        return (
+            f"it ended after {listener.steps} optimizer steps, too few to time: have it train longer, or on more data"
+        )
+
+    def _finish(self, result: Any) -> NoReturn:
+        self._progress.send(Finished(result=result))
+        self._end()
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        lift_cap(self._machine)
+        traceback.print_exception(error)
+        phase = self._progress.phase
+        rank = local_rank()
+        failure = Failure(
+            kind=kind_of_exception(error, phase),
+            message=f"rank {rank} in {phase}: {first_sentence(error)}",
+            phase=phase,
+            rank=rank,
+            peak_memory_bytes=self._meter.peak_memory_bytes(),
+        )
+        self._progress.send(Failed(failure=failure))
+        self._end()
+
+    def _end(self) -> NoReturn:
+        """Ends the process at once: `finally` and `atexit` of the script would save, upload, or wait."""
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        os._exit(0)
+
+
+def seed_generators() -> None:
+    """Has a script that sets no seed begin alike each time; one that does overrules it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+def become_script(start: ScriptStart) -> None:
+    """Runs a script as the interpreter would: its folder first on the path, its arguments, nothing to read."""
+    os.environ.update(start.environment)
+    os.chdir(start.folder)
+    if (socket := os.environ.pop("DS_TUNE_RENDEZVOUS_FD", None)) is not None:
+        os.close(int(socket))  # the script listens on its port
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    arguments = list(start.arguments)
+    if start.local_rank_flag is not None:
+        arguments.insert(0, f"{start.local_rank_flag}={local_rank()}")
+    sys.argv = [start.program, *arguments]
+    if start.is_module:
+        sys.path.insert(0, start.folder)
+        runpy.run_module(start.program, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(start.program).parent))
+        runpy.run_path(start.program, run_name="__main__")
+
+
+def _gloo(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Any]:
+    """Accelerate connects the ranks of DeepSpeed on a CPU with nothing at all."""
+    _, kind = original(*args, **kwargs)
+    return "gloo", kind
+
+
+def main() -> None:
+    progress = Progress(int(os.environ.pop("DS_TUNE_EVENT_FD")))
+    setup = decode_command(sys.stdin.readline())
+    assert isinstance(setup, Setup)
+    workload = setup.context.workload
+    assert isinstance(workload, ScriptWorkload)
+    try:
+        rank = ScriptRank(workload, setup.context.machine, progress)
+    except DsTuneError as error:
+        progress.send(Refused(message=str(error), usage=isinstance(error, UsageError)))
+        return
+    progress.send(Ready())
+    command = decode_command(sys.stdin.readline())
+    assert not isinstance(command, Setup)
+    rank.run(command)
+
+
+if __name__ == "__main__":
+    main()

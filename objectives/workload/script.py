@@ -1,0 +1,240 @@
+"""A person's own training script, as plain values that need no torch.
+
+`objectives.running.launch_line` finds out how it is started, `objectives.rank.script` runs it inside a rank.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ds_tune.objectives.trial import TrialConfig
+
+MICRO_BATCH_FLAGS = (
+    "--per_device_train_batch_size", "--train_micro_batch_size_per_gpu", "--micro_batch_size", "--micro_batch",
+    "--batch_size_per_gpu", "--per_gpu_batch_size", "--train_batch_size", "--batch_size", "--mbs", "--bs",
+)  # fmt: skip
+"""Options by which scripts are told their micro-batch size, the surest first; a dash is as good as an underscore."""
+
+ACCUMULATION_FLAGS = ("--gradient_accumulation_steps", "--grad_accumulation_steps", "--accumulation_steps", "--gas")
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+DS_CONFIG_KEYS = {*BATCH_KEYS, "zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "gradient_clipping"}
+"""A JSON object with any of these is taken for a DeepSpeed configuration."""
+
+MAPPED_KEYS = {
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "zero_optimization.stage": "zero_stage",
+}
+"""Settings of DeepSpeed's that an option of a script may say as well, and the fields of a `TrialConfig` they are."""
+
+TRAINER, ACCELERATE, PLAIN = "Trainer", "Accelerate", "DeepSpeed"
+"""Who owns the training loop, the last one the script itself."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptStart:
+    """What a launcher hands the ranks of a script, and the line that a person types for it."""
+
+    program: str
+    """The script's file, from anywhere; or a module's name."""
+    is_module: bool
+    arguments: tuple[str, ...]
+    """Arguments of the script, without the local rank."""
+    local_rank_flag: str | None
+    """Option that the launcher passes each rank its local rank by."""
+    environment: Mapping[str, str]
+    """Variables that the launcher sets, beside those that every torch launcher does."""
+    folder: str
+    """Folder that it is started in."""
+    launcher: tuple[str, ...]
+    """Words in front of the script in the launch line; none where the line names no launcher."""
+
+    def ds_config_argument(self) -> int | None:
+        """Index of the argument that names a file with a DeepSpeed configuration."""
+        for index, word in enumerate(self.arguments):
+            path = Path(self.folder, word.rpartition("=")[2])
+            if path.suffix == ".json" and read_ds_config(path) is not None:
+                return index
+        return None
+
+    def with_value(self, index: int, value: str) -> Self:
+        """The same with another value in the argument at an index, which may be `--option=value`."""
+        flag, equals, _ = self.arguments[index].rpartition("=")
+        words = (*self.arguments[:index], f"{flag}{equals}{value}", *self.arguments[index + 1 :])
+        return dataclasses.replace(self, arguments=words)
+
+    def with_option(self, flag: str, value: str) -> Self:
+        """The same with an option set to a value, in the place where it is given or at the end."""
+        for index, word in enumerate(self.arguments):
+            if word == flag and index + 1 < len(self.arguments):
+                return self.with_value(index + 1, value)
+            if word.startswith(flag + "="):
+                return self.with_value(index, value)
+        return dataclasses.replace(self, arguments=(*self.arguments, flag, value))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptFacts:
+    """What a run of the script as it stands showed."""
+
+    loop: str
+    """`TRAINER`, `ACCELERATE` or `PLAIN`."""
+    ds_config: Mapping[str, Any]
+    """The DeepSpeed configuration as the person wrote it, values `"auto"` and all."""
+    zero_stage: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    dtype: str
+    parameters: int
+    trainable_parameters: int
+    model: Mapping[str, Any] | None
+    """Configuration of the model in transformers' JSON form; None where it has none."""
+    samples_per_micro_batch: int
+    """Rows of the batches that it fed."""
+    tokens_per_sample: int | None
+    """None where samples differed, or have no tokens."""
+    loader_follows: bool
+    """Its data comes from the loader that DeepSpeed makes, in micro-batches of DeepSpeed's configuration."""
+    micro_batch_flag: str | None = None
+    """Option of the script whose value was the micro-batch size."""
+    accumulation_flag: str | None = None
+    initialized_at: str = ""
+    """File and line of the script that led to `deepspeed.initialize`."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        return cls(**document)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptWorkload:
+    """Training by a person's own script, less what the search decides."""
+
+    kind: ClassVar[str] = "script"
+    start: ScriptStart
+    facts: ScriptFacts | None = None
+    """None before it has run."""
+    mapped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Options that follow a setting of DeepSpeed's, by its key, as the person named them; see `MAPPED_KEYS`."""
+
+    @property
+    def title(self) -> str:
+        return Path(self.start.program).name
+
+    @property
+    def known(self) -> ScriptFacts:
+        """The facts of a script that has run."""
+        assert self.facts is not None
+        return self.facts
+
+    @property
+    def description(self) -> str:
+        facts = self.known
+        model = (facts.model or {}).get("model_type", "a model of its own")
+        count = f"{facts.parameters / 1e6:.1f}M parameters"
+        if facts.trainable_parameters != facts.parameters:
+            count += f" ({facts.trainable_parameters / 1e6:.2f}M trained)"
+        return f"{self.title} ({facts.loop}), {model} {facts.dtype}, {count}"
+
+    @property
+    def dtype(self) -> str:
+        return self.known.dtype
+
+    @property
+    def tokens_per_sample(self) -> int | None:
+        return self.known.tokens_per_sample
+
+    @property
+    def weights_are_loaded(self) -> bool:
+        return True  # whatever the script does about them, their shapes are its own
+
+    @property
+    def base_ds_config(self) -> Mapping[str, Any]:
+        return self.known.ds_config
+
+    @property
+    def ds_config_is_whole(self) -> bool:
+        return True
+
+    @property
+    def fills_in_batch_sizes(self) -> bool:
+        return self.known.loop == TRAINER
+
+    @property
+    def launch_folder(self) -> str:
+        return self.start.folder
+
+    def launch_line(self, launcher: Sequence[str], ranks: int, ds_config: Path, config: TrialConfig) -> list[str]:
+        start = self.started_with(ds_config, config)
+        # Without a launcher of the person's own: what gives ranks no more than they had in the trials.
+        words = list(start.launcher or ("torchrun", "--standalone", "--nproc_per_node", str(ranks)))
+        return [*words, *(["-m"] if start.is_module and not start.launcher else []), start.program, *start.arguments]
+
+    def model_document(self) -> Mapping[str, Any] | None:
+        facts = self.known
+        # The formulas count the states of all parameters.
+        return facts.model if facts.trainable_parameters == facts.parameters else None
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Options that settings are handed to it by, by the fields of a `TrialConfig`."""
+        found = {
+            "micro_batch_size": self.known.micro_batch_flag,
+            "gradient_accumulation_steps": self.known.accumulation_flag,
+        }
+        named = {MAPPED_KEYS[key]: flag for key, flag in self.mapped.items()}
+        return {field: flag for field, flag in found.items() if flag is not None} | named
+
+    @property
+    def batch_follows(self) -> bool:
+        """Whether a micro-batch size can be handed to it: by an option, by `TrainingArguments`, or by the file."""
+        facts = self.known
+        return (
+            facts.loop == TRAINER
+            or facts.loader_follows
+            or "micro_batch_size" in self.flags
+            or (facts.loop == PLAIN and self.start.ds_config_argument() is not None)
+        )
+
+    def started_with(self, ds_config: Path | None, config: TrialConfig) -> ScriptStart:
+        """How it is started under other settings.
+
+        Args:
+            ds_config: the file to read in place of the person's; None to leave that argument as it is.
+        """
+        start = self.start
+        if ds_config is not None and (index := start.ds_config_argument()) is not None:
+            start = start.with_value(index, str(ds_config))
+        for field, flag in self.flags.items():
+            start = start.with_option(flag, str(getattr(config, field)))
+        return start
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        fields = dict(document)
+        start = dict(fields["start"])
+        for name in ("arguments", "launcher"):
+            start[name] = tuple(start[name])
+        fields["start"] = ScriptStart(**start)
+        if fields.get("facts") is not None:
+            fields["facts"] = ScriptFacts.from_json(fields["facts"])
+        return cls(**fields)
+
+
+def read_ds_config(path: Path) -> dict[str, Any] | None:
+    """The DeepSpeed configuration in a file; None where there is no such file, or something else in it."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) and DS_CONFIG_KEYS & set(document) else None

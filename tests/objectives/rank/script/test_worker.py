@@ -1,0 +1,248 @@
+"""Scripts as people write them, run for real on two CPU ranks: what is learned, what reaches them, what is left."""
+
+import dataclasses
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.running import local_launcher
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launch_line import read_launch_line
+from ds_tune.objectives.running.local_launcher import LocalLauncher, LocalRankProcesses
+from ds_tune.objectives.timing.step_plan import StepPlan
+from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
+from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+QUICK = StepPlan(warmup_steps=1, zero3_extra_warmup_steps=0, min_timed_steps=2, max_timed_steps=2)
+MACHINE = Machine(device="cpu", name="the test machine", ranks=2, memory_bytes=8 * GIB)
+
+Objective = Callable[[ScriptWorkload], DeepSpeedObjective]
+
+
+class OneForkServer(LocalLauncher):
+    """A launcher whose fork server serves all tests of this file: imports are paid for once."""
+
+    def launch(self, *, stdout: Path, stderr: Path) -> LocalRankProcesses:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PYTEST_CURRENT_TEST", raising=False)  # else each test has an environment of its own
+            return super().launch(stdout=stdout, stderr=stderr)
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[LocalLauncher]:
+    with OneForkServer(MACHINE, worker="ds_tune.objectives.rank.script.worker") as launcher:
+        yield launcher
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(launcher: LocalLauncher) -> Iterator[None]:
+    """Fails a test that leaves a process behind, beside the fork server and its guard."""
+    yield
+    deadline = time.monotonic() + 5
+    while (left := ranks()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def ranks() -> list[psutil.Process]:
+    """Processes that the fork server has forked and that still run."""
+    children = psutil.Process().children()
+    servers = [child for child in children if local_launcher.FORK_SERVER_MODULE in child.cmdline()]
+    forked = [process for server in servers for process in server.children(recursive=True)]
+    return [process for process in forked if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The person's folder."""
+    folder = tmp_path / "mine"
+    shutil.copytree(SCRIPTS, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def objective(launcher: LocalLauncher, tmp_path: Path) -> Iterator[Objective]:
+    made: list[DeepSpeedObjective] = []
+
+    def make(workload: ScriptWorkload) -> DeepSpeedObjective:
+        made.append(
+            DeepSpeedObjective(
+                workload,
+                MACHINE,
+                launcher=launcher,
+                log_folder=tmp_path / "logs",
+                trial_seconds=300.0,
+                plan=QUICK,
+                fresh_ranks=True,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    (tmp_path / "trial").mkdir()
+    return tmp_path / "trial"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def ignore(phase: str) -> None:
+    pass
+
+
+LINES = {
+    "plain, file": ["own_loop.py", "--deepspeed_config", "ds_cpu.json"],
+    "plain, dict": ["dict_config.py"],
+    "Trainer": [
+        "trainer.py", "--deepspeed", "ds_auto.json", "--per_device_train_batch_size", "2", "--output_dir", "out",
+        "--gradient_accumulation_steps", "4", "--max_steps", "3", "--eval_on_start", "--eval_strategy", "steps",
+        "--eval_steps", "1", "--save_steps", "1", "--report_to", "none",
+    ],
+    "Accelerate": ["accelerate_loop.py", "--gradient_accumulation_steps", "4"],
+}  # fmt: skip
+
+LEARNED = {
+    "plain, file": ("DeepSpeed", 1, 2, 4, None, "own_loop.py:26", "--batch-size", None),
+    "plain, dict": ("DeepSpeed", 1, 4, 2, None, "dict_config.py:17", None, None),
+    "Trainer": (
+        "Trainer", 2, 2, 4, 32, "trainer.py:24", "--per_device_train_batch_size", "--gradient_accumulation_steps",
+    ),
+    "Accelerate": (
+        "Accelerate", 1, 2, 4, 32, "accelerate_loop.py:24", "--per_device_train_batch_size",
+        "--gradient_accumulation_steps",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_script_is_learned_timed_with_other_settings_and_compared_by_its_losses(
+    kind: str, objective: Objective, folder: Path, logs: Path
+) -> None:
+    before = hashes(folder)
+    start, _ = read_launch_line(LINES[kind])
+    facts = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(facts, ScriptFacts), facts
+    assert LEARNED[kind] == (
+        facts.loop, facts.zero_stage, facts.micro_batch_size, facts.gradient_accumulation_steps,
+        facts.tokens_per_sample, facts.initialized_at, facts.micro_batch_flag, facts.accumulation_flag,
+    )  # fmt: skip
+    assert facts.dtype == "fp32"
+    assert facts.parameters == facts.trainable_parameters > 0
+    assert (facts.model is not None) == (facts.tokens_per_sample is not None)
+    workload = ScriptWorkload(start=start, facts=facts)
+    assert workload.batch_follows
+    train = objective(workload)
+    # The rank itself checks that stage, sizes and batches are those of the trial.
+    other = TrialConfig(
+        # Accelerate's `accumulate` is refused where DeepSpeed partitions gradients.
+        zero_stage=0 if kind == "Accelerate" else 3 - facts.zero_stage,
+        micro_batch_size=2 * facts.micro_batch_size,
+        gradient_accumulation_steps=facts.gradient_accumulation_steps // 2,
+    )
+    measured = train.run(other, logs, ignore)
+    assert isinstance(measured, Measurement), measured
+    assert len(measured.step_seconds) == 2
+    assert measured.model_parameters == facts.parameters
+    assert (measured.flops_per_sample > 0) == (facts.model is not None)
+    own = TrialConfig(
+        zero_stage=facts.zero_stage,
+        micro_batch_size=facts.micro_batch_size,
+        gradient_accumulation_steps=facts.gradient_accumulation_steps,
+    )
+    curves = [train.losses(config, logs, ignore) for config in (own, other)]
+    assert not any(isinstance(curve, Failure) for curve in curves), curves
+    if kind != "plain, dict":  # whose loader deals the data out in another order for another size
+        first, second = (curve.losses[0] for curve in curves if not isinstance(curve, Failure))
+        assert math.isclose(first, second, rel_tol=1e-5)
+    assert hashes(folder) == before
+
+
+def test_nothing_is_saved_printed_after_the_end_or_left_running(objective: Objective, folder: Path, logs: Path) -> None:
+    before = hashes(folder)
+    start, _ = read_launch_line(["saves_often.py", "ds_cpu.json"])
+    facts = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(facts, ScriptFacts), facts
+    train = objective(ScriptWorkload(start=start, facts=facts))
+    config = TrialConfig(zero_stage=1, micro_batch_size=2, gradient_accumulation_steps=4)
+    assert isinstance(train.run(config, logs, ignore), Measurement)
+    assert hashes(folder) == before
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and sleeping(folder):
+        time.sleep(0.1)
+    assert not sleeping(folder)
+
+
+def sleeping(folder: Path) -> list[psutil.Process]:
+    """Children that the script has left in its folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.name() == "sleep" and Path(process.cwd()) == folder:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (["broken.py"], "ModuleNotFoundError: No module named 'no_such_package'"),
+        (["never_deepspeed.py"], "it never calls deepspeed.initialize with a model to train"),
+        (["own_loop.py", "--no-such-option"], "it ended with status 2"),
+        (["own_loop.py"], "DeepSpeed requires --deepspeed_config"),
+    ],
+)
+def test_script_that_does_not_train_says_why(
+    line: list[str], sentence: str, objective: Objective, folder: Path, logs: Path
+) -> None:
+    start, _ = read_launch_line(line)
+    failure = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(failure, Failure)
+    assert sentence in failure.message
+
+
+def test_a_trial_that_ends_too_early_says_after_how_many_steps(objective: Objective, folder: Path, logs: Path) -> None:
+    start, _ = read_launch_line(["short.py"])
+    facts = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(facts, ScriptFacts), facts
+    config = TrialConfig(zero_stage=1, micro_batch_size=2, gradient_accumulation_steps=1)
+    plan = dataclasses.replace(QUICK, min_timed_steps=4, max_timed_steps=4)
+    train = objective(ScriptWorkload(start=start, facts=facts))
+    train.plan = plan
+    failure = train.run(config, logs, ignore)
+    assert isinstance(failure, Failure)
+    assert "it ended after 3 optimizer steps, too few to time" in failure.message
+
+
+def test_a_batch_that_does_not_follow_is_found_out(objective: Objective, folder: Path, logs: Path) -> None:
+    start, _ = read_launch_line(["short.py"])
+    facts = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(facts, ScriptFacts), facts
+    workload = ScriptWorkload(start=start, facts=facts)
+    assert not workload.batch_follows
+    failure = objective(workload).run(
+        TrialConfig(zero_stage=1, micro_batch_size=4, gradient_accumulation_steps=1), logs, ignore
+    )
+    assert isinstance(failure, Failure)
+    assert "its batch is 2 where 4 was asked for" in failure.message

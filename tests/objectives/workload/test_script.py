@@ -1,0 +1,126 @@
+"""A training script as plain values: where its settings are, and how it is launched with others."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload.script import ACCELERATE, PLAIN, TRAINER, ScriptFacts, ScriptStart, ScriptWorkload
+
+CONFIG = TrialConfig(zero_stage=2, micro_batch_size=8, gradient_accumulation_steps=1)
+AUTO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    "zero_optimization": {"stage": 1, "overlap_comm": True},
+    "autotuning": {"enabled": True},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    (tmp_path / "model.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return tmp_path
+
+
+def workload(folder: Path, *arguments: str, loop: str = PLAIN, **facts: Any) -> ScriptWorkload:
+    start = ScriptStart(
+        program=str(folder / "train.py"), is_module=False, arguments=arguments, local_rank_flag=None, environment={},
+        folder=str(folder), launcher=(),
+    )  # fmt: skip
+    known = {
+        "ds_config": {}, "zero_stage": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 4, "dtype": "bf16",
+        "parameters": 100, "trainable_parameters": 100, "model": {"model_type": "gpt2"}, "samples_per_micro_batch": 2,
+        "tokens_per_sample": 32, "loader_follows": False, **facts,
+    }  # fmt: skip
+    return ScriptWorkload(start=start, facts=ScriptFacts(loop=loop, **known))
+
+
+@pytest.mark.parametrize("arguments", [("--config", "model.json", "--ds", "ds.json"), ("--ds=ds.json",)])
+def test_deepspeed_file_is_found_among_the_arguments_and_replaced(arguments: tuple[str, ...], folder: Path) -> None:
+    start = workload(folder, *arguments).started_with(Path("/tmp/other.json"), CONFIG)
+    assert start.arguments[-1].rpartition("=")[2] == "/tmp/other.json"
+    assert start.arguments[:-1] == arguments[:-1]
+
+
+def test_a_file_that_is_no_deepspeed_configuration_stays(folder: Path) -> None:
+    script = workload(folder, "--config", "model.json", "--data", "missing.json")
+    assert script.started_with(Path("/tmp/other.json"), CONFIG) == script.start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--bs", "2", "x"), ("--bs", "8", "x")),
+        (("--bs=2",), ("--bs=8",)),
+        (("x",), ("x", "--bs", "8")),
+    ],
+)
+def test_option_of_the_batch_size_is_set_where_it_stands_or_added(
+    arguments: tuple[str, ...], expected: tuple[str, ...], folder: Path
+) -> None:
+    script = workload(folder, *arguments, micro_batch_flag="--bs")
+    assert script.started_with(None, CONFIG).arguments == expected
+
+
+def test_option_named_by_the_person_goes_before_the_one_that_was_found(folder: Path) -> None:
+    mapped = {"train_micro_batch_size_per_gpu": "--rows", "zero_optimization.stage": "--zero"}
+    script = dataclasses.replace(workload(folder, micro_batch_flag="--bs"), mapped=mapped)
+    assert script.flags == {"micro_batch_size": "--rows", "zero_stage": "--zero"}
+    assert script.started_with(None, CONFIG).arguments == ("--rows", "8", "--zero", "2")
+
+
+def test_batch_size_follows_by_option_file_loader_or_trainer(folder: Path) -> None:
+    assert not workload(folder).batch_follows
+    assert not workload(folder, "ds.json", loop=ACCELERATE).batch_follows
+    assert workload(folder, "ds.json").batch_follows
+    assert workload(folder, loader_follows=True).batch_follows
+    assert workload(folder, micro_batch_flag="--bs").batch_follows
+    assert workload(folder, loop=TRAINER).batch_follows
+
+
+def test_trainer_keeps_its_auto_values_and_others_get_numbers(folder: Path) -> None:
+    kept = deepspeed_config(CONFIG, workload(folder, loop=TRAINER, ds_config=AUTO), ranks=2, device="cuda")
+    assert kept == {
+        key: value if key != "zero_optimization" else {"stage": 2, "overlap_comm": True}
+        for key, value in AUTO.items()
+        if key != "autotuning"
+    }
+    laid = deepspeed_config(CONFIG, workload(folder, ds_config=AUTO), ranks=2, device="cuda")
+    assert (laid["train_micro_batch_size_per_gpu"], laid["train_batch_size"]) == (8, 16)
+    assert AUTO["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+
+
+def test_concrete_batch_sizes_of_a_trainer_s_file_follow(folder: Path) -> None:
+    written = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto"}
+    laid = deepspeed_config(CONFIG, workload(folder, loop=TRAINER, ds_config=written), ranks=2, device="cuda")
+    assert laid["train_micro_batch_size_per_gpu"] == 8
+    assert laid["gradient_accumulation_steps"] == "auto"
+    assert "train_batch_size" not in laid
+
+
+def test_nothing_of_ds_tune_s_own_is_added(folder: Path) -> None:
+    assert set(deepspeed_config(CONFIG, workload(folder), ranks=2, device="cpu")) == {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
+    }  # fmt: skip
+
+
+def test_launch_line_is_the_person_s_with_the_settings_in_it(folder: Path) -> None:
+    script = workload(folder, "--ds", "ds.json", micro_batch_flag="--bs")
+    start = dataclasses.replace(script.start, launcher=("deepspeed", "--num_gpus", "2"))
+    own = dataclasses.replace(script, start=start)
+    ending = [str(folder / "train.py"), "--ds", "best.json", "--bs", "8"]
+    assert own.launch_line(["deepspeed"], 2, Path("best.json"), CONFIG) == ["deepspeed", "--num_gpus", "2", *ending]
+    without = script.launch_line(["deepspeed"], 2, Path("best.json"), CONFIG)
+    assert without == ["torchrun", "--standalone", "--nproc_per_node", "2", *ending]
+
+
+def test_partly_trained_model_has_no_formulas(folder: Path) -> None:
+    assert workload(folder).model_document() == {"model_type": "gpt2"}
+    assert workload(folder, trainable_parameters=3).model_document() is None

@@ -1,0 +1,5 @@
+"""Fails before it trains, as scripts do."""
+
+import no_such_package
+
+no_such_package.train()

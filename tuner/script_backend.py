@@ -1,0 +1,128 @@
+"""Backend of a person's own training script: how it is started, what it trains, and what of it can be changed."""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
+from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.launch_line import read_launch_line
+from ds_tune.objectives.running.local_launcher import LocalLauncher
+from ds_tune.objectives.trial import Failure, TrialConfig
+from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
+from ds_tune.tuner.backend import DEFAULTS, Backend, training_objectives
+from ds_tune.tuner.request import TuneRequest
+from ds_tune.tuner.space import Limits, Space, study_space
+
+SCRIPT_WORKER = "ds_tune.objectives.rank.script.worker"
+
+ScriptLauncher = functools.partial(LocalLauncher, worker=SCRIPT_WORKER)
+
+
+def scripted(request: TuneRequest) -> Backend:
+    """Runs the script as it stands for a few steps, and so finds out what it trains.
+
+    Raises:
+        UsageError: the line launches no script, or the script does not train under DeepSpeed.
+        EnvironmentFault: the machine does not say what it has.
+    """
+    start, ranks = read_launch_line(request.script)
+    machine = detect_machine(
+        gpus=request.gpus if request.gpus is not None else ranks,
+        cpu_ranks=request.ranks or ranks or DEFAULT_CPU_RANKS,
+        memory_cap_bytes=request.memory_cap_bytes,
+    )
+    if ranks is not None and machine.ranks != ranks:
+        raise UsageError(f"the launch line starts {ranks} ranks, and {machine.ranks} were asked for; leave one out")
+    workload = ScriptWorkload(start=start, mapped=request.mapped)
+    workload = dataclasses.replace(workload, facts=_learned(workload, machine, request))
+    own = _own(workload.known)
+    limits = _limits(request, own, machine)
+    fixed = None if workload.batch_follows else _of_micro_batch(own, request, limits, workload, machine)
+    return Backend(
+        machine=machine,
+        workload=workload,
+        limits=limits,
+        objectives=training_objectives(request, workload, machine, ScriptLauncher, fresh_ranks=True),
+        verifies=True,
+        restricted_to=fixed,
+        own=own,
+        notes=_notes(workload, own, limits, machine, is_fixed=fixed is not None),
+    )
+
+
+def _learned(workload: ScriptWorkload, machine: Machine, request: TuneRequest) -> ScriptFacts:
+    with tempfile.TemporaryDirectory(prefix="ds-tune-first-run-") as folder, ScriptLauncher(machine) as launcher:
+        objective = DeepSpeedObjective(
+            workload, machine, launcher=launcher, log_folder=Path(folder), trial_seconds=request.trial_seconds,
+            fresh_ranks=True,
+        )  # fmt: skip
+        try:
+            learned = objective.learn(Path(folder))
+        finally:
+            objective.close()
+    if isinstance(learned, Failure):
+        said = learned.message.partition(": ")[2] or learned.message
+        tail = f"\nwhat it wrote last:\n{learned.log_tail}" if learned.log_tail else ""
+        raise UsageError(f"{workload.title} does not train as it stands ({learned.phase}): {said}{tail}")
+    if learned.samples_per_micro_batch != learned.micro_batch_size:
+        raise UsageError(
+            f"{workload.title} feeds {learned.samples_per_micro_batch} samples a micro-step where its DeepSpeed "
+            f"configuration says {learned.micro_batch_size}; make the two agree, for what it trains is not known"
+        )
+    return learned
+
+
+def _own(facts: ScriptFacts) -> TrialConfig:
+    return TrialConfig(
+        zero_stage=facts.zero_stage,
+        micro_batch_size=facts.micro_batch_size,
+        gradient_accumulation_steps=facts.gradient_accumulation_steps,
+    )
+
+
+def _limits(request: TuneRequest, own: TrialConfig, machine: Machine) -> Limits:
+    """The script's own global batch is its training: it is held, unless it may go."""
+    defaults = DEFAULTS[machine.device]
+    limits = request.limits(
+        machine.ranks,
+        max_micro_batch=max(defaults.max_micro_batch, own.micro_batch_size),
+        max_global_batch=max(defaults.max_samples_per_rank * machine.ranks, own.global_batch_size(machine.ranks)),
+    )
+    if request.free_batch or request.max_global_batch is not None or request.global_batch is not None:
+        return limits
+    return dataclasses.replace(limits, global_batch=own.global_batch_size(machine.ranks))
+
+
+def _of_micro_batch(
+    own: TrialConfig, request: TuneRequest, limits: Limits, workload: ScriptWorkload, machine: Machine
+) -> Sequence[TrialConfig]:
+    """The configurations with the script's own micro-batch size."""
+    space: Space = study_space(limits, preset="core", allowed=request.allowed, workload=workload, machine=machine)
+    return [config for config in space.legal if config.micro_batch_size == own.micro_batch_size]
+
+
+def _notes(
+    workload: ScriptWorkload, own: TrialConfig, limits: Limits, machine: Machine, *, is_fixed: bool
+) -> list[str]:
+    """What was recognised."""
+    facts, samples = workload.known, own.global_batch_size(machine.ranks)
+    batch = f"{own.micro_batch_size} × {own.gradient_accumulation_steps} × {machine.ranks} = {samples} samples a step"
+    lines = [
+        f"{workload.description}; as it stands ZeRO-{own.zero_stage}, {batch}. DeepSpeed at {facts.initialized_at}."
+    ]
+    reached = [f"{flag}" for flag in workload.flags.values()]
+    if workload.start.ds_config_argument() is not None:
+        reached.insert(0, "its DeepSpeed file")
+    lines.append(f"Settings reach it by {', '.join(reached) or 'its call of deepspeed.initialize'}.")
+    if is_fixed:
+        lines.append(
+            f"Its micro-batch size stays {own.micro_batch_size}: no option of it was found that sets it; name one with "
+            "`map=train_micro_batch_size_per_gpu=--OPTION`."
+        )
+    held = f"The global batch is held at {limits.global_batch}; `free_batch` lets it go." if limits.global_batch else ""
+    lines.append(f"Left out of trials: checkpoints, trackers, uploads and evaluation. {held}".strip())
+    return lines
