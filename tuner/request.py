@@ -143,7 +143,7 @@ class SearchRequest:
 
     def given(self, names: Sequence[str]) -> list[str]:
         """Returns the named fields that were given, in backticks; none of them may have a default of its own."""
-        return [f"`{name}`" for name in names if getattr(self, name) not in (None, False, ())]
+        return [f"`{name}`" for name in names if not any(getattr(self, name) is each for each in (None, False, ()))]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
