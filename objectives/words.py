@@ -15,6 +15,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
+def plain(value: Any) -> str:
+    """The same, but a short text as it stands, without quotes: for what a person typed."""
+    is_short = isinstance(value, str) and value.isprintable() and len(value) <= MOST_SHOWN
+    return value if is_short else shown(value)
+
+
 def counted(count: int, noun: str) -> str:
     """A count and its noun, in the plural unless there is one."""
     return f"1 {noun}" if count == 1 else f"{count} {noun}s"

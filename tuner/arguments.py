@@ -14,7 +14,7 @@ from ds_tune.objectives.cost_model.hardware import CATALOGUE
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
-from ds_tune.objectives.words import MOST_SHOWN, shown
+from ds_tune.objectives.words import plain
 from ds_tune.objectives.workload.huggingface import DTYPES, SHIPPED_MODELS
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.storage.urls import masked
@@ -84,8 +84,7 @@ def _whole(text: str, words: str, *, least: int | None = None) -> int:
     except ValueError:
         value = None
     if value is None or (least is not None and value < least):
-        short = text if text.isprintable() and len(text) <= MOST_SHOWN else shown(text)
-        raise argparse.ArgumentTypeError(f"{short} is not {words}")
+        raise argparse.ArgumentTypeError(f"{plain(text)} is not {words}")
     return value
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.trial import KNOBS
-from ds_tune.objectives.words import shown
+from ds_tune.objectives.words import plain, shown
 from ds_tune.objectives.workload.huggingface import DTYPES
 from ds_tune.objectives.workload.script import MAPPED_KEYS
 from ds_tune.storage.layout import DEFAULT_RESULTS
@@ -117,7 +117,7 @@ class SearchRequest:
         check_choice("preset", self.preset, PRESETS)
         for word in self.allow:
             if word not in NUMERICS:
-                raise UsageError(f"`allow={word}`: what can be allowed is {', '.join(NUMERICS)}")
+                raise UsageError(f"`allow={plain(word)}`: what can be allowed is {', '.join(NUMERICS)}")
         if self.max_global_batch is not None and self.global_batch is not None:
             raise UsageError("`global_batch` does not go with `max_global_batch`; leave out one")
         if self.space is not None and self.preset is not None:
@@ -307,7 +307,7 @@ def request_of(values: Mapping[str, Any]) -> TuneRequest:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"is `{near[0]}` meant?" if near else f"there are {', '.join(known)}"
-            raise UsageError(f"there is no field `{name}`; {hint}")
+            raise UsageError(f"there is no field `{plain(name)}`; {hint}")
     if values.get("more") is not None and "trials" in values:
         raise UsageError("`trials` does not go with `more`; leave out one")
     return TuneRequest(**as_fields(values))
@@ -364,7 +364,7 @@ def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
         UsageError: the field has a value that is none of the choices.
     """
     if value is not None and value not in choices:
-        raise UsageError(f"`{name}={value}` is none of {', '.join(choices)}")
+        raise UsageError(f"`{name}={plain(value)}` is none of {', '.join(choices)}")
 
 
 def parse_memory(text: str) -> int:
@@ -376,5 +376,5 @@ def parse_memory(text: str) -> int:
     match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     size = float(match[1]) * _UNIT_BYTES[(match[2] or "GiB").lower()] if match is not None else 0.0
     if size < 1 or not math.isfinite(size):
-        raise UsageError(f"`memory_cap={text}`: write a size such as 24GiB or 512MiB")
+        raise UsageError(f"`memory_cap={plain(text)}`: write a size such as 24GiB or 512MiB")
     return int(size)

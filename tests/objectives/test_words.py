@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ds_tune.objectives.words import counted, shown
+from ds_tune.objectives.words import counted, plain, shown
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,13 @@ from ds_tune.objectives.words import counted, shown
 )
 def test_a_wrong_value_is_shown_in_a_short_line(value: Any, words: str) -> None:
     assert shown(value) == words
+
+
+def test_what_a_person_typed_has_no_quotes_unless_it_is_long_or_unprintable() -> None:
+    assert plain("24 lots") == "24 lots"
+    assert plain("x" * 61) == shown("x" * 61)
+    assert plain("\x1b[31m") == shown("\x1b[31m")
+    assert plain(7) == "7"
 
 
 def test_only_one_is_in_the_singular() -> None:
