@@ -213,6 +213,8 @@ def _parse(path: Path) -> Mapping[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
         said = " ".join(str(getattr(error, "problem", None) or error).split())
+        if "int_max_str_digits" in said:  # Python reads no integer of more than 4,300 digits
+            said = "a number in it has thousands of digits"
         raise _refusal(path, f"not {language}: {said}{where}") from None
     if not isinstance(document, Mapping) or not document:
         raise _refusal(path, "it says nothing; list fields under search or fixed")
