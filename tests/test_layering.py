@@ -26,6 +26,7 @@ SPELLS_OPTIONS = {
     Path("objectives/rank/train.py"),
     Path("tuner/reports/export.py"),
     Path("objectives/running/launch_line.py"),
+    Path("objectives/workload/accelerate_launcher.py"),
     Path("objectives/workload/huggingface.py"),
     Path("objectives/workload/script.py"),
 }

@@ -129,6 +129,8 @@ def launch(arguments: argparse.Namespace) -> int:
         raise UsageError(f"the winner in {arguments.results} is of {summary.provenance.value} figures: nothing was run")
     if not command.exists():
         raise UsageError(f"{command} is missing; tune export writes it again")
+    if by_hand := summary.workload.by_hand(summary.best.config):
+        raise UsageError(f"the launch line alone does not train with the winner. {' '.join(by_hand)}")
     folder = summary.workload.launch_folder
     if folder is not None:
         try:

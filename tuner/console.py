@@ -192,6 +192,9 @@ class Console:
         for line in forecast_lines(report):
             self.say(line)
         self.say(total_words(summary))
+        if best is not None:
+            for line in summary.workload.by_hand(best.config):
+                self.say(line)
         if written:
             self.say("Written:")
             for path in written:

@@ -5,6 +5,7 @@ import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
@@ -12,7 +13,8 @@ from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.trial import Failure, TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload, read_ds_config
+from ds_tune.tuner.autotuning_block import with_autotuning_block
 from ds_tune.tuner.backend import DEFAULTS, Backend, training_objectives
 from ds_tune.tuner.request import TuneRequest
 from ds_tune.tuner.space import Limits, Space, study_space
@@ -37,6 +39,7 @@ def scripted(request: TuneRequest) -> Backend:
     )
     if ranks is not None and machine.ranks != ranks:
         raise UsageError(f"the launch line starts {ranks} ranks, and {machine.ranks} were asked for; leave one out")
+    request, said = with_autotuning_block(request, _autotuning_block(start))
     workload = ScriptWorkload(start=start, mapped=request.mapped)
     workload = dataclasses.replace(workload, facts=_learned(workload, machine, request))
     own = _own(workload.known)
@@ -50,8 +53,16 @@ def scripted(request: TuneRequest) -> Backend:
         verifies=True,
         restricted_to=fixed,
         own=own,
-        notes=_notes(workload, own, limits, machine, is_fixed=fixed is not None),
+        notes=[*_notes(workload, own, limits, machine, is_fixed=fixed is not None), *said],
     )
+
+
+def _autotuning_block(start: ScriptStart) -> Any:
+    index = start.ds_config_argument()
+    if index is None:
+        return None
+    document = read_ds_config(Path(start.folder, start.arguments[index].rpartition("=")[2]))
+    return (document or {}).get("autotuning")
 
 
 def _learned(workload: ScriptWorkload, machine: Machine, request: TuneRequest) -> ScriptFacts:

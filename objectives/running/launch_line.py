@@ -116,7 +116,22 @@ def _captured(words: Sequence[str]) -> tuple[ScriptStart, int]:
         raise UsageError(
             f"the line starts {nodes} ranks, {len(ranks)} of them here: ds-tune tunes on one machine; leave out others"
         )
+    _check_devices(ranks[0]["environment"].get("CUDA_VISIBLE_DEVICES"), len(ranks))
     return _start_of(ranks[0], words), len(ranks)
+
+
+def _check_devices(chosen: str | None, ranks: int) -> None:
+    """
+    Raises:
+        UsageError: the launcher gave its ranks other GPUs than the first that are visible here.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = visible.split(",")[:ranks] if visible else [str(index) for index in range(ranks)]
+    if chosen not in (None, visible, ",".join(first)):
+        raise UsageError(
+            f"the launch line chooses the GPUs {chosen}: write CUDA_VISIBLE_DEVICES={chosen} in front of the command, "
+            "and leave that choice out"
+        )
 
 
 def _run(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str:

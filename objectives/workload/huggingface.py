@@ -104,6 +104,12 @@ class HuggingFaceWorkload:
             words += ["--knob", f"{knob}={value}"]
         return [*words, "--deepspeed", "--deepspeed_config", str(ds_config)]
 
+    def extra_files(self, config: TrialConfig) -> dict[str, str]:
+        return {}
+
+    def by_hand(self, config: TrialConfig) -> list[str]:
+        return []
+
     def _training_words(self) -> list[str]:
         """Program and arguments that train it under DeepSpeed's launcher."""
         words = ["--module", TRAINING_MODULE, "--model", self.model, "--seq-len", str(self.seq_len)]

@@ -64,6 +64,12 @@ class WorkloadKind(Protocol):
             ds_config: file with what of the configuration DeepSpeed's own says.
         """
 
+    def extra_files(self, config: TrialConfig) -> dict[str, str]:
+        """Texts of files that the launch line reads beside DeepSpeed's configuration, by their names in its folder."""
+
+    def by_hand(self, config: TrialConfig) -> list[str]:
+        """Sentences on what of a configuration the launch line cannot say, and has to be written into the code."""
+
     def model_document(self) -> Mapping[str, Any] | None:
         """Configuration of the model in transformers' JSON form; None where it has none.
 

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload.accelerate_launcher import (
+    OPTIMAL_YAML,
+    config_file,
+    is_accelerate,
+    tuned_launcher,
+    tuned_yaml,
+)
 
 MICRO_BATCH_FLAGS = (
     "--per_device_train_batch_size", "--train_micro_batch_size_per_gpu", "--micro_batch_size", "--micro_batch",
@@ -175,7 +182,38 @@ class ScriptWorkload:
         start = self.started_with(ds_config, config)
         # Without a launcher of the person's own: what gives ranks no more than they had in the trials.
         words = list(start.launcher or ("torchrun", "--standalone", "--nproc_per_node", str(ranks)))
+        if self._launcher_decides:
+            words = tuned_launcher(words, ds_config.parent, config)
         return [*words, *(["-m"] if start.is_module and not start.launcher else []), start.program, *start.arguments]
+
+    @property
+    def _launcher_decides(self) -> bool:
+        """Whether it is `accelerate launch` that turns DeepSpeed on, with settings of its own and no file."""
+        environment = self.start.environment
+        return (
+            is_accelerate(self.start.launcher)
+            and environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
+            and "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in environment
+        )
+
+    def extra_files(self, config: TrialConfig) -> dict[str, str]:
+        index = config_file(self.start.launcher) if self._launcher_decides else None
+        if index is None:
+            return {}
+        path = Path(self.start.folder, self.start.launcher[index].rpartition("=")[2])
+        return {OPTIMAL_YAML: tuned_yaml(path.read_text(), config)} if path.is_file() else {}
+
+    def by_hand(self, config: TrialConfig) -> list[str]:
+        facts, lines = self.known, []
+        reaches = self.start.ds_config_argument() is not None or (self._launcher_decides and not config.knobs_on)
+        if not reaches:
+            where = facts.initialized_at
+            lines.append(f"Put ds_config_optimal.json in the place of the DeepSpeed settings that reach {where}.")
+        missing = {"micro_batch_size", "gradient_accumulation_steps"} - set(self.flags)
+        if facts.loop == TRAINER and missing:
+            values = f"{config.micro_batch_size}, gradient_accumulation_steps={config.gradient_accumulation_steps}"
+            lines.append(f"Write TrainingArguments(per_device_train_batch_size={values}).")
+        return lines
 
     def model_document(self) -> Mapping[str, Any] | None:
         facts = self.known

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -18,7 +19,15 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "mine"
     folder.mkdir()
-    for name in ("own_loop.py", "trainer.py", "ds_cpu.json", "ds_auto.json", "never_deepspeed.py"):
+    for name in (
+        "own_loop.py",
+        "trainer.py",
+        "ds_cpu.json",
+        "ds_auto.json",
+        "never_deepspeed.py",
+        "accelerate.yaml",
+        "accelerate_yaml.py",
+    ):
         shutil.copy(SCRIPTS / name, folder)
     return folder
 
@@ -106,6 +115,29 @@ def test_contradictions_are_refused_in_a_sentence(words: list[str], sentence: st
     assert done.stderr.startswith("ds-tune: ")
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_yaml_of_accelerate_follows_the_winner(folder: Path) -> None:
+    before = hashes(folder)
+    line = ["accelerate", "launch", "--config_file", "accelerate.yaml", "accelerate_yaml.py"]
+    done = tune(folder, "--trials", "2", "--no-verify", "--", *line)
+    assert done.returncode == 0, done.stderr
+    assert hashes(folder) == before
+    results = folder.parent / "results"
+    first, second = json.loads((results / "summary.json").read_text())["trials"]
+    assert (first["name"], second["state"]) == ("z1_gas2_tmbspg2", "complete")
+    best = json.loads((results / "summary.json").read_text())["best"]["config"]
+    written = yaml.safe_load((results / "accelerate_optimal.yaml").read_text())
+    own = yaml.safe_load((folder / "accelerate.yaml").read_text())
+    changed = {key: best[key] for key in ("zero_stage", "gradient_accumulation_steps")}
+    assert written == {**own, "deepspeed_config": {**own["deepspeed_config"], **changed}}
+    words = shlex.split((results / "cmd_optimal.txt").read_text())
+    assert words[words.index("accelerate") :] == [
+        *line[:3], str(results / "accelerate_optimal.yaml"), str(folder / "accelerate_yaml.py"),
+        "--per_device_train_batch_size", str(best["micro_batch_size"]),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

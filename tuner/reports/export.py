@@ -200,9 +200,13 @@ def export(report: Report, folder: ResultsFolder) -> list[Path]:
         return written
     optimal = deepspeed_config(best.config, summary.workload, ranks=best.machine.ranks, device=best.machine.device)
     write_json(folder.optimal_config, optimal)
+    extra = summary.workload.extra_files(best.config)
+    for name, text in extra.items():
+        write_atomically(folder.root / name, text)
     command = training_command(summary.workload, best.machine, folder.optimal_config, best.config)
-    write_atomically(folder.optimal_command, _origin(summary) + shell_line(command, best.machine))
-    return [folder.optimal_config, folder.optimal_command, *written]
+    by_hand = "".join(f"# {line}\n" for line in summary.workload.by_hand(best.config))
+    write_atomically(folder.optimal_command, _origin(summary) + by_hand + shell_line(command, best.machine))
+    return [folder.optimal_config, folder.optimal_command, *(folder.root / name for name in extra), *written]
 
 
 def _origin(summary: StudySummary) -> str:

@@ -57,6 +57,13 @@ def test_a_launcher_is_asked_what_it_hands_its_ranks(name: str, folder: Path) ->
     assert {path.name for path in folder.iterdir()} == {"own_loop.py", "ds_cpu.json"}
 
 
+def test_gpus_chosen_by_a_launcher_are_to_be_chosen_for_ds_tune_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UsageError, match="write CUDA_VISIBLE_DEVICES=2,3 in front of the command"):
+        read_launch_line(["deepspeed", "--include", "localhost:2,3", "own_loop.py"])
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

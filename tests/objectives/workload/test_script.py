@@ -121,6 +121,14 @@ def test_launch_line_is_the_person_s_with_the_settings_in_it(folder: Path) -> No
     assert without == ["torchrun", "--standalone", "--nproc_per_node", "2", *ending]
 
 
+def test_what_the_launch_line_cannot_say_is_said_to_be_written_by_hand(folder: Path) -> None:
+    assert workload(folder, "ds.json").by_hand(CONFIG) == []
+    [line] = workload(folder, initialized_at="train.py:7").by_hand(CONFIG)
+    assert line == "Put ds_config_optimal.json in the place of the DeepSpeed settings that reach train.py:7."
+    [line] = workload(folder, "ds.json", loop=TRAINER).by_hand(CONFIG)
+    assert line == "Write TrainingArguments(per_device_train_batch_size=8, gradient_accumulation_steps=1)."
+
+
 def test_partly_trained_model_has_no_formulas(folder: Path) -> None:
     assert workload(folder).model_document() == {"model_type": "gpt2"}
     assert workload(folder, trainable_parameters=3).model_document() is None

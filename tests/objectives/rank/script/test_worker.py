@@ -118,6 +118,11 @@ LINES = {
         "--gradient_accumulation_steps", "4", "--max_steps", "3", "--eval_on_start", "--eval_strategy", "steps",
         "--eval_steps", "1", "--save_steps", "1", "--report_to", "none",
     ],
+    "Trainer in code": ["in_code.py"],
+    "trl": [
+        "sft.py", "--deepspeed", "ds_auto.json", "--output_dir", "out", "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "2", "--max_length", "32", "--bf16", "false",
+    ],
     "Accelerate": ["accelerate_loop.py", "--gradient_accumulation_steps", "4"],
 }  # fmt: skip
 
@@ -126,6 +131,10 @@ LEARNED = {
     "plain, dict": ("DeepSpeed", 1, 4, 2, None, "dict_config.py:17", None, None),
     "Trainer": (
         "Trainer", 2, 2, 4, 32, "trainer.py:24", "--per_device_train_batch_size", "--gradient_accumulation_steps",
+    ),
+    "Trainer in code": ("Trainer", 1, 2, 2, 32, "in_code.py:31", None, None),
+    "trl": (
+        "Trainer", 2, 2, 2, 32, "sft.py:22", "--per_device_train_batch_size", "--gradient_accumulation_steps",
     ),
     "Accelerate": (
         "Accelerate", 1, 2, 4, 32, "accelerate_loop.py:24", "--per_device_train_batch_size",
@@ -147,7 +156,8 @@ def test_script_is_learned_timed_with_other_settings_and_compared_by_its_losses(
         facts.tokens_per_sample, facts.initialized_at, facts.micro_batch_flag, facts.accumulation_flag,
     )  # fmt: skip
     assert facts.dtype == "fp32"
-    assert facts.parameters == facts.trainable_parameters > 0
+    assert facts.parameters >= facts.trainable_parameters > 0
+    assert (facts.parameters > 10 * facts.trainable_parameters) == (kind == "Trainer in code")  # LoRA
     assert (facts.model is not None) == (facts.tokens_per_sample is not None)
     workload = ScriptWorkload(start=start, facts=facts)
     assert workload.batch_follows
@@ -163,7 +173,7 @@ def test_script_is_learned_timed_with_other_settings_and_compared_by_its_losses(
     assert isinstance(measured, Measurement), measured
     assert len(measured.step_seconds) == 2
     assert measured.model_parameters == facts.parameters
-    assert (measured.flops_per_sample > 0) == (facts.model is not None)
+    assert (measured.flops_per_sample > 0) == (workload.model_document() is not None)
     own = TrialConfig(
         zero_stage=facts.zero_stage,
         micro_batch_size=facts.micro_batch_size,
