@@ -169,7 +169,9 @@ REFUSED = {
         f"[search]\nmicro_batch_size = {{min = 1, max = 1{'0' * 400}, factor = 2}}\n",
         "search.micro_batch_size.max takes whole numbers below 2^63",
     ),
-    "a number of 5000 digits": (f"[fixed]\nmicro_batch_size = 1{'0' * 5000}\n", "not TOML: a number in it has thousands of digits"),
+    "a number of 5000 digits": (
+        f"[fixed]\nmicro_batch_size = 1{'0' * 5000}\n", "not TOML: a number in it has thousands of digits",
+    ),
     "tables in tables": (f"[fixed]\ncompile = {'[' * 5000}", "not TOML for a space: it is nested too deeply"),
     "a word of two lines": ("[fixed]\ncompile = 'off\\n'\n".replace("'", '"'), "compile is one of off, blocks"),
     "a knob without a meaning": (
