@@ -205,7 +205,7 @@ def study(make: Callable[[np.random.Generator], Slowdown], seed: int) -> Result:
 
 
 def row(name: str, results: list[Result]) -> dict[str, str | float]:
-    """Provenance of one kind of noise."""
+    """Figures of one kind of noise."""
     covered = [result.covered for result in results if result.covered is not None]
     losses = [result.loss for result in results]
     return {

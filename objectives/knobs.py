@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from ds_tune.objectives.words import shown
+
 Scalar: TypeAlias = int | str
 
 
@@ -38,6 +40,19 @@ class KnobContext:
     """Its weights are loaded, so that their shapes are given."""
     states_share: float = 0.0
     """Fraction of a rank's memory that parameters and optimizer states take under ZeRO-1; 0 where it is not known."""
+
+
+def whole_number(field: str, value: Any) -> int:
+    """Returns a value that is a whole number.
+
+    Raises:
+        ValueError: it is none, or more than any setting can be.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{field} takes whole numbers, not {shown(value)}")
+    if abs(value) >= 2**63:
+        raise ValueError(f"{field} takes whole numbers below 2^63")
+    return value
 
 
 Applies: TypeAlias = Callable[[Mapping[str, Any], KnobContext], bool]
@@ -72,6 +87,21 @@ class Knob:
     def usual(self, context: KnobContext) -> tuple[Scalar, ...]:
         """Values that the preset `speed` has of it here."""
         return self.speed if self.pays(context) else ()
+
+    def checked(self, field: str, value: Any) -> Scalar:
+        """Returns a value that a person or a file gave, if the knob can have it.
+
+        Raises:
+            ValueError: it cannot; the text says what it can have.
+        """
+        if isinstance(self.off, int):
+            number = whole_number(field, value)
+            if number < 0:
+                raise ValueError(f"{field} is 0 for off, or more, not {number}")
+            return number
+        if not isinstance(value, str) or value not in (self.off, *self.values):
+            raise ValueError(f"{field} is one of {', '.join(map(str, (self.off, *self.values)))}, not {shown(value)}")
+        return value
 
     def words(self, value: Scalar) -> str:
         """A value in a configuration's name, large counts as DeepSpeed's autotuner writes them."""

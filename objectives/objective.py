@@ -12,7 +12,7 @@ OnPhase: TypeAlias = Callable[[str], None]
 
 
 class Objective(Protocol):
-    """Backend a configuration with an outcome: by running it, by a cost model, or from a recording."""
+    """Answers a configuration with an outcome: by running it, by a cost model, or from a recording."""
 
     @property
     def provenance(self) -> Provenance:
@@ -36,7 +36,7 @@ class Objective(Protocol):
         *,
         best_samples_per_second: float | None = None,
     ) -> Outcome:
-        """Backend one configuration.
+        """Answers one configuration.
 
         Args:
             folder: exists; whatever files the trial makes are there.

@@ -295,7 +295,7 @@ Outcome: TypeAlias = Measurement | Failure
 
 
 class Provenance(enum.StrEnum):
-    """Where the figures of outcomes come from. Provenance of different kinds are never mixed, and those that were not
+    """Where the figures of outcomes come from. Figures of different kinds are never mixed, and those that were not
     measured carry the word wherever they are shown."""
 
     MEASURED = "measured"

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import optuna
+
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC
 from ds_tune.objectives.trial import Provenance
@@ -62,4 +64,17 @@ def differences(stored: Any, present: Any, path: str = "") -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and value.startswith('{"name": '):
+        return _values_words(value)
     return "none" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
+
+
+def _values_words(text: str) -> str:
+    """The values of a dimension of a space, which is stored as Optuna writes it."""
+    match optuna.distributions.json_to_distribution(text):
+        case optuna.distributions.IntDistribution(low=low, high=high):
+            return f"{low} to {high}"
+        case optuna.distributions.CategoricalDistribution(choices=choices):
+            return " or ".join(map(str, choices))
+        case other:
+            return str(other)

@@ -19,6 +19,7 @@ from ds_tune.objectives.trial import (
     TrialConfig,
     outcome_from_json,
 )
+from ds_tune.objectives.words import counted
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.ablations import Contributions
 from ds_tune.storage.finalists import (
@@ -95,10 +96,10 @@ class TrialRecord:
     def reason(self) -> str | None:
         """Why a trial is not complete, in one line; None for one that is."""
         if isinstance(self.outcome, Measurement):
-            seen = f"{len(self.outcome.step_seconds)} steps"
+            seen = counted(len(self.outcome.step_seconds), "step")
             parts = self.outcome.from_parts
             if micro_steps := parts.micro_steps if parts else self.outcome.from_micro_steps:
-                seen = f"{micro_steps} micro-steps"
+                seen = counted(micro_steps, "micro-step")
             return f"clearly slower than the best ({seen})" if self.outcome.stopped_early else None
         reason = f"{self.outcome.kind.value.replace('_', ' ')}: {self.outcome.message}"
         if self.outcome.kind is FailureKind.OUT_OF_MEMORY and self.outcome.peak_memory_bytes is not None:

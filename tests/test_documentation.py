@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.metric import METRICS
 from ds_tune.tuner.cli import COMMANDS
 
 CHECKOUT = Path(__file__).parents[1]
@@ -69,6 +70,14 @@ def with_values(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
 @pytest.mark.parametrize(("command", "option"), sorted(options()))
 def test_every_option_is_documented(command: str, option: str) -> None:
     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", TEXT), f"{option} of {command} is on no page"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("page", "row"), [("options.md", "--metric"), ("results.md", "metrics")])
+def test_every_metric_is_in_the_rows_of_the_option_and_of_the_document(metric: str, page: str, row: str) -> None:
+    text = (CHECKOUT / "docs" / page).read_text()
+    [line] = re.findall(rf"^\| `{row}(?: NAME)?` \|.*$", text, re.MULTILINE)
+    assert f"`{metric}`" in line
 
 
 @pytest.mark.parametrize("command", COMMANDS)

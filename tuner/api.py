@@ -35,22 +35,28 @@ def tune(
         EnvironmentFault: the machine or its software cannot do it.
         KeyboardInterrupt: the study was interrupted, and the same call goes on from there.
     """
+    from ds_tune.objectives.errors import UsageError
+    from ds_tune.objectives.words import shown
     from ds_tune.storage.database import storage_faults
     from ds_tune.storage.records import StudyState
     from ds_tune.storage.study_store import StudyStore
     from ds_tune.tuner.arguments import dashboard_command
     from ds_tune.tuner.backends import backend_for
     from ds_tune.tuner.console import Console
-    from ds_tune.tuner.observer import SilentObserver
+    from ds_tune.tuner.observer import SilentObserver, check_observer
     from ds_tune.tuner.output import output
     from ds_tune.tuner.reports.export import export
     from ds_tune.tuner.reports.report import Report
-    from ds_tune.tuner.request import TuneRequest, as_fields
+    from ds_tune.tuner.request import request_of
     from ds_tune.tuner.spec import make_spec
     from ds_tune.tuner.stopping import StopNow, StopSignals
     from ds_tune.tuner.study import optuna_silenced, run_study
 
-    request = TuneRequest(**as_fields(fields))
+    request = request_of(fields)
+    check_observer(observer)
+    for name, value in (("verbose", verbose), ("handle_signals", handle_signals)):
+        if not isinstance(value, bool):
+            raise UsageError(f"`{name}` must be True or False (got {shown(value)})")
     spec = make_spec(request, backend_for(request))
     console = Console(output(), quiet=not verbose)
     console.verifies = request.verify and spec.backend.verifies

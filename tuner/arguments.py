@@ -14,6 +14,7 @@ from ds_tune.objectives.cost_model.hardware import CATALOGUE
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
+from ds_tune.objectives.words import plain
 from ds_tune.objectives.workload.huggingface import DTYPES, SHIPPED_MODELS
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.storage.urls import masked
@@ -54,20 +55,41 @@ def filled(text: str) -> str:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1 on."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return value
+    return _whole(text, "a whole number from 1 on", least=1)
 
 
 def not_negative(text: str) -> int:
     """An argparse type: a whole number from 0 on."""
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
-    return int(text)
+    return _whole(text, "a whole number from 0 on", least=0)
+
+
+def whole(text: str) -> int:
+    """An argparse type: a whole number."""
+    return _whole(text, "a whole number")
+
+
+def port(text: str) -> int:
+    """An argparse type: a port of TCP."""
+    value = positive(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not a port, which go up to 65535")
+    return value
+
+
+def _whole(text: str, words: str, *, least: int | None = None) -> int:
+    if re.fullmatch(r"\s*[+-]?[0-9_]+\s*", text) and len(text) > MOST_CHARACTERS:
+        raise argparse.ArgumentTypeError(f"a number of {len(text)} characters is too large")
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or (least is not None and value < least):
+        raise argparse.ArgumentTypeError(f"{plain(text)} is not {words}")
+    return value
+
+
+MOST_CHARACTERS = 25
+"""Of a number: larger than 2^63 in any case, and up to there the sentence can repeat it."""
 
 
 def tune_parser() -> argparse.ArgumentParser:
@@ -148,7 +170,7 @@ def tune_parser() -> argparse.ArgumentParser:
     _add_space_options(parser)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--gpus", type=int, metavar="N", help="use the first N visible GPUs (default all; 0 runs on the CPU)"
+        "--gpus", type=whole, metavar="N", help="use the first N visible GPUs (default all; 0 runs on the CPU)"
     )
     machine.add_argument(
         "--ranks",
@@ -352,5 +374,5 @@ def run_parser() -> argparse.ArgumentParser:
 
 def dashboard_parser() -> argparse.ArgumentParser:
     parser = _stored_study_parser("dashboard", "Serves optuna-dashboard for a study on 127.0.0.1 until Ctrl-C.")
-    parser.add_argument("--port", type=positive, default=8080, help="port to listen on (default %(default)s)")
+    parser.add_argument("--port", type=port, default=8080, help="port to listen on (default %(default)s)")
     return parser

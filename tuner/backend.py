@@ -201,6 +201,9 @@ def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     machine = machine_of(hardware)
     workload = imagined_workload(request, hardware)
     model = CostModel(workload, hardware)
+    notes = [f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run."]
+    if forgets_loss_scale(0, workload.dtype):
+        notes.append(STAGE_0_LEFT_OUT)
     return Backend(
         machine=machine,
         workload=workload,
@@ -208,7 +211,7 @@ def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
         objectives=lambda results, notice, resources: (SimulatedObjective(model, machine, request.seed), None),
         # Another seed is another machine: its deviations from the formulas are drawn from it.
         recording=f"simulated machine {request.seed}",
-        notes=[f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run."],
+        notes=notes,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ds_tune.objectives.errors import DsTuneError, UsageError
 from ds_tune.objectives.trial import Provenance
+from ds_tune.objectives.words import counted
 from ds_tune.storage.database import storage_faults
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.ownership import check_owner
@@ -88,7 +89,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
 def _exit_status(summary: StudySummary, console: Console) -> int:
     if summary.state is StudyState.NOTHING_FITS:
-        trials = f"none of {summary.finished_trials} trials did; --more M tries M more"
+        trials = f"none of {counted(summary.finished_trials, 'trial')} did; --more M tries M more"
         console.say(f"Nothing fits: {summary.ended}." if summary.ended else f"Nothing has fitted so far: {trials}.")
         return EXIT_NOTHING_FITS
     return EXIT_FOUND

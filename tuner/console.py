@@ -15,6 +15,7 @@ import rich.text
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, Provenance, TrialConfig
+from ds_tune.objectives.words import counted
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
 from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.reports.markdown import (
@@ -105,9 +106,9 @@ class Console:
         done = summary.finished_trials
         why = f", {summary.ended}" if summary.ended else ""
         if (words := after_search_words(summary, goes_on=self.verifies)) is not None:
-            self.say(f"Study {summary.study}: the search is done ({done} trials{why}); {words}.")
+            self.say(f"Study {summary.study}: the search is done ({counted(done, 'trial')}{why}); {words}.")
         elif summary.is_searched:
-            self.say(f"Study {summary.study} is finished ({done} trials{why}); `more=M` adds M trials.")
+            self.say(f"Study {summary.study} is finished ({counted(done, 'trial')}{why}); `more=M` adds M trials.")
         elif done:
             self.say(f"Study {summary.study} goes on: {done} of {summary.trials_total} trials are done.")
         for name in again:
@@ -217,12 +218,14 @@ def forecast_lines(report: Report) -> list[str]:
     """How wrong the cost model was, and what it kept from being launched."""
     lines = []
     if (errors := report.forecast_errors) is not None:
+        of = "one forecast" if errors.trials == 1 else f"medians of {errors.trials} forecasts"
         lines.append(
             f"Forecasts were off by {errors.rate_median:.0%} in samples/s and {errors.memory_median:.1%} in peak "
-            f"memory (medians of {errors.trials} forecasts)."
+            f"memory ({of})."
         )
     if count := sum(each.configurations for each in report.summary.excluded):
-        lines.append(f"Not launched, as they certainly need more memory: {count} configurations (see summary.md).")
+        words = counted(count, "configuration")
+        lines.append(f"Certain to need more memory, so not launched: {words} (see summary.md).")
     return lines
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.trial import Outcome, TrialConfig
 from ds_tune.storage.records import StudySummary, TrialRecord
@@ -42,6 +43,18 @@ class Observer(Protocol):
 
     def finalist_added(self, record: TrialRecord, summary: StudySummary) -> None:
         """Without one of its settings the winner was faster, so that this is a finalist, too."""
+
+
+def check_observer(observer: object) -> None:
+    """
+    Raises:
+        UsageError: it is not None, and lacks a callback.
+    """
+    callbacks = [name for name in vars(SilentObserver) if not name.startswith("_")]
+    missing = [name for name in callbacks if not callable(getattr(observer, name, None))]
+    if observer is not None and (missing or isinstance(observer, type)):
+        why = f"lacks {', '.join(missing)}" if missing else "is a class"
+        raise UsageError(f"`observer` {why}; give it an object of a class derived from `SilentObserver`")
 
 
 class SilentObserver:

@@ -5,9 +5,12 @@ one; the command line spells them as its options (`ds_tune.tuner.arguments.in_op
 """
 
 import dataclasses
+import difflib
 import math
 import os
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.trial import KNOBS
+from ds_tune.objectives.words import plain, shown
 from ds_tune.objectives.workload.huggingface import DTYPES
 from ds_tune.objectives.workload.script import MAPPED_KEYS
 from ds_tune.storage.layout import DEFAULT_RESULTS
@@ -26,8 +30,17 @@ DEFAULT_TRIAL_SECONDS = 300.0
 DEFAULT_SAMPLER = "cost-model"
 SAMPLER_NAMES = (DEFAULT_SAMPLER, "tpe", "gp", "random", "grid")
 
+LARGEST = 2**63
+"""No whole number is as large: a database cannot hold it."""
+
 MAX_TRIALS = 1_000_000
 """No study of whole trainings has more; a larger number is a slip of the finger, or more than a database can hold."""
+
+MAX_RANKS = 1024
+"""Each is a process of gigabytes on this machine."""
+
+MAX_TRIAL_SECONDS = 10**9
+"""Thirty years."""
 
 NUMERICS = tuple(f"numerics:{field}" for field, knob in KNOBS.items() if knob.numerics is not None)
 """Names of what can be allowed."""
@@ -95,19 +108,20 @@ class SearchRequest:
         Raises:
             UsageError: a field has a value that it cannot have, or does not go with another.
         """
+        if self.memory_cap is not None:
+            parse_memory(self.memory_cap)
+        check_types(self)
         for name in ("seq_len", "max_micro_batch", "max_global_batch", "global_batch"):
             check_count(name, getattr(self, name))
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("preset", self.preset, PRESETS)
         for word in self.allow:
             if word not in NUMERICS:
-                raise UsageError(f"`allow={word}`: what can be allowed is {', '.join(NUMERICS)}")
+                raise UsageError(f"`allow={plain(word)}`: what can be allowed is {', '.join(NUMERICS)}")
         if self.max_global_batch is not None and self.global_batch is not None:
             raise UsageError("`global_batch` does not go with `max_global_batch`; leave out one")
         if self.space is not None and self.preset is not None:
             raise UsageError("`space` does not go with `preset`: the file can name one itself; leave out one")
-        if self.memory_cap is not None:
-            parse_memory(self.memory_cap)
 
     @property
     def allowed(self) -> frozenset[str]:
@@ -129,7 +143,7 @@ class SearchRequest:
 
     def given(self, names: Sequence[str]) -> list[str]:
         """Returns the named fields that were given, in backticks; none of them may have a default of its own."""
-        return [f"`{name}`" for name in names if getattr(self, name) not in (None, False, ())]
+        return [f"`{name}`" for name in names if not any(getattr(self, name) is each for each in (None, False, ()))]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,18 +197,23 @@ class TuneRequest(SearchRequest):
 
     def __post_init__(self) -> None:
         SearchRequest.__post_init__(self)
-        for name in ("trials", "more", "ranks"):
-            check_count(name, getattr(self, name))
         for name, count in (("trials", self.trials), ("more", self.more)):
             if count is not None and count > MAX_TRIALS:
-                raise UsageError(f"`{name}` must be at most {MAX_TRIALS} (got {count})")
+                raise UsageError(f"`{name}` must be at most {MAX_TRIALS} (got {shown(count)})")
+        for name in ("trials", "more", "ranks"):
+            check_count(name, getattr(self, name))
         check_count("seed", self.seed, least=0)
-        if self.trial_timeout is not None and not self.trial_timeout > 0:
-            raise UsageError(f"`trial_timeout` must be more than 0 (got {self.trial_timeout})")
+        if self.ranks is not None and self.ranks > MAX_RANKS:
+            raise UsageError(f"`ranks` must be at most {MAX_RANKS} (got {shown(self.ranks)})")
+        if self.trial_timeout is not None and not 0 < self.trial_timeout <= MAX_TRIAL_SECONDS:
+            raise UsageError(
+                f"`trial_timeout` must be a number of seconds from above 0 to {MAX_TRIAL_SECONDS} "
+                f"(got {shown(self.trial_timeout)})"
+            )
         check_choice("sampler", self.sampler, SAMPLER_NAMES)
         check_choice("metric", self.metric, tuple(METRICS))
-        if self.gpus is not None and self.gpus < 0:
-            raise UsageError(f"`gpus={self.gpus}`: a number of GPUs, or 0 for the CPU")
+        if self.gpus is not None and not 0 <= self.gpus < LARGEST:
+            raise UsageError(f"`gpus={shown(self.gpus)}`: a number of GPUs, or 0 for the CPU")
         if self.script:
             self._check_script()
         elif refused := self.given(("free_batch", "map")):
@@ -257,33 +276,86 @@ class TuneRequest(SearchRequest):
 
 
 def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as a request holds them: files and folders as Path, names as text, words to allow as a tuple."""
+    """Fields as a request holds them: files and folders as Path, names as text, words to allow as a tuple.
+
+    What cannot be brought into this form stays as it is, for the request to refuse.
+    """
     fields = dict(values)
     for name, value in values.items():
-        if name in PATH_FIELDS and value is not None:
-            fields[name] = Path(value)
+        if name in PATH_FIELDS:
+            if isinstance(value, str | os.PathLike) and value != "":
+                fields[name] = Path(value)
         elif isinstance(value, os.PathLike):  # a model or a dataset, which may be a name on the hub as well
             fields[name] = os.fspath(value)
     for name in ("script", "map"):
-        if name in fields:
+        if isinstance(fields.get(name), list | tuple):
             fields[name] = tuple(fields[name])
-    if "allow" in fields:
-        words = fields["allow"]
+    words = fields.get("allow")
+    if isinstance(words, str | list | tuple | set | frozenset):
         fields["allow"] = (words,) if isinstance(words, str) else tuple(words)
     return fields
+
+
+def request_of(values: Mapping[str, Any]) -> TuneRequest:
+    """The request that a program's keywords make.
+
+    Raises:
+        UsageError: there is no such field, or one has a value that it cannot have.
+    """
+    known = [field.name for field in dataclasses.fields(TuneRequest)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"is `{near[0]}` meant?" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"there is no field `{plain(name)}`; {hint}")
+    if values.get("more") is not None and "trials" in values:
+        raise UsageError("`trials` does not go with `more`; leave out one")
+    return TuneRequest(**as_fields(values))
+
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a text"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "True or False"),
+    Path: ((Path,), "a path"),
+    tuple[str, ...]: ((tuple,), "a list of texts"),
+}
+"""Types that a value may have, and words for them, by a field's declared type."""
+
+
+def check_types(request: "SearchRequest") -> None:
+    """
+    Raises:
+        UsageError: a field has a value of another type than it is declared with, or an empty one.
+    """
+    for name, declared in typing.get_type_hints(type(request)).items():
+        value = getattr(request, name)
+        allowed = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+        if value is None and types.NoneType in allowed:
+            continue
+        [kind] = [each for each in allowed if each is not types.NoneType]
+        kinds, words = _KINDS[kind]
+        if isinstance(value, str) and not value.strip() and kind in (str, Path):
+            raise UsageError(f"`{name}` is empty; give it a value, or leave it out")
+        is_right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        if not is_right or (isinstance(value, tuple) and not all(isinstance(each, str) for each in value)):
+            raise UsageError(f"`{name}` must be {words} (got {shown(value)})")
+        if isinstance(value, str) and not value.isprintable():
+            raise UsageError(f"`{name}` has characters that cannot be printed (got {shown(value)})")
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
     """
     Raises:
-        UsageError: the field has a value, and that is no whole number or too small.
+        UsageError: the field has a value, and that is too small, or more than any can be.
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"`{name}` must be a whole number (got {value!r})")
     if value < least:
-        raise UsageError(f"`{name}` must be at least {least} (got {value})")
+        raise UsageError(f"`{name}` must be at least {least} (got {shown(value)})")
+    if value >= LARGEST:
+        raise UsageError(f"`{name}` must be less than 2^63 (got {shown(value)})")
 
 
 def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
@@ -292,7 +364,7 @@ def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
         UsageError: the field has a value that is none of the choices.
     """
     if value is not None and value not in choices:
-        raise UsageError(f"`{name}={value}` is none of {', '.join(choices)}")
+        raise UsageError(f"`{name}={plain(value)}` is none of {', '.join(choices)}")
 
 
 def parse_memory(text: str) -> int:
@@ -304,5 +376,5 @@ def parse_memory(text: str) -> int:
     match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     size = float(match[1]) * _UNIT_BYTES[(match[2] or "GiB").lower()] if match is not None else 0.0
     if size < 1 or not math.isfinite(size):
-        raise UsageError(f"`memory_cap={text}`: write a size such as 24GiB or 512MiB")
+        raise UsageError(f"`memory_cap={plain(text)}`: write a size such as 24GiB or 512MiB")
     return int(size)

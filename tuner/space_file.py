@@ -23,7 +23,8 @@ from typing import Any, Self
 import yaml
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import KnobContext, Scalar
+from ds_tune.objectives.knobs import KnobContext, Scalar, whole_number
+from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from ds_tune.tuner.conditions import Condition
 from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values, zero_stages
@@ -88,8 +89,12 @@ class SpaceFile:
             allowed: knobs that may change the numbers.
 
         Raises:
-            UsageError: none is left, they are too many, or a knob has no meaning in any.
+            UsageError: none is left, they are too many, a knob has no meaning in any, or one would not train.
         """
+        if 0 in self.values.get("zero_stage", ()) and not context.stage_0_trains:
+            why = STAGE_0_LEFT_OUT.removesuffix(".")
+            instead = "list zero_stage 1, 2 or 3, or train in bf16 (`dtype=bf16`) where the GPUs have it"
+            raise _refusal(self.path, f"{why}; {instead}")
         for field in self.values:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
                 raise _refusal(self.path, f"{field} changes the numbers of training: add `allow=numerics:{field}`")
@@ -208,6 +213,8 @@ def _parse(path: Path) -> Mapping[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
         said = " ".join(str(getattr(error, "problem", None) or error).split())
+        if "int_max_str_digits" in said:  # Python reads no integer of more than 4,300 digits
+            said = "a number in it has thousands of digits"
         raise _refusal(path, f"not {language}: {said}{where}") from None
     if not isinstance(document, Mapping) or not document:
         raise _refusal(path, "it says nothing; list fields under search or fixed")
@@ -256,25 +263,19 @@ def _value(path: Path, field: str, value: Any) -> Scalar:
         if field != "zero_stage" and number < 1:
             raise _refusal(path, f"{field} is at least 1, not {number}")
         return number
-    knob = KNOBS[field]
-    if isinstance(knob.off, int):
-        number = _whole(path, field, value)
-        if number < 0:
-            raise _refusal(path, f"{field} is 0 for off, or more, not {number}")
-        return number
-    # YAML reads the words on and off as true and false.
-    word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-    if word not in (knob.off, *knob.values):
-        raise _refusal(path, f"{field} is one of {', '.join(map(str, (knob.off, *knob.values)))}, not {word}")
-    return str(word)
+    if isinstance(value, bool) and not isinstance(KNOBS[field].off, int):
+        value = {True: "on", False: "off"}[value]  # as YAML reads these words
+    try:
+        return KNOBS[field].checked(field, value)
+    except ValueError as error:
+        raise _refusal(path, str(error)) from None
 
 
 def _whole(path: Path, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _refusal(path, f"{name} takes whole numbers, not {value!r}")
-    if abs(value) >= 2**63:
-        raise _refusal(path, f"{name} takes whole numbers below 2^63")
-    return value
+    try:
+        return whole_number(name, value)
+    except ValueError as error:
+        raise _refusal(path, str(error)) from None
 
 
 def _unknown(word: str, known: Sequence[str]) -> str:

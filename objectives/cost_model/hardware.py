@@ -8,6 +8,7 @@ import re
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.words import plain
 
 TERA = 1e12
 GIGA = 1e9
@@ -115,7 +116,10 @@ OUTSIDE_ALONE_GIB, OUTSIDE_GIB = 1.7, 2.1
 2.11 said when H100s were full; of a smaller device at most `OUTSIDE_SHARE` is assumed."""
 OUTSIDE_SHARE = 0.05
 
-_SPEC = re.compile(r"(?:(\d+)\s*[x×]\s*)?(.+)", re.IGNORECASE)
+MOST_GPUS = 2**20
+"""No machine has more; a larger number is a slip of the finger."""
+
+_SPEC = re.compile(r"(?:([0-9]+)\s*[x×]\s*)?(.+)", re.IGNORECASE)
 _SIZED = re.compile(r"(.+?)[\s_-]+(\d{1,4})\s*Gi?B?", re.IGNORECASE)
 
 
@@ -162,14 +166,16 @@ def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardwar
         if not found:
             sizes = [name for chip in chips for name in _with_sizes(chip)]
             raise UsageError(
-                f"`hardware={text}`: no {sized[1]} with {sized[2]} GB is known; write {' or '.join(sizes)}"
+                f"`hardware={plain(text)}`: no {sized[1]} with {sized[2]} GB is known; write {' or '.join(sizes)}"
             )
     if len(found) != 1:
         hint = f"say which: {', '.join(each.name for each in found)}" if found else f"known are {', '.join(CATALOGUE)}"
-        raise UsageError(f"`hardware={text}`: write a number and a GPU, such as 16xV100-32GB; {hint}")
+        raise UsageError(f"`hardware={plain(text)}`: write a number and a GPU, such as 16xV100-32GB; {hint}")
+    if len(count or "") > len(str(MOST_GPUS)) or int(count or 1) > MOST_GPUS:
+        raise UsageError(f"`hardware={plain(text)}`: no more than {MOST_GPUS} GPUs")
     ranks = int(count or 1)
     if ranks < 1:
-        raise UsageError(f"`hardware={text}`: at least one GPU")
+        raise UsageError(f"`hardware={plain(text)}`: at least one GPU")
     accelerator = found[0]
     if memory_cap_bytes is not None and memory_cap_bytes > accelerator.memory_bytes:
         has = accelerator.memory_bytes / GIB

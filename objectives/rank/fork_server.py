@@ -1,10 +1,10 @@
 """A process that has imported what ranks need and forks them: imports take 4 to 16 s at each start, a fork takes none.
 
-`objectives.running.launcher` starts it with two arguments: the module whose `main()` a rank runs, and the descriptor of
-a Unix socket. Each message there asks for one rank: a JSON document `{"process_group": …, "environment": {…}}`, where
-the environment is what the rank has beside this process's own, and the descriptors that `DESCRIPTORS` names. Into the
-descriptor `exit` the rank writes a line as soon as it is in its group, before all that it may say elsewhere; and this
-process `exit` and the rank's status as `subprocess` has it, when it has ended.
+`objectives.running.local_launcher` starts it with two arguments: the module whose `main()` a rank runs, and the
+descriptor of a Unix socket. Each message there asks for one rank: a JSON document `{"process_group": …,
+"environment": {…}}`, where the environment is what the rank has beside this process's own, and the descriptors that
+`DESCRIPTORS` names. Into the descriptor `exit` the rank writes a line as soon as it is in its group, before all that
+it may say elsewhere; and this process `exit` and the rank's status as `subprocess` has it, when it has ended.
 
 The standard library's forkserver does the same for multiprocessing, but a process can have only one, with the
 environment of its first use, and its children import the tuner's main module. Nothing here may touch a GPU: CUDA works

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,16 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.words import shown
 from ds_tune.objectives.workload.huggingface import DTYPES, HuggingFaceWorkload
 
 LARGEST = 2**20
-"""Beyond it a whole number is a slip of the pen; no such batch, and no such number of ranks."""
+"""Beyond it a number is a slip of the pen: no such batch, no such number of ranks, no device of so many GiB."""
+
+MOST_SECONDS = 10**9
+"""Thirty years."""
+
+MOST_SAMPLES_PER_SECOND = 10**12
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +47,9 @@ KEYS = {
 are off where a line does not have them."""
 
 TOLERANCE = 0.05
-"""Provenance of one line that say the same thing may differ by rounding, not by another number of ranks."""
+"""Figures of one line that say the same thing may differ by rounding, not by another number of ranks."""
 
-_HARDWARE = re.compile(r"(\d+)x(\S.*)")
+_HARDWARE = re.compile(r"([0-9]{1,7})x(\S.*)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,22 +133,24 @@ def _header(line: Mapping[str, Any]) -> tuple[Machine, HuggingFaceWorkload, Mapp
     ranks = _integer(line, "ranks", lowest=1)
     match = _HARDWARE.fullmatch(hardware)
     if match is None:
-        raise _Malformed(f"hardware is {hardware!r}, not of the form 2xH200 or 2xCPU")
+        raise _Malformed(f"hardware is {shown(hardware)}, not of the form 2xH200 or 2xCPU")
     if int(match[1]) != ranks:
         raise _Malformed(f"hardware is {hardware}, but ranks is {ranks}")
     dtype = _text(line, "dtype")
     if dtype not in DTYPES:
-        raise _Malformed(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        raise _Malformed(f"dtype {shown(dtype)} is none of {', '.join(DTYPES)}")
     versions = line.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
         raise _Malformed("versions is not an object of texts")
+    for text in (*versions, *versions.values()):
+        _check_printable("versions", text)
     on_cpu = match[2].upper() == "CPU"
     machine = Machine(
         device="cpu" if on_cpu else "cuda",
         name=match[2],
         ranks=ranks,
         device_ids=() if on_cpu else tuple(range(ranks)),
-        memory_bytes=round(_positive(line, "memory_cap_gib") * GIB),
+        memory_bytes=_bytes(line, "memory_cap_gib"),
     )
     workload = HuggingFaceWorkload(model=_text(line, "model"), seq_len=_integer(line, "seq_len", lowest=2), dtype=dtype)
     return machine, workload, versions
@@ -155,8 +162,10 @@ def _configuration(line: Mapping[str, Any]) -> TrialConfig:
     }
     for field, knob in KNOBS.items():
         if field in line and field not in fields:
-            kind, words = (int, "a whole number") if isinstance(knob.off, int) else (str, "a text")
-            fields[field] = _value(line, field, kind, words)
+            try:
+                fields[field] = knob.checked(field, line[field])
+            except ValueError as error:
+                raise _Malformed(str(error)) from None
     return TrialConfig(**fields)
 
 
@@ -165,6 +174,8 @@ def _outcome(line: Mapping[str, Any], ranks: int) -> Outcome | None:
     out_of_memory = _value(line, "oom", bool, "true or false")
     trial_s = _positive(line, "trial_s")
     failure = _text(line, "failure") if line.get("failure") is not None else None
+    if failure is not None and failure not in tuple(FailureKind):
+        raise _Malformed(f"failure is {shown(failure)}, none of {', '.join(FailureKind)}")
     if failure is not None and out_of_memory != (failure == FailureKind.OUT_OF_MEMORY):
         raise _Malformed(f"oom is {json.dumps(out_of_memory)}, but failure is {failure}")
     if out_of_memory:
@@ -172,7 +183,7 @@ def _outcome(line: Mapping[str, Any], ranks: int) -> Outcome | None:
             kind=FailureKind.OUT_OF_MEMORY,
             message="it was recorded so",
             phase=_text(line, "phase") if line.get("phase") is not None else "training",
-            peak_memory_bytes=round(_positive(line, "peak_gib") * GIB) if line.get("peak_gib") is not None else None,
+            peak_memory_bytes=_bytes(line, "peak_gib") if line.get("peak_gib") is not None else None,
             wall_seconds=trial_s,
         )
     return None if failure is not None else _measurement(line, ranks, trial_s)
@@ -180,7 +191,8 @@ def _outcome(line: Mapping[str, Any], ranks: int) -> Outcome | None:
 
 def _measurement(line: Mapping[str, Any], ranks: int, trial_s: float) -> Measurement:
     samples = _configuration(line).global_batch_size(ranks)
-    step_s, samples_per_s = _positive(line, "step_s"), _positive(line, "samples_per_s")
+    step_s = _positive(line, "step_s")
+    samples_per_s = _positive(line, "samples_per_s", MOST_SAMPLES_PER_SECOND)
     if not math.isclose(samples_per_s, samples / step_s, rel_tol=TOLERANCE):
         raise _Malformed(
             f"samples_per_s is {samples_per_s:g}, but {ranks} ranks × mbs × gas / step_s is {samples / step_s:g}"
@@ -197,6 +209,8 @@ def _measurement(line: Mapping[str, Any], ranks: int, trial_s: float) -> Measure
     first_steps_s = math.fsum(warmup) - len(warmup) * step_s  # as long as every warm-up step was a whole one
     if line.get("first_steps_s") is not None:
         first_steps_s = _value(line, "first_steps_s", (int, float), "a number")
+        if not -MOST_SECONDS <= first_steps_s <= MOST_SECONDS:
+            raise _Malformed(f"first_steps_s is {shown(first_steps_s)}, more than {MOST_SECONDS:.0e} seconds")
     return Measurement(
         step_seconds=steps,
         samples_per_second=samples_per_s,
@@ -208,8 +222,8 @@ def _measurement(line: Mapping[str, Any], ranks: int, trial_s: float) -> Measure
         warmup_step_seconds=warmup,
         first_steps_seconds=first_steps_s,
         skipped_steps=0,
-        peak_memory_bytes=round(_positive(line, "peak_gib") * GIB),
-        reserved_memory_bytes=round(_positive(line, "reserved_gib") * GIB),
+        peak_memory_bytes=_bytes(line, "peak_gib"),
+        reserved_memory_bytes=_bytes(line, "reserved_gib"),
         alloc_retries=_integer(line, "alloc_retries", lowest=0) if line.get("alloc_retries") is not None else 0,
         setup_seconds=_optional(line, "setup_s"),
         wall_seconds=trial_s,
@@ -222,6 +236,8 @@ def _document(text: str) -> Mapping[str, Any]:
     try:
         document = json.loads(text, parse_constant=_not_json)
     except (ValueError, RecursionError) as error:
+        if "int_max_str_digits" in str(error):  # Python reads no integer of more than 4,300 digits
+            raise _Malformed("a number in it has thousands of digits") from None
         raise _Malformed(f"it is not JSON ({error})") from None
     if not isinstance(document, dict):
         raise _Malformed("it is no JSON object")
@@ -247,7 +263,14 @@ def _text(line: Mapping[str, Any], key: str) -> str:
     text: str = _value(line, key, str, "a text")
     if not text.strip():
         raise _Malformed(f"{key} is empty")
+    _check_printable(key, text)
     return text
+
+
+def _check_printable(key: str, text: str) -> None:
+    """Half characters cannot be stored, and a terminal obeys control characters."""
+    if not text.isprintable():
+        raise _Malformed(f"{key} is {json.dumps(text)[:80]}, which has characters that cannot be printed")
 
 
 def _integer(line: Mapping[str, Any], key: str, *, lowest: int, highest: int = LARGEST) -> int:
@@ -258,18 +281,27 @@ def _integer(line: Mapping[str, Any], key: str, *, lowest: int, highest: int = L
     return value
 
 
-def _number(value: Any, key: str, *, zero: bool = False) -> float:
+def _number(value: Any, key: str, *, zero: bool = False, highest: int = MOST_SECONDS) -> float:
     number: float = _value({key: value}, key, (int, float), "a number")
-    # An integer may be too large to be asked whether it is finite.
-    if not 0 <= number <= sys.float_info.max or (number == 0 and not zero):
-        raise _Malformed(f"{key} is {str(value)[:20]}, not a number {'from 0 on' if zero else 'above 0'}")
+    if number < 0 or (number == 0 and not zero):
+        raise _Malformed(f"{key} is {shown(value)}, not a number {'from 0 on' if zero else 'above 0'}")
+    if not number <= highest:
+        raise _Malformed(f"{key} is {str(value)[:20]}, not a number up to {highest}")
     return float(number)
 
 
-def _positive(line: Mapping[str, Any], key: str) -> float:
+def _positive(line: Mapping[str, Any], key: str, highest: int = MOST_SECONDS) -> float:
     if key not in line:
         raise _Malformed(f"{key} is missing")
-    return _number(line[key], key)
+    return _number(line[key], key, highest=highest)
+
+
+def _bytes(line: Mapping[str, Any], key: str) -> int:
+    """Bytes of a number of GiB."""
+    count = round(_positive(line, key, LARGEST) * GIB)
+    if count < 1:
+        raise _Malformed(f"{key} is {line[key]}, less than a byte")
+    return count
 
 
 def _optional(line: Mapping[str, Any], key: str) -> float:
@@ -282,7 +314,9 @@ def _interval(line: Mapping[str, Any], key: str, value: float) -> tuple[float, f
     ends: Sequence[Any] = _value(line, key, list, "a list of two numbers")
     if len(ends) != 2:
         raise _Malformed(f"{key} has {len(ends)} numbers, not two")
-    low, high = (_number(end, f"{key}[{index}]", zero=True) for index, end in enumerate(ends))
+    low, high = (
+        _number(end, f"{key}[{index}]", zero=True, highest=MOST_SAMPLES_PER_SECOND) for index, end in enumerate(ends)
+    )
     if not low <= value <= high:
         raise _Malformed(f"{key} is {low:g} to {high:g}, without the {value:g} between them")
     return low, high

@@ -70,7 +70,7 @@ class LocalLauncher:
         """
         self._machine = machine
         self._worker = worker
-        self._fork_server: ForkServer | None = None
+        self._fork_server: ForkServerProcess | None = None
 
     def __enter__(self) -> "LocalLauncher":
         return self
@@ -86,7 +86,7 @@ class LocalLauncher:
             self.close()
         with stdout.open("ab") as out, stderr.open("ab") as err:
             if self._fork_server is None:
-                self._fork_server = ForkServer(environment, out, err, worker=self._worker)
+                self._fork_server = ForkServerProcess(environment, out, err, worker=self._worker)
             return LocalRankProcesses(self._machine, self._fork_server, out, err, logs=(stderr, stdout))
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class LocalLauncher:
             self._fork_server = None
 
 
-class ForkServer:
+class ForkServerProcess:
     """The tuner's side of the process that ranks are forked from; `objectives.rank.fork_server` has the protocol."""
 
     def __init__(
@@ -146,7 +146,7 @@ class ForkServer:
 class ForkedRank:
     """A rank's process, of which the fork server is the parent. See `RankExit`."""
 
-    def __init__(self, fork_server: ForkServer, told: IO[bytes]) -> None:
+    def __init__(self, fork_server: ForkServerProcess, told: IO[bytes]) -> None:
         self._fork_server = fork_server
         self._told = told
         self._lines = b""
@@ -177,7 +177,7 @@ class LocalRankProcesses:
     def __init__(
         self,
         machine: Machine,
-        fork_server: ForkServer,
+        fork_server: ForkServerProcess,
         stdout: IO[bytes],
         stderr: IO[bytes],
         *,

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-TOOLS = ["awk", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "readlink", "rm", "sh", "sleep", "sort"]
+TOOLS = ["awk", "cat", "cksum", "cp", "dirname", "grep", "ln", "mkdir", "readlink", "rm", "sh", "sleep", "sort"]
 
-# Backend -c like a real Python; notes what venv, pip and -m are asked to do instead of doing it.
+# Answers -c like a real Python; notes what venv, pip and -m are asked to do instead of doing it.
 FAKE_PYTHON = f"""#!/bin/sh
 case "$1 $2" in
     "-c "*) exec "{sys.executable}" "$@" ;;
     "-V ") echo "Python 3.11.0"; exit ;;
     "-P -c") [ -n "${{INSTALLED:-}}" ]; exit ;;
-    "-m venv") mkdir -p "$5/bin"; cp "$0" "$5/bin/python" ;;
+    "-m venv") mkdir -p "$5/bin"; cp "$0" "$5/bin/python"; cp "$0" "$5/bin/mypy" ;;
     "-m pip") sleep 0.3 ;;
 esac
 echo "$(pwd): $*" >>"$NOTES"
@@ -185,3 +185,16 @@ def test_tests_run_in_the_root_of_the_checkout(machine: Machine) -> None:
     machine.run(machine.checkout / "bin/test", "-k", "pin")
     [noted] = machine.noted("-m pytest")
     assert noted.startswith(f"{machine.checkout}: -m pytest ") and noted.endswith(" -k pin")
+
+
+def test_types_are_checked_by_the_active_mypy_or_else_that_of_the_checkout(machine: Machine) -> None:
+    (machine.checkout / ".ci").mkdir()
+    types = Path(shutil.copy(CHECKOUT / ".ci/types", machine.checkout / ".ci/types"))
+    machine.add("python3", FAKE_PYTHON)
+    assert machine.run(types, "--pretty").returncode == 0
+    notes = machine.noted("")
+    assert any(line.endswith("-e .[test]") for line in notes)
+    assert notes[-1] == f"{machine.checkout}: --pretty"
+    machine.add("mypy", "#!/bin/sh\nexit 7\n")
+    assert machine.run(types).returncode == 7
+    assert machine.noted("") == []

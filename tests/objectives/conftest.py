@@ -20,7 +20,7 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.running import local_launcher
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.local_launcher import (
-    ForkServer,
+    ForkServerProcess,
     LocalLauncher,
     LocalRankProcesses,
     group_environment,
@@ -37,7 +37,7 @@ READ_BY_IMPORTS = ("PYTHONPATH", "MALLOC_MMAP_THRESHOLD_", "OMP_NUM_THREADS", "D
 """Variables that have to be there before a rank's first import, or before its first line."""
 
 
-class SharedForkServer(ForkServer):
+class SharedForkServer(ForkServerProcess):
     """What the ranks of many tests are forked from: to import torch, DeepSpeed and transformers takes 8 s of a core.
 
     What a test has put into the environment since then comes to its ranks with the fork.

@@ -8,11 +8,13 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, IntDistribution, distribution_to_json
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import FailureKind, Measurement, Provenance, TrialConfig
 from ds_tune.storage.attributes import set_study_attribute
+from ds_tune.storage.identity import differences
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import IDENTITY, Identity, StudyStore
 from ds_tune.tuner.reports.notes import publish
@@ -20,9 +22,9 @@ from ds_tune.tuner.reports.report import Report
 
 MakeRecord = Callable[..., TrialRecord]
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
-    "zero_stage": optuna.distributions.CategoricalDistribution((0, 1, 2, 3)),
-    "micro_batch_size": optuna.distributions.IntDistribution(1, 64),
-    "gradient_accumulation_steps": optuna.distributions.IntDistribution(1, 64),
+    "zero_stage": CategoricalDistribution((0, 1, 2, 3)),
+    "micro_batch_size": IntDistribution(1, 64),
+    "gradient_accumulation_steps": IntDistribution(1, 64),
 }
 
 
@@ -242,6 +244,19 @@ CHANGES: dict[str, tuple[Callable[[Identity], Identity], str]] = {
         "hardware memory_cap_bytes 25769803776 there, 8589934592 here",
     ),
 }
+
+
+def test_other_values_to_search_are_named_in_words() -> None:
+    sizes, words = ("micro_batch_size", "compile")
+    there = {sizes: distribution_to_json(IntDistribution(1, 16, log=True))}
+    here = {
+        sizes: distribution_to_json(IntDistribution(1, 24, log=True)),
+        words: distribution_to_json(CategoricalDistribution(["off", "blocks"])),
+    }
+    assert differences({"space": {"dimensions": there}}, {"space": {"dimensions": here}}) == [
+        "space dimensions micro_batch_size 1 to 16 there, 1 to 24 here",
+        "space dimensions compile none there, off or blocks here",
+    ]
 
 
 @pytest.mark.parametrize("change", CHANGES)

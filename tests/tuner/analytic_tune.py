@@ -190,7 +190,7 @@ def leave_writing_to_the_kernel(connection: Any, record: Any) -> None:
 
 
 def serve() -> None:
-    """Backend each line, {"arguments", "folder", "stdout", "stderr"}, with the exit status as subprocess gives it."""
+    """Answers each line, {"arguments", "folder", "stdout", "stderr"}, with the exit status as subprocess gives it."""
     optuna.storages.RDBStorage("sqlite:///:memory:")  # imports what a tuner imports when it opens its study
     for line in sys.stdin:
         command = json.loads(line)

@@ -10,6 +10,7 @@ import optuna
 import pytest
 
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.storage.records import StudyState
 from ds_tune.storage.study_store import StudyStore
 from ds_tune.tuner import tune
@@ -76,7 +77,8 @@ def test_an_observer_is_told_and_nothing_is_printed(tmp_path: Path, capfd: pytes
             told.append(record.number)
 
     tune(**SIMULATED, results=tmp_path, observer=Observer())
-    assert told == ["Simulated: a cost model of 2xH100 answers, with errors and noise; nothing is run.", 0, 1, 2]
+    simulated = "Simulated: a cost model of 2xH100 answers, with errors and noise; nothing is run."
+    assert told == [simulated, STAGE_0_LEFT_OUT, 0, 1, 2]
     assert capfd.readouterr() == ("", "")
 
 
@@ -85,8 +87,14 @@ def test_impossible_arguments_of_tune_raise_with_the_argument_s_name_and_write_n
         tune(seq_len=1, gpus=0, results=tmp_path / "out")
     with pytest.raises(UsageError, match=r"^`trials` must be at least 1 \(got 0\)$"):
         tune(trials=0, results=tmp_path / "out")
-    with pytest.raises(TypeError, match="trails"):
+    with pytest.raises(UsageError, match=r"^there is no field `trails`; is `trials` meant"):
         tune(trails=3, results=tmp_path / "out")
+    with pytest.raises(UsageError, match=r"^`observer` lacks say, study_opened, .* derived from `SilentObserver`$"):
+        tune(observer=object(), results=tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^`observer` is a class; give it an object "):
+        tune(observer=SilentObserver, results=tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^`verbose` must be True or False \(got 'yes'\)$"):
+        tune(verbose="yes", results=tmp_path / "out")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 

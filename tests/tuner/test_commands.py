@@ -106,6 +106,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "plan of none": (["plan", "--best", "0"], "argument --best: 0 is not a whole number from 1 on"),
     "plan of trials": (["plan", "--trials", "9"], "unrecognized arguments: --trials 9"),
     "plan of a study": (["plan", "--simulate"], "unrecognized arguments: --simulate"),
+    "dashboard beyond ports": (
+        ["dashboard", "--port", "65536"],
+        "argument --port: 65536 is not a port, which go up to",
+    ),
     "dashboard port": (["dashboard", "--port", "0"], "argument --port: 0 is not a whole number from 1 on"),
 }
 

@@ -169,7 +169,7 @@ def test_study_that_is_opened_again_in_its_verification_is_not_called_finished(v
     console = Console(rich.console.Console(file=output, width=120))
     console.verifies = verifies
     console.study_opened(study([measurement(20.0)], trials_total=1, finals_seconds=0.0), [])
-    assert f"Study s: the search is done (1 trials); {words}" in output.getvalue()
+    assert f"Study s: the search is done (1 trial); {words}" in output.getvalue()
     assert "is finished" not in output.getvalue()
 
 

@@ -15,7 +15,7 @@ Tune = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ["--gpus", "0", "--seq-len", "32", "--max-micro-batch", "2", "--max-global-batch", "8"]
 
 OTHERS = {
-    "another space": (["--max-micro-batch", "3"], "space dimensions micro_batch_size"),
+    "another space": (["--max-micro-batch", "3"], "space dimensions micro_batch_size 1 to 2 there, 1 to 3 here"),
     "another largest batch": (["--max-global-batch", "12"], "space max_global_batch 8 there, 12 here"),
     "another model": (["--seq-len", "64"], "workload seq_len 32 there, 64 here"),
     "another number of ranks": (["--ranks", "1"], "hardware ranks 2 there, 1 here"),

@@ -14,6 +14,7 @@ import jsonschema
 import optuna_dashboard
 import pytest
 
+from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import Failure, Provenance
 from ds_tune.storage.layout import ResultsFolder
@@ -69,7 +70,8 @@ def test_a_whole_study_runs_in_a_process_that_loads_nothing_that_trains(folder: 
     assert (done.returncode, done.stderr) == (0, "0\n")
     lines = done.stdout.splitlines()
     assert lines[0] == "Simulated: a cost model of 16xV100-32GB answers, with errors and noise; nothing is run."
-    assert lines[1] == (
+    assert lines[1] == STAGE_0_LEFT_OUT
+    assert lines[2] == (
         "gpt2-xl fp16, sequence length 1024, synthetic tokens on 16 × NVIDIA V100-32GB (31.7 GiB), simulated"
     )
     records = store(folder).records()
@@ -86,6 +88,20 @@ def test_every_figure_on_the_console_says_that_it_is_simulated(simulate: Run) ->
     assert len(provenance) >= 9
     for text in provenance:
         assert "simulated" in text, text
+
+
+def test_stage_0_is_said_to_be_left_out_in_fp16_only(simulate: Run) -> None:
+    assert STAGE_0_LEFT_OUT in simulate("--trials", "1", "--dtype", "fp16", hardware="2xH100")[1]
+    assert STAGE_0_LEFT_OUT not in simulate("--trials", "1", "--dtype", "bf16", "--results", "b", hardware="2xH100")[1]
+
+
+def test_a_space_file_with_stage_0_is_refused_in_fp16_and_nothing_is_written(simulate: Run, folder: Path) -> None:
+    (folder / "s.toml").write_text("[search]\nzero_stage = [0, 1]\n")
+    status, _, error = simulate("--space", "s.toml", "--trials", "1")
+    assert status == 2
+    assert "--space s.toml: ZeRO stage 0 is left out: in fp16" in error and "--dtype bf16" in error
+    assert [path.name for path in folder.iterdir()] == ["s.toml"]
+    assert simulate("--space", "s.toml", "--trials", "1", "--dtype", "bf16", hardware="2xH100")[0] == 0
 
 
 def test_every_file_says_that_its_figures_are_simulated(simulate: Run, folder: Path) -> None:
@@ -180,7 +196,7 @@ def test_any_known_gpu_can_be_imagined(simulate: Run, folder: Path, hardware: st
     assert simulate("--trials", "2", "--model", "gpt2", hardware=hardware)[0] == 0
     summary = store(folder).summary()
     assert (summary.machine.description, summary.finished_trials) == (description, 2)
-    assert summary.baseline is not None and summary.baseline.config.name == "z0_gas1_tmbspg1"
+    assert summary.baseline is not None and summary.baseline.config.name == "z1_gas1_tmbspg1"
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
@@ -215,7 +231,7 @@ def out_of_memory(record: TrialRecord) -> bool:
 
 def test_baseline_is_the_smallest_likely_to_fit_where_zero_0_is_unlikely_to(simulate: Run, folder: Path) -> None:
     """35 GiB are more than an RTX 4090's 23.6, but not beyond all doubt before anything was measured."""
-    assert simulate("--trials", "5", hardware="2xRTX4090")[0] == 0
+    assert simulate("--trials", "5", "--dtype", "bf16", hardware="2xRTX4090")[0] == 0
     summary = store(folder).summary()
     assert summary.baseline is summary.records[0]
     assert (summary.records[0].config.name, summary.records[0].source) == ("z1_gas1_tmbspg1", Source.BASELINE)
@@ -224,7 +240,8 @@ def test_baseline_is_the_smallest_likely_to_fit_where_zero_0_is_unlikely_to(simu
 
 def test_baseline_is_the_smallest_that_fits_after_zero_0_ran_out_of_memory(simulate: Run, folder: Path) -> None:
     """35 GiB fit into 41 unless much is lost to fragments."""
-    assert simulate("--trials", "5", "--seed", "9", "--memory-cap", "41GiB", hardware="2xH200")[0] == 0
+    cap = ["--dtype", "bf16", "--memory-cap", "41GiB"]
+    assert simulate("--trials", "5", "--seed", "9", *cap, hardware="2xH200")[0] == 0
     summary = store(folder).summary()
     first, second = summary.records[:2]
     assert out_of_memory(first) and (first.config.name, first.source) == ("z0_gas1_tmbspg1", Source.BASELINE)
@@ -246,7 +263,7 @@ def test_names_and_states_stay_apart_however_long_a_name_is(
 
 
 def test_zero_0_certain_not_to_fit_is_not_launched_as_the_baseline(simulate: Run, folder: Path) -> None:
-    assert simulate("--trials", "5", hardware="16xV100-16GB")[0] == 0
+    assert simulate("--trials", "5", "--dtype", "bf16", hardware="16xL4")[0] == 0
     summary = store(folder).summary()
     assert summary.baseline is summary.records[0]
     assert (summary.records[0].config.name, summary.records[0].source) == ("z1_gas1_tmbspg1", Source.BASELINE)

@@ -1,5 +1,6 @@
 """`--space FILE`: a search space in the user's own words."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext
+from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.tuner.cli import main
 from ds_tune.tuner.space import COARSE_MICRO_BATCHES, Limits, Space
@@ -167,7 +169,9 @@ REFUSED = {
         f"[search]\nmicro_batch_size = {{min = 1, max = 1{'0' * 400}, factor = 2}}\n",
         "search.micro_batch_size.max takes whole numbers below 2^63",
     ),
-    "a number of 5000 digits": (f"[fixed]\nmicro_batch_size = 1{'0' * 5000}\n", "not TOML: Exceeds the limit"),
+    "a number of 5000 digits": (
+        f"[fixed]\nmicro_batch_size = 1{'0' * 5000}\n", "not TOML: a number in it has thousands of digits",
+    ),
     "tables in tables": (f"[fixed]\ncompile = {'[' * 5000}", "not TOML for a space: it is nested too deeply"),
     "a word of two lines": ("[fixed]\ncompile = 'off\\n'\n".replace("'", '"'), "compile is one of off, blocks"),
     "a knob without a meaning": (
@@ -230,6 +234,18 @@ def test_a_global_batch_that_its_sizes_cannot_make_is_named(write: Write, text: 
     with pytest.raises(UsageError) as refused:
         configurations(write(f"[search]\n{text}\n"), limits)
     assert why in str(refused.value)
+
+
+@pytest.mark.parametrize("table", ["[fixed]\nzero_stage = 0\n", "[search]\nzero_stage = [1, 0]\n"])
+def test_stage_0_is_refused_with_its_reason_where_its_gradients_are_lost(write: Write, table: str) -> None:
+    path = write(table)
+    assert {config.zero_stage for config in configurations(path)} >= {0}
+    with pytest.raises(UsageError) as refused:
+        configurations(path, context=dataclasses.replace(SITE, stage_0_trains=False))
+    assert str(refused.value) == (
+        f"`space={path}`: {STAGE_0_LEFT_OUT.removesuffix('.')}; list zero_stage 1, 2 or 3, or train in bf16 "
+        "(`dtype=bf16`) where the GPUs have it"
+    )
 
 
 def test_files_that_are_none_are_refused(write: Write, tmp_path: Path) -> None:

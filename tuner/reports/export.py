@@ -20,6 +20,7 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import DEFAULT_METRIC, METRICS
 from ds_tune.objectives.running.local_launcher import threads_per_rank
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Measurement, Provenance, TrialConfig
+from ds_tune.objectives.workload.huggingface import TRAINING_MODULE
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
@@ -62,9 +63,11 @@ def local_launcher(machine: Machine) -> list[str]:
 def shell_line(command: Sequence[str], machine: Machine) -> str:
     """The command as a line for a shell, with the environment that it needs there.
 
-    The PATH leads to this installation's deepspeed, and to the ninja that torch compiles DeepSpeed's ops with.
+    The PATH leads to this installation's deepspeed, and to the ninja that torch compiles DeepSpeed's ops with. Of
+    ds-tune's own training nothing lies in the folder where it is run, so that no file there may shadow a package.
     """
-    settings = f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"'
+    settings = "PYTHONSAFEPATH=1 " if TRAINING_MODULE in command else ""
+    settings += f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"'
     if machine.device == "cpu":
         settings += f" DS_ACCELERATOR=cpu LOCAL_SIZE={machine.ranks} OMP_NUM_THREADS={threads_per_rank(machine)}"
     return f"{settings} {shlex.join(command)}\n"

@@ -8,6 +8,7 @@ from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.timing.intervals import is_answer
 from ds_tune.objectives.trial import KNOBS, Measurement, Provenance
+from ds_tune.objectives.words import counted
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows
 from ds_tune.tuner.reports.report import Report
@@ -78,7 +79,7 @@ def trials_words(summary: StudySummary) -> str:
     """How many trials there are, and how many of them were not asked for, for they came after the search."""
     count = len(summary.records)
     later = sum(record.source is Source.ABLATION for record in summary.records)
-    words = "1 trial" if count == 1 else f"{count} trials"
+    words = counted(count, "trial")
     return f"{words}, {later} of them after the search" if later else words
 
 
@@ -94,7 +95,7 @@ def verified_words(record: TrialRecord, summary: StudySummary, *, short: bool = 
     verified = summary.verified(record)
     if verified is None:
         return "–"
-    runs = "1 run" if verified.runs == 1 else f"{verified.runs} runs"
+    runs = counted(verified.runs, "run")
     words = _with_half_width(verified.samples_per_second, verified.samples_per_second_ci95)
     return words if short else f"{words} ({runs})"
 
@@ -238,8 +239,8 @@ def _cost_model(report: Report) -> list[str]:
         sections.append(
             "\n## Cost model\n\n"
             "Each trial was predicted just before it ran, from data sheets, formulas and the trials before it. Over "
-            f"{errors.trials} trials the predicted samples/s were off by {errors.rate_median:.1%} in the median and "
-            f"{errors.rate_worst:.1%} at most, the predicted peak memory by {errors.memory_median:.1%} and "
+            f"{counted(errors.trials, 'trial')} the predicted samples/s were off by {errors.rate_median:.1%} in the "
+            f"median and {errors.rate_worst:.1%} at most, the predicted peak memory by {errors.memory_median:.1%} and "
             f"{errors.memory_worst:.1%}. Samples/s, trial by trial: {learned}."
         )
     if summary.excluded:

@@ -44,7 +44,7 @@ def trial_note(
     """The configuration, its figure, how it ended; once there is a summary, whether it is the winner.
 
     Args:
-        figures: their origin, where there is no summary yet.
+        provenance: of its figures, where there is no summary yet.
     """
     provenance = provenance if summary is None else summary.provenance
     lines = [OWN_NOTE.format(name=record.config.name)]

@@ -1,7 +1,5 @@
 """Marks and sentences: who won a study and by how much, who could not be told from it, what is still to be done."""
 
-import math
-
 from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.finalists import LEVEL
 from ds_tune.storage.records import AfterSearch, StudySummary, TrialRecord, TrialState
@@ -68,8 +66,7 @@ def improvement_words(summary: StudySummary) -> str:
     low, high = speedup.ci95
     words = f"{speedup.factor:.2f}×"
     if not speedup.settled:
-        # Rounded down, for it is a bound.
-        words = f"at least {math.floor(10 * low) / 10:.1f} times" if low >= LEAST_BOUND else "too noisy to tell"
+        words = f"at least {low:.2f} times" if low >= LEAST_BOUND else "too noisy to tell"
     verified = [summary.verified(record) for record in (summary.best, summary.baseline) if record is not None]
     search = " in the search" if summary.verification and None in verified else ""
     return summary.provenance.mark(f"{words}{search} (95% interval {low:.2f}–{high:.2f})")

@@ -105,6 +105,14 @@ def test_no_gpu_is_no_hardware(text: str) -> None:
         parse_hardware(text)
 
 
+@pytest.mark.parametrize("count", ["99999999999", "1048577", "9" * 5000])
+def test_more_gpus_than_there_are_anywhere_are_refused(count: str) -> None:
+    with pytest.raises(UsageError, match=r"^`hardware='?\d+(xH100|…)`: no more than 1048576 GPUs$") as refused:
+        parse_hardware(f"{count}xH100")
+    assert len(str(refused.value)) < 120
+    assert parse_hardware("1048576xH100").ranks == 2**20
+
+
 def test_a_cap_leaves_a_rank_less_memory_and_the_gpu_as_fast() -> None:
     capped = parse_hardware("2xH200", memory_cap_bytes=24 * GIB)
     assert capped.capacity_bytes == 24 * GIB

@@ -148,8 +148,27 @@ MALFORMED: dict[str, tuple[dict[str, Any] | str, str]] = {
     "no object": ("[1, 2]", "it is no JSON object"),
     "not a number": (json.dumps({**LINE, "step_s": float("nan")}), "it is not JSON (NaN is no number)"),
     "infinite": (json.dumps({**LINE, "trial_s": float("inf")}), "it is not JSON (Infinity is no number)"),
-    "beyond floats": (json.dumps(LINE).replace("20.0", "1e999"), "peak_gib is inf, not a number above 0"),
-    "beyond integers": ({**LINE, "peak_gib": 10**400}, "peak_gib is 10000000000000000000, not a number above 0"),
+    "beyond floats": (json.dumps(LINE).replace("20.0", "1e999"), "peak_gib is inf, not a number up to 1048576"),
+    "beyond integers": ({**LINE, "peak_gib": 10**400}, "peak_gib is 10000000000000000000, not a number up to 1048576"),
+    "beyond any device": ({**LINE, "peak_gib": 1e300}, "peak_gib is 1e+300, not a number up to 1048576"),
+    "below a byte": ({**LINE, "reserved_gib": 1e-300}, "reserved_gib is 1e-300, less than a byte"),
+    "beyond any life": ({**LINE, "trial_s": 1e300}, "trial_s is 1e+300, not a number up to 1000000000"),
+    "beyond any rate": ({**LINE, "samples_per_s": 1e300}, "samples_per_s is 1e+300, not a number up to 1000000000000"),
+    "first steps beyond integers": ({**LINE, "first_steps_s": 10**400}, f"first_steps_s is 1{'0' * 59}…, more than"),
+    "5,000 digits": (json.dumps(LINE).replace("20.0", "9" * 5000), "a number in it has thousands of digits"),
+    "no such word of a knob": (
+        {**LINE, "compile": "bananas"}, "compile is one of off, blocks, model, deepcompile, not 'bananas'",
+    ),
+    "no word for a knob": ({**LINE, "compile": 3}, "compile is one of off, blocks, model, deepcompile, not 3"),
+    "no such number of a knob": ({**LINE, "bucket_elements": -5}, "bucket_elements is 0 for off, or more, not -5"),
+    "no number for a knob": ({**LINE, "bucket_elements": "5"}, "bucket_elements takes whole numbers, not '5'"),
+    "a knob beyond integers": ({**LINE, "bucket_elements": 10**30}, "bucket_elements takes whole numbers below 2^63"),
+    "an unknown failure": (
+        {**CRASH, "failure": "bad luck"}, "failure is 'bad luck', none of out_of_memory, invalid_config, timeout",
+    ),
+    "half a character of a phase": (
+        {**OUT_OF_MEMORY, "phase": "\ud800"}, 'phase is "\\ud800", which has characters that cannot be printed',
+    ),
     **{
         f"no {key}": ({name: value for name, value in LINE.items() if name != key}, f"{key} is missing") for key in LINE
     },
@@ -171,7 +190,7 @@ MALFORMED: dict[str, tuple[dict[str, Any] | str, str]] = {
     "fits and does not": ({**LINE, "failure": "out_of_memory"}, "oom is false, but failure is out_of_memory"),
     "does not fit and crashed": ({**OUT_OF_MEMORY, "failure": "crash"}, "oom is true, but failure is crash"),
     "negative parts": ({**LINE, "forward_s": -0.1}, "forward_s is -0.1, not a number from 0 on"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -199,7 +218,15 @@ HEADERS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "unknown precision": ({**HEADER, "dtype": "fp8"}, "dtype 'fp8' is none of fp16, bf16, fp32"),
     "no model": ({**HEADER, "model": ""}, "model is empty"),
     "versions": ({**HEADER, "versions": ["2.13"]}, "versions is not an object of texts"),
-}
+    "half a character of a model": ({**HEADER, "model": "\ud800"}, 'model is "\\ud800", which has characters that'),
+    "half a character of a version": (
+        {**HEADER, "versions": {"torch": "\ud800"}}, 'versions is "\\ud800", which has characters that cannot be',
+    ),
+    "a colour": ({**HEADER, "model": "\x1b[31mred"}, 'model is "\\u001b[31mred", which has characters that cannot be'),
+    "beyond any device": ({**HEADER, "memory_cap_gib": 1e300}, "memory_cap_gib is 1e+300, not a number up to 1048576"),
+    "below a byte": ({**HEADER, "memory_cap_gib": 1e-300}, "memory_cap_gib is 1e-300, less than a byte"),
+    "5,000 digits": ({**HEADER, "hardware": f"{'9' * 5000}xH200"}, f"hardware is '{'9' * 59}…, not of the form"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -208,6 +235,7 @@ def test_a_malformed_header_is_line_1(read: Read, case: str) -> None:
     with pytest.raises(UsageError) as refused:
         read(header=header) if header == "" else read(LINE, header=header)
     assert f", line 1: {wrong}" in str(refused.value)
+    assert str(refused.value).isprintable()
 
 
 def test_a_recording_of_nothing_that_ran_is_refused(read: Read) -> None:

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import re
 import shlex
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from ds_tune.objectives.trial import Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
-from ds_tune.tuner.reports.export import export, metrics_document, shell_line, summary_text, training_command
+from ds_tune.tuner.reports.export import (
+    export,
+    metrics_document,
+    shell_line,
+    summary_text,
+    training_command,
+    write_trial_inputs,
+)
 from ds_tune.tuner.reports.report import Report
 
 SAMPLE = Path(__file__).parent / "deepspeed_sample"
@@ -184,6 +193,14 @@ def test_a_command_for_the_cpu_names_the_number_of_ranks(workload: HuggingFaceWo
     assert training_command(workload, machine, Path("ds.json"), PLAIN)[:3] == ["deepspeed", "--num_gpus", "4"]
 
 
+def test_only_a_command_of_our_own_training_leaves_the_current_folder_out(
+    exported: ResultsFolder, machine: Machine
+) -> None:
+    for path in (exported.optimal_command, exported.root / "z1_gas2_tmbspg8" / "cmd.txt"):
+        assert path.read_text().startswith("PYTHONSAFEPATH=1 PATH=")
+    assert shell_line(["deepspeed", "mine.py"], machine).startswith("PATH=")  # which may import what lies beside it
+
+
 @pytest.mark.parametrize("provenance", [Provenance.SIMULATED, Provenance.REPLAYED])
 def test_figures_that_were_not_measured_carry_the_word_in_every_file(
     finished: StudySummary, folder: ResultsFolder, provenance: Provenance
@@ -310,3 +327,19 @@ def test_every_file_is_written_whatever_interval_a_run_was_stored_with(
     assert "Something else used the machine: steps of one configuration differ by" in text
     speedup = json.loads((tmp_path / "summary.json").read_text())["speedup"]
     assert 0 < speedup["ci95"][0] <= speedup["factor"] <= speedup["ci95"][1] < 100
+
+
+@pytest.mark.slow
+def test_a_command_trains_in_a_folder_whose_files_are_named_as_packages(tmp_path: Path) -> None:
+    for name in ("deepspeed.py", "torch.py", "transformers.py"):
+        (tmp_path / name).write_text("raise SystemExit('the file in the folder was imported')")
+    workload = HuggingFaceWorkload(model="gpt2-nano", seq_len=16, dtype="fp32")
+    cpu = Machine(device="cpu", name="CPU", ranks=1, memory_bytes=GIB)
+    write_trial_inputs(tmp_path / "trial", PLAIN, workload, cpu)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = (tmp_path / "trial" / "cmd.txt").read_text().replace(" --num_gpus", f" --master_port {port} --num_gpus")
+    steps = " --warmup-steps 1 --steps 1 --json done.json"
+    done = subprocess.run(["sh", "-c", line.strip() + steps], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read(tmp_path / "done.json")["steps"] == 1

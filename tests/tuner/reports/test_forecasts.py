@@ -12,6 +12,7 @@ from ds_tune.objectives.cost_model.forecast import Excluded, Forecast
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import FailureKind, Measurement
 from ds_tune.storage.records import StudySummary, TrialRecord
+from ds_tune.tuner.console import forecast_lines
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.forecasts import ForecastErrors, forecast_errors
 from ds_tune.tuner.reports.markdown import summary_markdown
@@ -95,6 +96,14 @@ def test_the_report_says_how_wrong_it_was(forecasted: StudySummary) -> None:
         "memory by 5.0% and 10.0%. Samples/s, trial by trial: +50%, -10%, +1%."
     ) in text
     assert text.index("## Trials") < text.index("## Cost model") < text.index("## How this was measured")
+
+
+def test_the_console_has_no_median_of_one(forecasted: StudySummary) -> None:
+    one = dataclasses.replace(forecasted, records=forecasted.records[:1])
+    assert forecast_lines(Report.of(forecasted)) == [
+        "Forecasts were off by 10% in samples/s and 5.0% in peak memory (medians of 3 forecasts)."
+    ]
+    assert forecast_lines(Report.of(one))[0].endswith("% in peak memory (one forecast).")
 
 
 def test_the_document_has_the_errors_and_each_trials_forecast(forecasted: StudySummary) -> None:

@@ -132,7 +132,7 @@ def test_speedup_that_is_no_answer_is_given_as_a_bound(make_record: MakeRecord, 
         make_record("z1_gas1_tmbspg4", 30.0, number=1),
     ]
     noisy = with_intervals(make_summary(records), 1.5)
-    assert improvement_words(noisy) == "at least 1.6 times (95% interval 1.69–5.32)", "rounded down"
+    assert improvement_words(noisy) == "at least 1.69 times (95% interval 1.69–5.32)"
     assert study_document(Report.of(noisy))["speedup"]["settled"] is False
     assert improvement_words(with_intervals(noisy, 2.5)) == "too noisy to tell (95% interval 0.82–10.96)"
     settled = study_document(Report.of(with_intervals(noisy, 1.01)))["speedup"]
