@@ -36,19 +36,15 @@ class UnreachedError(RuntimeError):
 class Listening:
     """What all runs of a script have in common; see `Listener`."""
 
-    def __init__(
-        self, progress: Progress, meter: Meter, *, steps: str, finish: Finish, fail: Callable[..., Any]
-    ) -> None:
+    def __init__(self, progress: Progress, meter: Meter, *, finish: Finish, fail: Callable[..., Any]) -> None:
         """
         Args:
-            steps: phase that the optimizer steps are.
             finish: given the result; does not return.
             fail: given an exception; does not return.
         """
         self.progress = progress
         self.meter = meter
         self.finish = finish
-        self._phase = steps
         self._fail = fail
         self._began = time.perf_counter()
         self.setup_seconds = 0.0

@@ -68,8 +68,8 @@ from ds_tune.objectives.workload.script import (
 PREPARE_SECONDS = 1800.0
 """A script that has not made its engine by then hangs: it may load a model and tokenize data first."""
 
-TRANSFORMERS_SITES = (transformers.trainer, transformers.integrations.deepspeed, accelerate)
-"""Modules that are imported before the fork, so that no trial pays for them."""
+IMPORTED_BEFORE_THE_FORK = (transformers.trainer, transformers.integrations.deepspeed, accelerate)
+"""Modules that take seconds to import, which no trial pays for."""
 
 
 class ScriptRank:
@@ -123,14 +123,14 @@ class ScriptRank:
         match command:
             case Time():
                 return Timer(
-                    self._progress, self._meter, steps="steps", command=command, ranks=self._machine.ranks,
+                    self._progress, self._meter, command=command, ranks=self._machine.ranks,
                     flops_per_sample=self._flops_per_sample(), **common,
                 )  # fmt: skip
             case Losses():
-                return LossRecorder(self._progress, self._meter, steps="numerics", command=command, **common)
+                return LossRecorder(self._progress, self._meter, command=command, **common)
             case Learn():
                 return Learner(
-                    self._progress, self._meter, steps="learning", **common,
+                    self._progress, self._meter, **common,
                     facts=lambda seen: facts_of(
                         seen, self._observer, loop=settings.loop, written=settings.written, flags=self._flags(seen)
                     ),
