@@ -17,8 +17,9 @@ _DEFAULTS = {"figures": Provenance.MEASURED.value, "metric": DEFAULT_METRIC}
 
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored identity, with what studies of earlier versions leave out."""
-    return {**_DEFAULTS, **stored, "workload": workload_from_json(stored["workload"]).to_json()}
+    """A stored identity, with what studies of earlier versions leave out; as JSON has it, with lists for tuples."""
+    workload = json.loads(json.dumps(workload_from_json(stored["workload"]).to_json()))
+    return {**_DEFAULTS, **stored, "workload": workload}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,11 @@ class ResultsFolder:
         return self.root / "study.json"
 
     @property
+    def first_run(self) -> Path:
+        """What a person's script showed when it ran as it stands."""
+        return self.root / "script.json"
+
+    @property
     def process_logs(self) -> Path:
         """Where ranks write before they have a trial."""
         return self.root / "processes"
@@ -79,7 +84,7 @@ class ResultsFolder:
         """A folder where a file is to be written, or a file where a folder is; None if all is well."""
         files = [
             self.database, self.owner, self.summary_text, self.summary_markdown, self.trials_csv, self.study_json,
-            self.optimal_config, self.optimal_command,
+            self.optimal_config, self.optimal_command, self.first_run,
         ]  # fmt: skip
         folders = [self.process_logs, *self.root.glob(TRIAL_FOLDERS)]
         wrong = [path for path in files if path.is_dir()]

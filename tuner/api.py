@@ -57,10 +57,10 @@ def tune(
     for name, value in (("verbose", verbose), ("handle_signals", handle_signals)):
         if not isinstance(value, bool):
             raise UsageError(f"`{name}` must be True or False (got {shown(value)})")
-    spec = make_spec(request, backend_for(request))
     console = Console(output(), quiet=not verbose)
-    console.verifies = request.verify and spec.backend.verifies
     told = observer or (console if verbose else SilentObserver())
+    spec = make_spec(request, backend_for(request, told.say))
+    console.verifies = request.verify and spec.backend.verifies
     stop = StopSignals(lambda: told.say("Stopping after this trial; Ctrl-C again stops now."))
     with optuna_silenced(), storage_faults(spec.storage_url):
         try:

@@ -53,12 +53,12 @@ def tune(arguments: argparse.Namespace) -> int:
     if arguments.explain:
         if not request.script:
             raise UsageError("`explain` is about a training script; put its launch line behind --")
-        for line in backend_for(request).notes:
+        for line in backend_for(request, lambda text: print(text, file=sys.stderr)).notes:
             print(in_options(line))
         return EXIT_FOUND
-    spec = make_spec(request, backend_for(request))
     # With --json, standard output belongs to the document alone.
     console = Console(output(stderr=arguments.json), quiet=arguments.quiet)
+    spec = make_spec(request, backend_for(request, console.say))
     console.verifies = request.verify and spec.backend.verifies
     interrupted = False
     stop = StopSignals(lambda: console.say("Stopping after this trial; Ctrl-C again stops now."))

@@ -1,31 +1,38 @@
 """Backend of a person's own training script: how it is started, what it trains, and what of it can be changed."""
 
+import contextlib
 import dataclasses
 import functools
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
-from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.running.local_launcher import LocalLauncher
-from ds_tune.objectives.trial import Failure, TrialConfig
+from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload, read_ds_config
+from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.autotuning_block import with_autotuning_block
-from ds_tune.tuner.backend import DEFAULTS, Backend, training_objectives
+from ds_tune.tuner.backend import DEFAULTS, Backend, MakeObjectives, Objectives, training_objectives
+from ds_tune.tuner.first_run import FirstRun, first_run
 from ds_tune.tuner.request import TuneRequest
 from ds_tune.tuner.space import Limits, Space, study_space
 
 SCRIPT_WORKER = "ds_tune.objectives.rank.script.worker"
 
+PREPARATIONS = 5.0
+"""Times the seconds of the first run that a trial may take."""
+
 ScriptLauncher = functools.partial(LocalLauncher, worker=SCRIPT_WORKER)
 
 
-def scripted(request: TuneRequest) -> Backend:
+def scripted(request: TuneRequest, say: Callable[[str], None]) -> Backend:
     """Runs the script as it stands for a few steps, and so finds out what it trains.
+
+    Args:
+        say: told in one line what takes a while.
 
     Raises:
         UsageError: the line launches no script, or the script does not train under DeepSpeed.
@@ -41,7 +48,8 @@ def scripted(request: TuneRequest) -> Backend:
         raise UsageError(f"the launch line starts {ranks} ranks, and {machine.ranks} were asked for; leave one out")
     request, said = with_autotuning_block(request, _autotuning_block(start))
     workload = ScriptWorkload(start=start, mapped=request.mapped)
-    workload = dataclasses.replace(workload, facts=_learned(workload, machine, request))
+    shown = first_run(workload, machine, ScriptLauncher, ResultsFolder(request.results), say)
+    workload = dataclasses.replace(workload, facts=shown.facts)
     own = _own(workload.known)
     limits = _limits(request, own, machine)
     fixed = None if workload.batch_follows else _of_micro_batch(own, request, limits, workload, machine)
@@ -49,12 +57,30 @@ def scripted(request: TuneRequest) -> Backend:
         machine=machine,
         workload=workload,
         limits=limits,
-        objectives=training_objectives(request, workload, machine, ScriptLauncher, fresh_ranks=True),
+        objectives=_objectives(request, workload, machine, shown),
         verifies=True,
         restricted_to=fixed,
         own=own,
         notes=[*_notes(workload, own, limits, machine, is_fixed=fixed is not None), *said],
     )
+
+
+def _objectives(request: TuneRequest, workload: ScriptWorkload, machine: Machine, shown: FirstRun) -> MakeObjectives:
+    """Objectives that run the script; what its first run showed is kept as soon as there is a folder for it."""
+    # What it does before it trains is in each trial.
+    longest = max(request.trial_seconds, PREPARATIONS * shown.seconds)
+    inner = training_objectives(
+        dataclasses.replace(request, trial_timeout=request.trial_timeout or longest), workload, machine, ScriptLauncher,
+        fresh_ranks=True,
+    )  # fmt: skip
+
+    def objectives(
+        results: ResultsFolder, notice: Callable[[str], None], resources: contextlib.ExitStack
+    ) -> Objectives:
+        shown.remember(results)
+        return inner(results, notice, resources)
+
+    return objectives
 
 
 def _autotuning_block(start: ScriptStart) -> Any:
@@ -63,28 +89,6 @@ def _autotuning_block(start: ScriptStart) -> Any:
         return None
     document = read_ds_config(Path(start.folder, start.arguments[index].rpartition("=")[2]))
     return (document or {}).get("autotuning")
-
-
-def _learned(workload: ScriptWorkload, machine: Machine, request: TuneRequest) -> ScriptFacts:
-    with tempfile.TemporaryDirectory(prefix="ds-tune-first-run-") as folder, ScriptLauncher(machine) as launcher:
-        objective = DeepSpeedObjective(
-            workload, machine, launcher=launcher, log_folder=Path(folder), trial_seconds=request.trial_seconds,
-            fresh_ranks=True,
-        )  # fmt: skip
-        try:
-            learned = objective.learn(Path(folder))
-        finally:
-            objective.close()
-    if isinstance(learned, Failure):
-        said = learned.message.partition(": ")[2] or learned.message
-        tail = f"\nwhat it wrote last:\n{learned.log_tail}" if learned.log_tail else ""
-        raise UsageError(f"{workload.title} does not train as it stands ({learned.phase}): {said}{tail}")
-    if learned.samples_per_micro_batch != learned.micro_batch_size:
-        raise UsageError(
-            f"{workload.title} feeds {learned.samples_per_micro_batch} samples a micro-step where its DeepSpeed "
-            f"configuration says {learned.micro_batch_size}; make the two agree, for what it trains is not known"
-        )
-    return learned
 
 
 def _own(facts: ScriptFacts) -> TrialConfig:

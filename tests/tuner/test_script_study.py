@@ -51,6 +51,7 @@ def test_own_loop_is_tuned_and_the_exported_line_launches_the_winner(folder: Pat
     assert done.returncode == 0, done.stderr
     assert hashes(folder) == before
     said = " ".join(done.stdout.split())
+    assert said.startswith("Running own_loop.py as it stands for two optimizer steps, to learn what it trains …")
     assert "own_loop.py (DeepSpeed), a model of its own fp32, 0.1M parameters; as it stands ZeRO-1, 2 × 4 × 2" in said
     assert "Settings reach it by its DeepSpeed file, --batch-size." in said
     assert "The global batch is held at 16; --free-batch lets it go." in said
@@ -69,6 +70,10 @@ def test_own_loop_is_tuned_and_the_exported_line_launches_the_winner(folder: Pat
         "gradient_accumulation_steps": best["gradient_accumulation_steps"],
         "zero_optimization": {**written["zero_optimization"], "stage": best["zero_stage"]},
     }
+    again = tune(folder, "--trials", "2", "--no-verify", "--", *line)
+    assert again.returncode == 0, again.stderr
+    assert "Running own_loop.py as it stands" not in again.stdout  # what it showed is remembered
+    assert json.loads((results / "summary.json").read_text())["best"] == document["best"]
     command = (results / "cmd_optimal.txt").read_text()
     words = shlex.split(command)
     assert words[words.index("deepspeed") :][:4] == ["deepspeed", "--num_gpus", "2", str(folder / "own_loop.py")]
