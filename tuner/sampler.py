@@ -129,8 +129,13 @@ class CostModelSampler(SpaceSampler):
         return self.proposer.excluded(memory, self._taken(trials))
 
     def baselines(self, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
-        """Baselines of the space in the order to try them, as `Proposer.baselines` has it."""
-        return self.proposer.baselines(self._space.baselines, self.observations(trials))
+        """Baselines of the space in the order to try them, as `Proposer.baselines` has it.
+
+        A person's own configuration comes first whatever is believed of it: it has run.
+        """
+        own = [] if self._space.own is None else [self._space.own]
+        others = self.proposer.baselines(self._space.baselines, self.observations(trials))
+        return [*own, *(config for config in others if config not in own)]
 
     def settled(self, trials: Sequence[FrozenTrial]) -> str | None:
         proposal = self.propose(trials, len(trials))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.loss_scale import forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
 from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload, read_ds_config
+from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload, read_ds_config
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.autotuning_block import with_autotuning_block
 from ds_tune.tuner.backend import DEFAULTS, Backend, MakeObjectives, Objectives, training_objectives
@@ -50,7 +51,7 @@ def scripted(request: TuneRequest, say: Callable[[str], None]) -> Backend:
     workload = ScriptWorkload(start=start, mapped=request.mapped)
     shown = first_run(workload, machine, ScriptLauncher, ResultsFolder(request.results), say)
     workload = dataclasses.replace(workload, facts=shown.facts)
-    own = _own(workload.known)
+    own = _own(workload, request, machine)
     limits = _limits(request, own, machine)
     fixed = None if workload.batch_follows else _of_micro_batch(own, request, limits, workload, machine)
     return Backend(
@@ -91,25 +92,52 @@ def _autotuning_block(start: ScriptStart) -> Any:
     return (document or {}).get("autotuning")
 
 
-def _own(facts: ScriptFacts) -> TrialConfig:
+def _own(workload: ScriptWorkload, request: TuneRequest, machine: Machine) -> TrialConfig:
+    """The configuration that the script trains with, at the global batch that was asked for if one was.
+
+    Raises:
+        UsageError: it loses its gradients, or cannot have that batch.
+    """
+    facts = workload.known
+    if forgets_loss_scale(facts.zero_stage, facts.dtype):
+        raise UsageError(
+            f"{workload.title} trains in fp16 at ZeRO stage {facts.zero_stage}, where the installed DeepSpeed loses "
+            "the gradients: set zero_optimization.stage to 1, or use bf16 "
+            "(docs/log/2026-11-30-stage-0-fp16-loses-gradients.md)"
+        )
+    accumulation = facts.gradient_accumulation_steps
+    if request.global_batch is not None:
+        accumulation, rest = divmod(request.global_batch, facts.micro_batch_size * machine.ranks)
+        if rest or not accumulation:
+            raise UsageError(
+                f"`global_batch={request.global_batch}` must be a multiple of the script's micro-batches, "
+                f"{facts.micro_batch_size} on each of {machine.ranks} ranks"
+            )
     return TrialConfig(
         zero_stage=facts.zero_stage,
         micro_batch_size=facts.micro_batch_size,
-        gradient_accumulation_steps=facts.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
     )
 
 
 def _limits(request: TuneRequest, own: TrialConfig, machine: Machine) -> Limits:
-    """The script's own global batch is its training: it is held, unless it may go."""
-    defaults = DEFAULTS[machine.device]
+    """The batch sizes to search, which the script's own are among.
+
+    Its global batch is its training: it is held, unless it may go.
+    """
+    defaults, samples = DEFAULTS[machine.device], own.global_batch_size(machine.ranks)
     limits = request.limits(
         machine.ranks,
-        max_micro_batch=max(defaults.max_micro_batch, own.micro_batch_size),
-        max_global_batch=max(defaults.max_samples_per_rank * machine.ranks, own.global_batch_size(machine.ranks)),
+        max_micro_batch=defaults.max_micro_batch,
+        max_global_batch=defaults.max_samples_per_rank * machine.ranks,
     )
-    if request.free_batch or request.max_global_batch is not None or request.global_batch is not None:
-        return limits
-    return dataclasses.replace(limits, global_batch=own.global_batch_size(machine.ranks))
+    is_free = request.free_batch or request.max_global_batch is not None
+    return dataclasses.replace(
+        limits,
+        max_micro_batch=max(limits.max_micro_batch, own.micro_batch_size),
+        max_global_batch=max(limits.max_global_batch, samples),
+        global_batch=None if is_free else samples,
+    )
 
 
 def _of_micro_batch(
