@@ -63,13 +63,13 @@ class GuardedGroup:
 class LocalLauncher:
     """Starts ranks on this machine. Behind its `with` nothing is left but the groups that were not killed."""
 
-    def __init__(self, machine: Machine, *, worker: str = WORKER_MODULE) -> None:
+    def __init__(self, machine: Machine, *, worker: str | None = None) -> None:
         """
         Args:
-            worker: module whose `main()` each rank runs.
+            worker: module whose `main()` each rank runs; None for that of built-in models.
         """
         self._machine = machine
-        self._worker = worker
+        self._worker = worker or WORKER_MODULE
         self._fork_server: ForkServerProcess | None = None
 
     def __enter__(self) -> "LocalLauncher":
@@ -100,7 +100,7 @@ class ForkServerProcess:
     """The tuner's side of the process that ranks are forked from; `objectives.rank.fork_server` has the protocol."""
 
     def __init__(
-        self, environment: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes], *, worker: str = WORKER_MODULE
+        self, environment: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes], *, worker: str | None = None
     ) -> None:
         """
         Args:
@@ -113,7 +113,7 @@ class ForkServerProcess:
         with theirs:
             self._process = subprocess.Popen(
                 # -P: nothing in the user's folder shadows a package
-                [sys.executable, "-P", "-m", FORK_SERVER_MODULE, worker, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", FORK_SERVER_MODULE, worker or WORKER_MODULE, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

@@ -129,7 +129,7 @@ def test_a_port_that_is_taken_is_said(tune: Tune, command: Tune) -> None:
     assert refused.stderr == f"ds-tune: --port {port} cannot be used (Address already in use); name another one\n"
     refused = command("dashboard", "--port", "65536")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("ds-tune: --port 65536 cannot be used (")
+    assert refused.stderr.startswith("ds-tune: argument --port: 65536 is not a port, which go up to 65535")
     assert refused.stderr.count("\n") == 1
     refused = command("dashboard", "--study", "other")
     assert refused.returncode == 2

@@ -19,6 +19,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")  # left by a launcher around the shell: no rank of this line
+    monkeypatch.setenv("WORLD_SIZE", "1")
     return tmp_path
 
 
