@@ -10,6 +10,7 @@ from ds_tune.objectives.rank.engine import EngineSlot, build_engine, predict_ste
 from ds_tune.objectives.rank.loop import TrainingLoop
 from ds_tune.objectives.rank.model import flops_per_sample
 from ds_tune.objectives.rank.resources import RankResources
+from ds_tune.objectives.rank.result import timed_result
 from ds_tune.objectives.rank.session import TimingSession
 from ds_tune.objectives.running.protocol import RankResult, Time
 from ds_tune.objectives.timing.schedule import TIMED, Timing
@@ -51,28 +52,15 @@ def run_trial(command: Time, rank: RankResources, slot: EngineSlot) -> RankResul
         if deepspeed_timer is None and session.phase == TIMED and session.micro_steps == gas:
             deepspeed_timer = DeepSpeedTimer(engine)
         goes_on = session.step_done(skipped=loop.step(session.micro_steps))
-    timed = session.timed
-    return RankResult(
-        step_seconds=tuple(timed.step_seconds),
-        step_ci95_seconds=timed.ci95,
-        from_parts=timed.parts,
-        forward_seconds=timed.mean("forward_seconds"),
-        backward_seconds=timed.mean("backward_seconds"),
-        optimizer_seconds=timed.mean("optimizer_seconds"),
-        warmup_step_seconds=tuple(step.seconds for step in [*timed.warmup, *timed.early]),
-        first_steps_seconds=timed.first_steps_seconds(gas),
-        stopped_early=timed.stopped_early,
-        drifting=timed.drifting,
-        skipped_steps=session.skipped_steps,
-        deepspeed_samples_per_second=(
-            deepspeed_timer.samples_per_second() if deepspeed_timer is not None and timed.parts is None else None
-        ),
-        peak_memory_bytes=meter.peak_memory_bytes(),
-        reserved_memory_bytes=meter.reserved_memory_bytes(),
-        alloc_retries=meter.alloc_retries(),
+    whole = deepspeed_timer if session.timed.parts is None else None
+    return timed_result(
+        session,
+        meter,
+        gas,
         setup_seconds=setup_seconds,
         model_parameters=parameters,
         flops_per_sample=flops_per_sample(rank.model_config, parameters, rank.workload.seq_len),
+        deepspeed_samples_per_second=whole.samples_per_second() if whole is not None else None,
     )
 
 

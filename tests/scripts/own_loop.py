@@ -23,7 +23,7 @@ def main():
         torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8)
     )
     data = TensorDataset(torch.randn(args.samples, 64), torch.randint(8, (args.samples,)))
-    engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
+    engine, *_ = deepspeed.initialize(args, model, model_parameters=model.parameters())
     loader = DataLoader(data, batch_size=args.batch_size, sampler=DistributedSampler(data))
     try:
         for epoch in range(args.epochs):

@@ -13,10 +13,11 @@ from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.result import timed_result
 from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.settings import engine_dtype
 from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
-from ds_tune.objectives.running.protocol import Losses, RankResult, Time
+from ds_tune.objectives.running.protocol import Losses, Time
 from ds_tune.objectives.timing.deadlines import warmup_deadline
 from ds_tune.objectives.timing.schedule import Timing
 from ds_tune.objectives.trial import TrialConfig
@@ -161,30 +162,15 @@ class Timer(Listening):
         if self._session.step_done(skipped=skipped):
             return
         self.peers.barrier()
-        self.finish(self._result(self._session))
-
-    def _result(self, session: TimingSession) -> RankResult:
-        timed, meter = session.timed, self.meter
-        gas = self._command.config.gradient_accumulation_steps
-        return RankResult(
-            step_seconds=tuple(timed.step_seconds),
-            step_ci95_seconds=timed.ci95,
-            from_parts=None,
-            forward_seconds=timed.mean("forward_seconds"),
-            backward_seconds=timed.mean("backward_seconds"),
-            optimizer_seconds=timed.mean("optimizer_seconds"),
-            warmup_step_seconds=tuple(step.seconds for step in [*timed.warmup, *timed.early]),
-            first_steps_seconds=timed.first_steps_seconds(gas),
-            stopped_early=timed.stopped_early,
-            drifting=timed.drifting,
-            skipped_steps=session.skipped_steps,
-            deepspeed_samples_per_second=None,
-            peak_memory_bytes=meter.peak_memory_bytes(),
-            reserved_memory_bytes=meter.reserved_memory_bytes(),
-            alloc_retries=meter.alloc_retries(),
-            setup_seconds=self.setup_seconds,
-            model_parameters=count_parameters(self.engine.module)[0],
-            flops_per_sample=self._flops_per_sample,
+        self.finish(
+            timed_result(
+                self._session,
+                self.meter,
+                self._command.config.gradient_accumulation_steps,
+                setup_seconds=self.setup_seconds,
+                model_parameters=count_parameters(self.engine.module)[0],
+                flops_per_sample=self._flops_per_sample,
+            )
         )
 
 
@@ -222,6 +208,7 @@ class LossRecorder(Listening):
         if math.isfinite(mean):
             self._losses.append(mean)
         if len(self._losses) == self._wanted or not math.isfinite(mean):
+            self.peers.barrier()
             self.finish(LossCurve(losses=tuple(self._losses), skipped_steps=self._skipped))
 
 

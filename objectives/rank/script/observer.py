@@ -70,7 +70,11 @@ class Observer:
         named = getattr(kwargs.get("args", args[0] if args else None), "deepspeed_config", None)
         if trains and named is not None and kwargs.get("config") is None:
             kwargs["config"] = self._settings.engine_config(named)
-            kwargs["args"] = None
+            # DeepSpeed takes the file from one place alone.
+            if args:
+                args = (None, *args[1:])
+            else:
+                kwargs["args"] = None
         where = person_s_line()
         try:
             made = original(*args, **kwargs)
