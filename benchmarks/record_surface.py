@@ -23,7 +23,15 @@ from ds_tune.objectives.machine import GIB, Machine, detect_machine, software_ve
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
-from ds_tune.objectives.trial import KNOBS, Failure, FailureKind, Measurement, Outcome, TrialConfig
+from ds_tune.objectives.trial import (
+    KNOBS,
+    Failure,
+    FailureKind,
+    Measurement,
+    Outcome,
+    TrialConfig,
+    has_meaning,
+)
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.backend import DEFAULTS
 from ds_tune.tuner.request import parse_memory
@@ -107,7 +115,7 @@ def grid(arguments: argparse.Namespace, context: KnobContext) -> list[TrialConfi
     return [
         config
         for config in configs
-        if all(KNOBS[field].applies(dataclasses.asdict(config), context) for field in config.knobs_on)
+        if all(has_meaning(field, dataclasses.asdict(config), context) for field in config.knobs_on)
     ]
 
 

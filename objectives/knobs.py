@@ -40,6 +40,8 @@ class KnobContext:
     """Its weights are loaded, so that their shapes are given."""
     states_share: float = 0.0
     """Fraction of a rank's memory that parameters and optimizer states take under ZeRO-1; 0 where it is not known."""
+    out_of_reach: frozenset[str] = frozenset()
+    """Knobs that the training cannot be given, whatever else holds."""
 
 
 def whole_number(field: str, value: Any) -> int:
@@ -270,3 +272,8 @@ def splits_into_groups(config: Mapping[str, Any], context: KnobContext) -> bool:
 def gathers_on_gpus(config: Mapping[str, Any], context: KnobContext) -> bool:
     """DeepSpeed's quantisation is CUDA code."""
     return gathers(config, context) and context.device == "cuda"
+
+
+def knob_words(knobs: Mapping[str, Scalar]) -> list[str]:
+    """Arguments that say knobs of a model; `objectives.rank.knobs.parse_knobs` reads them."""
+    return [word for field, value in knobs.items() for word in ("--knob", f"{field}={value}")]

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeAlias
 
 from ds_tune.objectives.knobs import (
     Knob,
+    KnobContext,
     attention_runs,
     can_compile,
     can_enlarge_vocabulary,
@@ -201,6 +202,15 @@ KNOBS: dict[str, Knob] = {
     field.name: field.metadata["knob"] for field in dataclasses.fields(TrialConfig) if "knob" in field.metadata
 }
 """Every knob by its field, in the order of names and columns."""
+
+
+def has_meaning(field: str, config: Mapping[str, Any], context: KnobContext) -> bool:
+    """Whether a knob that is on does something.
+
+    Args:
+        config: fields of a `TrialConfig`, the knob's own among them.
+    """
+    return field not in context.out_of_reach and KNOBS[field].applies(config, context)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

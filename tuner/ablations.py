@@ -20,7 +20,8 @@ def ablated(
     """
     changes: list[tuple[str, int | str]] = [(field, KNOBS[field].off) for field in winner.knobs_on]
     if summary.baseline is not None:
-        for field in CORE_FIELDS:
+        kept = [field for field in summary.baseline.config.knobs_on if field not in winner.knobs_on]
+        for field in (*CORE_FIELDS, *kept):
             value = getattr(summary.baseline.config, field)
             if value != getattr(winner, field):
                 changes.append((field, value))

@@ -193,7 +193,7 @@ class Console:
             self.say(line)
         self.say(total_words(summary))
         if best is not None:
-            for line in summary.workload.by_hand(best.config):
+            for line in (*summary.workload.by_hand(best.config), *summary.workload.in_code(best.config)):
                 self.say(line)
         if written:
             self.say("Written:")

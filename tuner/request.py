@@ -251,11 +251,6 @@ class TuneRequest(SearchRequest):
         _ = self.mapped  # is checked
         if refused := self.given(NOT_SCRIPT):
             raise UsageError(f"{', '.join(refused)}: the training script behind -- says that itself; leave it out")
-        if self.preset not in (None, "core"):
-            raise UsageError(
-                f"`preset={self.preset}`: of a training script ZeRO stage, mbs and gas are searched so far; leave it "
-                "out, or name DeepSpeed's knobs in a file for `space`"
-            )
         if self.free_batch and self.global_batch is not None:
             raise UsageError("`free_batch` does not go with `global_batch`; leave out one")
 

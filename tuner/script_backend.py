@@ -113,11 +113,12 @@ def _own(workload: ScriptWorkload, request: TuneRequest, machine: Machine) -> Tr
                 f"`global_batch={request.global_batch}` must be a multiple of the script's micro-batches, "
                 f"{facts.micro_batch_size} on each of {machine.ranks} ranks"
             )
-    return TrialConfig(
-        zero_stage=facts.zero_stage,
-        micro_batch_size=facts.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
-    )
+    core = {
+        "zero_stage": facts.zero_stage,
+        "micro_batch_size": facts.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+    }
+    return TrialConfig.from_json({**core, **workload.own_knobs})
 
 
 def _limits(request: TuneRequest, own: TrialConfig, machine: Machine) -> Limits:
@@ -144,7 +145,9 @@ def _of_micro_batch(
     own: TrialConfig, request: TuneRequest, limits: Limits, workload: ScriptWorkload, machine: Machine
 ) -> Sequence[TrialConfig]:
     """The configurations with the script's own micro-batch size."""
-    space: Space = study_space(limits, preset="core", allowed=request.allowed, workload=workload, machine=machine)
+    space: Space = study_space(
+        limits, preset=request.preset or "core", allowed=request.allowed, workload=workload, machine=machine, own=own
+    )
     return [config for config in space.legal if config.micro_batch_size == own.micro_batch_size]
 
 

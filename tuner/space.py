@@ -18,7 +18,7 @@ from ds_tune.objectives.cost_model.knob_context import knob_context_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext, Scalar
 from ds_tune.objectives.machine import Machine
-from ds_tune.objectives.trial import KNOBS, TrialConfig
+from ds_tune.objectives.trial import KNOBS, TrialConfig, has_meaning
 from ds_tune.objectives.workload.kinds import Workload
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -93,14 +93,11 @@ class Dimension:
                 return CategoricalDistribution(sorted(found))
 
 
-def knob_dimension(field: str, values: Sequence[Scalar]) -> Dimension:
-    """The dimension of a knob that may be off or one of these values."""
-    choices = (KNOBS[field].off, *values)
+def knob_dimension(field: str, choices: Sequence[Scalar]) -> Dimension:
+    """The dimension of a knob that has one of these values."""
+    distribution = CategoricalDistribution(tuple(choices))
     return Dimension(
-        field=field,
-        short=KNOBS[field].short,
-        distribution=lambda limits: CategoricalDistribution(choices),
-        off=KNOBS[field].off,
+        field=field, short=KNOBS[field].short, distribution=lambda limits: distribution, off=KNOBS[field].off
     )
 
 
@@ -112,18 +109,30 @@ def _stage_dimension(stages: Sequence[int]) -> Dimension:
 PRESETS = ("core", "speed", "full")
 
 
-def knob_values(preset: str, context: KnobContext, allowed: Collection[str] = ()) -> dict[str, tuple[Scalar, ...]]:
-    """Values of each knob in a preset, beside off; see `dimensions_of`."""
+def knob_choices(
+    preset: str, context: KnobContext, allowed: Collection[str] = (), own: TrialConfig | None = None
+) -> dict[str, tuple[Scalar, ...]]:
+    """Values of each knob in a preset, off among them; one that is not searched stays as the person has it.
+
+    See `dimensions_of` for the arguments.
+    """
     found: dict[str, tuple[Scalar, ...]] = {}
     for field, knob in KNOBS.items():
-        found[field] = {"core": (), "speed": knob.usual(context), "full": knob.values}[preset]
+        values = {"core": (), "speed": knob.usual(context), "full": knob.values}[preset]
         if knob.numerics is not None:
-            found[field] = knob.values if field in allowed else ()
+            values = knob.values if field in allowed else ()
+        if field in context.out_of_reach:
+            values = ()
+        kept = knob.off if own is None else getattr(own, field)
+        found[field] = tuple(dict.fromkeys((knob.off, kept, *values))) if values else (kept,)
     return found
 
 
 def dimensions_of(
-    preset: str, context: KnobContext | None = None, allowed: Collection[str] = ()
+    preset: str,
+    context: KnobContext | None = None,
+    allowed: Collection[str] = (),
+    own: TrialConfig | None = None,
 ) -> tuple[Dimension, ...]:
     """The dimensions of a preset.
 
@@ -131,9 +140,11 @@ def dimensions_of(
         preset: `core` (stage, mbs, gas), `speed` (and what usually pays) or `full` (all that keeps the numbers).
         context: decides what usually pays.
         allowed: knobs that change the numbers training produces, and are to be searched all the same.
+        own: the configuration that a person trains with today.
     """
     context = context or KnobContext()
-    knobs = [knob_dimension(field, values) for field, values in knob_values(preset, context, allowed).items()]
+    choices = knob_choices(preset, context, allowed, own)
+    knobs = [knob_dimension(field, values) for field, values in choices.items()]
     return (_stage_dimension(zero_stages(context)), *DIMENSIONS[1:3], *knobs)
 
 
@@ -192,7 +203,7 @@ DIMENSIONS = (
         short="gas",
         distribution=lambda limits: IntDistribution(1, _largest_accumulation(limits), log=True),
     ),
-    *(knob_dimension(field, ()) for field in KNOBS),
+    *(knob_dimension(field, (knob.off,)) for field, knob in KNOBS.items()),
 )
 """Dimensions of the preset `core`: the knobs are left alone, unless a study is restricted to configurations that have
 them."""
@@ -271,7 +282,7 @@ class Space:
         on = {field: kind[field] for field in KNOBS if field in kind and kind[field] != KNOBS[field].off}
         knobs = {field: KNOBS[field] for field in on if KNOBS[field].numerics is None}
         unusual = sum(on[field] not in knob.usual(self.context) for field, knob in knobs.items())
-        return unusual <= MAX_UNUSUAL_KNOBS and all(KNOBS[field].applies(kind, self.context) for field in on)
+        return unusual <= MAX_UNUSUAL_KNOBS and all(has_meaning(field, kind, self.context) for field in on)
 
     def _kind(self, config: TrialConfig) -> tuple[Any, ...]:
         """All of a configuration but its batch sizes."""
@@ -396,4 +407,4 @@ def study_space(
     if restricted_to is not None:
         return Space(limits, restricted_to=restricted_to, own=own)
     context = knob_context_of(workload, machine)
-    return Space(limits, dimensions_of(preset, context, allowed), context=context, own=own)
+    return Space(limits, dimensions_of(preset, context, allowed, own), context=context, own=own)

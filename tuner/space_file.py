@@ -25,9 +25,9 @@ import yaml
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext, Scalar, whole_number
 from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
-from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
+from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig, has_meaning
 from ds_tune.tuner.conditions import Condition
-from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_values, zero_stages
+from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, Limits, knob_choices, zero_stages
 
 FIELDS = (*CORE_FIELDS, *KNOBS)
 PRESETS_TO_EXTEND = ("core", "speed")
@@ -81,12 +81,15 @@ class SpaceFile:
             raise _refusal(path, f"constraints: {error}") from None
         return cls(path=path, preset=preset, values=values, conditions=conditions)
 
-    def configurations(self, limits: Limits, context: KnobContext, allowed: Collection[str]) -> tuple[TrialConfig, ...]:
+    def configurations(
+        self, limits: Limits, context: KnobContext, allowed: Collection[str], own: TrialConfig | None = None
+    ) -> tuple[TrialConfig, ...]:
         """All that it describes.
 
         Args:
             context: what decides which knobs have a meaning; where one has none it is off.
             allowed: knobs that may change the numbers.
+            own: the configuration that a person trains with today.
 
         Raises:
             UsageError: none is left, they are too many, a knob has no meaning in any, or one would not train.
@@ -99,7 +102,7 @@ class SpaceFile:
             if field in KNOBS and KNOBS[field].numerics is not None and field not in allowed:
                 raise _refusal(self.path, f"{field} changes the numbers of training: add `allow=numerics:{field}`")
         kinds: list[dict[str, Any]] = [{}]
-        for field, choices in self._choices(context, allowed).items():
+        for field, choices in self._choices(context, allowed, own).items():
             kinds = [{**kind, field: value} for kind in kinds for value in _meaningful(kind, field, choices, context)]
             self._check_number(len(kinds))
         sizes = self._batch_sizes(limits)
@@ -129,11 +132,12 @@ class SpaceFile:
                 )
         return configs
 
-    def _choices(self, context: KnobContext, allowed: Collection[str]) -> dict[str, tuple[Scalar, ...]]:
+    def _choices(
+        self, context: KnobContext, allowed: Collection[str], own: TrialConfig | None
+    ) -> dict[str, tuple[Scalar, ...]]:
         """Stage and knobs with their values, in the order of `TrialConfig`."""
         choices: dict[str, tuple[Scalar, ...]] = {"zero_stage": zero_stages(context)}
-        for field, values in knob_values(self.preset, context, allowed).items():
-            choices[field] = (KNOBS[field].off, *values)
+        choices |= knob_choices(self.preset, context, allowed, own)
         return {field: self.values.get(field, values) for field, values in choices.items()}
 
     def _batch_sizes(self, limits: Limits) -> list[tuple[int, int]]:
@@ -188,7 +192,7 @@ def _meaningful(
     if field not in KNOBS:
         return choices
     knob = KNOBS[field]
-    found = [value for value in choices if value == knob.off or knob.applies({**kind, field: value}, context)]
+    found = [value for value in choices if value == knob.off or has_meaning(field, {**kind, field: value}, context)]
     return found or [knob.off]
 
 

@@ -76,7 +76,7 @@ def search_space(
     if request.space is not None:
         limits.check()
         context = knob_context_of(workload, machine)
-        restricted_to = SpaceFile.read(request.space).configurations(limits, context, request.allowed)
+        restricted_to = SpaceFile.read(request.space).configurations(limits, context, request.allowed, own)
     return study_space(
         limits,
         preset=request.preset or "core",

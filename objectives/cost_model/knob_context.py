@@ -23,6 +23,7 @@ def knob_context_of(workload: Workload, machine: Machine) -> KnobContext:
         dtype=workload.dtype,
         stage_0_trains=not forgets_loss_scale(0, workload.dtype),
         pretrained=workload.weights_are_loaded,
+        out_of_reach=workload.out_of_reach,
     )
     try:
         architecture = architecture_of(workload)

@@ -5,7 +5,7 @@ ZeRO-3 the hooks around its forward pass gather the weight, once, for all that h
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -128,11 +128,19 @@ def take_loss_in_projection(model: torch.nn.Module, way: str) -> None:
         raise UsageError("loss_computation=liger needs the package liger-kernel, which is not installed")
     head.__class__ = LOSSES[way, type(head)]
 
-    def tell_labels(module: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        head.labels = named.get("labels")
+    plain_loss: Callable[..., torch.Tensor] = model.loss_function  # type: ignore[assignment]
 
-    def as_projected(logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return logits
+    def tell_labels(module: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        head.labels = named.get("labels") if module.training else None
+
+    def as_projected(logits: torch.Tensor, labels: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        if logits.dim() > 0:  # in evaluation
+            return plain_loss(logits, labels, *more, **named)
+        items: torch.Tensor | int | None = named.get("num_items_in_batch")
+        if items is None:
+            return logits
+        # transformers' Trainer divides by the targets of all micro-batches of a step.
+        return logits * (labels[:, 1:] != NOT_A_TARGET).sum() / items
 
     model.register_forward_pre_hook(tell_labels, with_kwargs=True)
     model.loss_function = as_projected  # type: ignore[assignment]

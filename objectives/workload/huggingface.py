@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.knobs import Scalar, knob_words
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.model_sizes import check_sizes
 
@@ -95,19 +96,28 @@ class HuggingFaceWorkload:
         return False
 
     @property
+    def own_knobs(self) -> Mapping[str, Scalar]:
+        return {}
+
+    @property
+    def out_of_reach(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
     def launch_folder(self) -> None:
         return None
 
     def launch_line(self, launcher: Sequence[str], ranks: int, ds_config: Path, config: TrialConfig) -> list[str]:
         words = [*launcher, *self._training_words()]
-        for knob, value in config.model_knobs.items():
-            words += ["--knob", f"{knob}={value}"]
-        return [*words, "--deepspeed", "--deepspeed_config", str(ds_config)]
+        return [*words, *knob_words(config.model_knobs), "--deepspeed", "--deepspeed_config", str(ds_config)]
 
     def extra_files(self, config: TrialConfig) -> dict[str, str]:
         return {}
 
     def by_hand(self, config: TrialConfig) -> list[str]:
+        return []
+
+    def in_code(self, config: TrialConfig) -> list[str]:
         return []
 
     def _training_words(self) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
+from ds_tune.objectives.knobs import Scalar
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.objectives.workload.script import ScriptWorkload
@@ -52,6 +53,14 @@ class WorkloadKind(Protocol):
         """Whether the training itself puts batch sizes in the place of `"auto"`."""
 
     @property
+    def own_knobs(self) -> Mapping[str, Scalar]:
+        """Knobs that are on in it as the person has it."""
+
+    @property
+    def out_of_reach(self) -> frozenset[str]:
+        """Knobs that it cannot be given."""
+
+    @property
     def launch_folder(self) -> str | None:
         """Folder that its launch line is for; None for any."""
 
@@ -69,6 +78,9 @@ class WorkloadKind(Protocol):
 
     def by_hand(self, config: TrialConfig) -> list[str]:
         """Sentences on what of a configuration the launch line cannot say, and has to be written into the code."""
+
+    def in_code(self, config: TrialConfig) -> list[str]:
+        """Sentences on how to have in the training's own code what the launch line says of a configuration."""
 
     def model_document(self) -> Mapping[str, Any] | None:
         """Configuration of the model in transformers' JSON form; None where it has none.

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.knobs import Scalar, knob_words
+from ds_tune.objectives.trial import KNOBS, TrialConfig
 from ds_tune.objectives.workload.accelerate_launcher import (
     OPTIMAL_YAML,
     config_file,
@@ -113,13 +114,17 @@ class ScriptFacts:
     """DeepSpeed engines that it made; of those that train the first one is meant."""
     initialized_at: str = ""
     """File and line of the script that led to `deepspeed.initialize`."""
+    model_knobs: tuple[str, ...] = ()
+    """Knobs of the model that the live one can be given."""
+    checkpoints_activations: bool = False
+    """Whether the script has activation checkpointing on."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        return cls(**document)
+        return cls(**{**document, "model_knobs": tuple(document.get("model_knobs", ()))})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +182,26 @@ class ScriptWorkload:
         return self.known.loop == TRAINER
 
     @property
+    def own_knobs(self) -> Mapping[str, Scalar]:
+        return {"activation_checkpointing": 1} if self.known.checkpoints_activations else {}
+
+    @property
+    def out_of_reach(self) -> frozenset[str]:
+        facts = self.known
+        # The script's own options say its precision as well.
+        beyond = {"precision"} | {field for field, knob in KNOBS.items() if knob.in_model} - set(facts.model_knobs)
+        if facts.tokens_per_sample is None:
+            beyond.add("compile")  # it would be compiled anew for each length
+        if "optimizer" not in facts.ds_config:
+            beyond |= OPTIMIZER_KNOBS
+        return frozenset(beyond)
+
+    def laid_on(self, config: TrialConfig) -> dict[str, Scalar]:
+        """Knobs of the model that a configuration has otherwise than the script as it stands."""
+        own = {field: self.own_knobs.get(field, knob.off) for field, knob in KNOBS.items() if knob.in_model}
+        return {field: getattr(config, field) for field, value in own.items() if getattr(config, field) != value}
+
+    @property
     def launch_folder(self) -> str:
         return self.start.folder
 
@@ -186,7 +211,13 @@ class ScriptWorkload:
         words = list(start.launcher or ("torchrun", "--standalone", "--nproc_per_node", str(ranks)))
         if self._launcher_decides:
             words = tuned_launcher(words, ds_config.parent, config)
-        return [*words, *(["-m"] if start.is_module and not start.launcher else []), start.program, *start.arguments]
+        program = [*(["-m"] if start.is_module and not start.launcher else []), start.program]
+        if knobs := self.laid_on(config):
+            # A launcher that was given a module has the option for it among its words.
+            is_module = start.is_module and bool(start.launcher)
+            program = [*([] if is_module else [module_option(words)]), WITH_KNOBS, *knob_words(knobs),
+                       *(["--module"] if start.is_module else []), start.program]  # fmt: skip
+        return [*words, *program, *start.arguments]
 
     @property
     def _launcher_decides(self) -> bool:
@@ -215,6 +246,25 @@ class ScriptWorkload:
         if facts.loop == TRAINER and missing:
             values = f"{config.micro_batch_size}, gradient_accumulation_steps={config.gradient_accumulation_steps}"
             lines.append(f"Write TrainingArguments(per_device_train_batch_size={values}).")
+        return lines
+
+    def in_code(self, config: TrialConfig) -> list[str]:
+        """Sentences on how to have in the script's own code what the launch line lays on the model."""
+        knobs = self.laid_on(config)
+        if not knobs:
+            return []
+        facts = self.known
+        lines = []
+        if facts.loop == TRAINER and (every := knobs.get("activation_checkpointing")) in (0, 1):
+            del knobs["activation_checkpointing"]
+            lines.append(f"Activation checkpointing is the Trainer's gradient_checkpointing={bool(every)}.")
+        if knobs:
+            call = ", ".join(f"{field}={value!r}" for field, value in knobs.items())
+            where = "the Trainer is made" if facts.loop == TRAINER else f"{facts.initialized_at}"
+            lines.append(
+                f"Without ds-tune in the launch line: `from ds_tune.objectives import apply_knobs` and "
+                f"`apply_knobs(model, {call})` before {where}."
+            )
         return lines
 
     def model_document(self) -> Mapping[str, Any] | None:
@@ -269,6 +319,18 @@ class ScriptWorkload:
         if fields.get("facts") is not None:
             fields["facts"] = ScriptFacts.from_json(fields["facts"])
         return cls(**fields)
+
+
+OPTIMIZER_KNOBS = frozenset({"optimizer", "offload_optimizer"})
+"""Knobs that mean DeepSpeed's own optimizer: a script that brings its own has no use for them."""
+
+WITH_KNOBS = "ds_tune.objectives.rank.script.with_knobs"
+"""Module that runs a script with knobs laid on its model."""
+
+
+def module_option(launcher: Sequence[str]) -> str:
+    """Option by which a launcher is told a module in place of a file."""
+    return "--module" if Path(launcher[0]).name == "deepspeed" else "-m"
 
 
 def read_ds_config(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import GIB
-from ds_tune.objectives.trial import KNOBS, Measurement, TrialConfig
+from ds_tune.objectives.trial import KNOBS, Measurement, TrialConfig, has_meaning
 from ds_tune.storage.records import StudySummary, TrialRecord
 
 WORTH_SAYING = 0.01
@@ -152,7 +152,9 @@ def next_step_lines(config: TrialConfig, model: CostModel, context: KnobContext)
         if knob.numerics is None or field in config.knobs_on:
             continue
         changed = {value: TrialConfig.from_json({**config.to_json(), field: value}) for value in knob.values}
-        changed = {value: other for value, other in changed.items() if knob.applies(dataclasses.asdict(other), context)}
+        changed = {
+            value: other for value, other in changed.items() if has_meaning(field, dataclasses.asdict(other), context)
+        }
         if not changed:
             continue
         gains = {value: _rate(other, model) / now - 1 for value, other in changed.items()}

@@ -22,6 +22,7 @@ from ds_tune.objectives.running.local_launcher import threads_per_rank
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, Measurement, Provenance, TrialConfig
 from ds_tune.objectives.workload.huggingface import TRAINING_MODULE
 from ds_tune.objectives.workload.kinds import Workload
+from ds_tune.objectives.workload.script import WITH_KNOBS
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord
 from ds_tune.tuner.arguments import in_options
@@ -66,7 +67,7 @@ def shell_line(command: Sequence[str], machine: Machine) -> str:
     The PATH leads to this installation's deepspeed, and to the ninja that torch compiles DeepSpeed's ops with. Of
     ds-tune's own training nothing lies in the folder where it is run, so that no file there may shadow a package.
     """
-    settings = "PYTHONSAFEPATH=1 " if TRAINING_MODULE in command else ""
+    settings = "PYTHONSAFEPATH=1 " if any(module in command for module in (TRAINING_MODULE, WITH_KNOBS)) else ""
     settings += f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"'
     if machine.device == "cpu":
         settings += f" DS_ACCELERATOR=cpu LOCAL_SIZE={machine.ranks} OMP_NUM_THREADS={threads_per_rank(machine)}"
@@ -204,8 +205,9 @@ def export(report: Report, folder: ResultsFolder) -> list[Path]:
     for name, text in extra.items():
         write_atomically(folder.root / name, text)
     command = training_command(summary.workload, best.machine, folder.optimal_config, best.config)
-    by_hand = "".join(f"# {line}\n" for line in summary.workload.by_hand(best.config))
-    write_atomically(folder.optimal_command, _origin(summary) + by_hand + shell_line(command, best.machine))
+    said = [*summary.workload.by_hand(best.config), *summary.workload.in_code(best.config)]
+    comments = "".join(f"# {line}\n" for line in said)
+    write_atomically(folder.optimal_command, _origin(summary) + comments + shell_line(command, best.machine))
     return [folder.optimal_config, folder.optimal_command, *(folder.root / name for name in extra), *written]
 
 

@@ -12,10 +12,11 @@ import torch
 from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
+from ds_tune.objectives.rank.knobs import checkpoints_activations, knobs_for
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.result import timed_result
 from ds_tune.objectives.rank.script.observer import Observer
-from ds_tune.objectives.rank.script.settings import engine_dtype
+from ds_tune.objectives.rank.script.settings import Settings, engine_dtype
 from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
 from ds_tune.objectives.running.protocol import Losses, Time
 from ds_tune.objectives.timing.deadlines import warmup_deadline
@@ -184,6 +185,7 @@ class LossRecorder(Listening):
     def __init__(self, *common: Any, command: Losses, **more: Any) -> None:
         super().__init__(*common, **more)
         self._wanted = command.steps
+        self._compile = command.config.compile
         self._losses: list[float] = []
         self._of_step: list[float] = []
         self._skipped = 0
@@ -191,7 +193,7 @@ class LossRecorder(Listening):
     def engine_made(self, engine: deepspeed.DeepSpeedEngine) -> None:
         super().engine_made(engine)
         turn_off_dropout(engine.module)
-        self.progress.announce("numerics", seconds=warmup_deadline(UNKNOWN_SAMPLE_SECONDS, self._wanted, "off"))
+        self.progress.announce("numerics", seconds=warmup_deadline(UNKNOWN_SAMPLE_SECONDS, self._wanted, self._compile))
 
     def loss(self, value: torch.Tensor) -> None:
         self._of_step.append(float(value.detach()))
@@ -228,17 +230,15 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def facts_of(
-    listening: Listening, observer: Observer, *, loop: str, written: dict[str, Any], flags: dict[str, str]
-) -> ScriptFacts:
+def facts_of(listening: Listening, observer: Observer, settings: Settings, *, flags: dict[str, str]) -> ScriptFacts:
     """Facts of a script whose engine has taken some steps."""
     engine = listening.engine
     parameters, trainable = count_parameters(engine.module)
     model_config: Any = getattr(engine.module, "config", None)
     lengths = set(listening.lengths)
     return ScriptFacts(
-        loop=loop,
-        ds_config=written,
+        loop=settings.loop,
+        ds_config=settings.written,
         zero_stage=engine.zero_optimization_stage(),
         micro_batch_size=engine.train_micro_batch_size_per_gpu(),
         gradient_accumulation_steps=engine.gradient_accumulation_steps(),
@@ -253,4 +253,6 @@ def facts_of(
         engines=observer.engines,
         initialized_at=observer.initialized_at,
         loader_follows=observer.loader_follows,
+        model_knobs=knobs_for(engine.module, is_loss_alone=settings.is_loss_alone),
+        checkpoints_activations=checkpoints_activations(engine.module),
     )

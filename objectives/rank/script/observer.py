@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 
+from ds_tune.objectives.rank.script.laid_on import is_to_train
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.rank.script.settings import Settings
 
@@ -62,7 +63,7 @@ class Observer:
         around(deepspeed.DeepSpeedEngine, "step", self._step)
 
     def _initialize(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        trains = any(kwargs.get(name) is not None for name in ("optimizer", "model_parameters")) or len(args) > 2
+        trains = is_to_train(args, kwargs)
         self._listener.enter("engine")
         for name in ("config", "config_params"):
             if kwargs.get(name) is not None and trains:

@@ -30,6 +30,9 @@ class Settings:
         self._config = config
         self._ranks = ranks
         self.loop = PLAIN
+        self.is_loss_alone = False
+        """Nothing but the loss is read of what the model gives: by the Trainer's own loop, in which nothing was
+        overridden."""
         self.written: dict[str, Any] = {}
         """The configuration as the person wrote it."""
         self._laid: list[dict[str, Any]] = []
@@ -39,6 +42,7 @@ class Settings:
         """Called before the script begins."""
         around(accelerate.utils.deepspeed.HfDeepSpeedConfig, "__init__", self._hugging_face)
         around(transformers.TrainingArguments, "__post_init__", self._training_arguments)
+        around(transformers.Trainer, "train", self._train)
         around(deepspeed.zero.Init, "__init__", self._zero_init)
 
     def engine_config(self, given: Any) -> Any:
@@ -60,6 +64,13 @@ class Settings:
             arguments.per_device_train_batch_size = self._config.micro_batch_size
             arguments.gradient_accumulation_steps = self._config.gradient_accumulation_steps
         original(arguments)
+
+    def _train(self, original: Any, trainer: transformers.Trainer, *args: Any, **kwargs: Any) -> Any:
+        owner = transformers.Trainer
+        self.is_loss_alone = (
+            type(trainer).compute_loss is owner.compute_loss and type(trainer).training_step is owner.training_step
+        )
+        return original(trainer, *args, **kwargs)
 
     def _zero_init(self, original: Any, init: Any, *args: Any, **kwargs: Any) -> None:
         if self._config is not None and self._config.zero_stage != 3:

@@ -34,6 +34,7 @@ from ds_tune.objectives.rank.device import cap_memory, claim_device, lift_cap, l
 from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.script.laid_on import lay_on_what_trains
 from ds_tune.objectives.rank.script.listeners import (
     Learner,
     Listening,
@@ -94,6 +95,8 @@ class ScriptRank:
         observer = self._observer = Observer(settings, listener)
         leave_out_side_effects(self._scratch)
         settings.install()
+        if config is not None and (knobs := self._workload.laid_on(config)):
+            lay_on_what_trains(knobs)
         observer.install()
         around(argparse.ArgumentParser, "parse_known_args", self._parsed)
         if self._machine.device == "cpu":
@@ -132,7 +135,7 @@ class ScriptRank:
                 return Learner(
                     self._progress, self._meter, **common,
                     facts=lambda seen: facts_of(
-                        seen, self._observer, loop=settings.loop, written=settings.written, flags=self._flags(seen)
+                        seen, self._observer, settings, flags=self._flags(seen)
                     ),
                 )  # fmt: skip
 

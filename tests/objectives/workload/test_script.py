@@ -132,3 +132,43 @@ def test_what_the_launch_line_cannot_say_is_said_to_be_written_by_hand(folder: P
 def test_partly_trained_model_has_no_formulas(folder: Path) -> None:
     assert workload(folder).model_document() == {"model_type": "gpt2"}
     assert workload(folder, trainable_parameters=3).model_document() is None
+
+
+def test_launch_line_lays_knobs_on_the_model_of_a_script_that_stays_as_it_is(folder: Path) -> None:
+    script = workload(folder, "--ds", "ds.json", loop=TRAINER, model_knobs=("compile", "padded_vocabulary"))
+    config = dataclasses.replace(CONFIG, compile="blocks", padded_vocabulary=64)
+    module = "ds_tune.objectives.rank.script.with_knobs"
+    knobs = ["--knob", "compile=blocks", "--knob", "padded_vocabulary=64"]
+    words = script.launch_line((), 2, folder / "best.json", config)
+    assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"]
+    assert words[5:] == [module, *knobs, str(folder / "train.py"), "--ds", str(folder / "best.json")]
+    start = dataclasses.replace(script.start, launcher=("/bin/deepspeed", "--num_gpus", "2"))
+    words = dataclasses.replace(script, start=start).launch_line((), 2, folder / "best.json", config)
+    assert words[:5] == [*start.launcher, "--module", module]
+    start = dataclasses.replace(start, launcher=(*start.launcher, "--module"), program="pkg.train", is_module=True)
+    words = dataclasses.replace(script, start=start).launch_line((), 2, folder / "best.json", config)
+    assert words[3:11] == ["--module", module, *knobs, "--module", "pkg.train"]
+    assert module not in script.launch_line((), 2, folder / "best.json", CONFIG)
+
+
+def test_what_a_launch_line_lays_on_can_be_had_in_the_script_s_own_code(folder: Path) -> None:
+    config = dataclasses.replace(CONFIG, compile="blocks", activation_checkpointing=1)
+    trainer, plain = (workload(folder, loop=loop, initialized_at="train.py:9") for loop in (TRAINER, PLAIN))
+    assert trainer.in_code(CONFIG) == []
+    assert trainer.in_code(config) == [
+        "Activation checkpointing is the Trainer's gradient_checkpointing=True.",
+        "Without ds-tune in the launch line: `from ds_tune.objectives import apply_knobs` and "
+        "`apply_knobs(model, compile='blocks')` before the Trainer is made.",
+    ]
+    assert plain.in_code(config)[0].endswith(
+        "`apply_knobs(model, activation_checkpointing=1, compile='blocks')` before train.py:9."
+    )
+
+
+def test_knobs_that_a_script_cannot_be_given_are_out_of_reach(folder: Path) -> None:
+    knobs = ("activation_checkpointing", "compile")
+    assert workload(folder, model_knobs=knobs, ds_config=AUTO).out_of_reach == {
+        "padded_vocabulary", "loss_computation", "attention", "dropout", "vocabulary", "precision",
+    }  # fmt: skip
+    uneven = workload(folder, model_knobs=knobs, tokens_per_sample=None, ds_config={})
+    assert uneven.out_of_reach > {"compile", "optimizer", "offload_optimizer"}

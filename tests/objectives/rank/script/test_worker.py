@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.running import local_launcher
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launch_line import read_launch_line
@@ -264,3 +265,45 @@ def test_a_batch_that_does_not_follow_is_found_out(objective: Objective, folder:
     )
     assert isinstance(failure, Failure)
     assert "its batch is 2 where 4 was asked for" in failure.message
+
+
+def test_knobs_are_laid_on_a_script_s_model_and_keep_its_numbers(
+    objective: Objective, folder: Path, logs: Path
+) -> None:
+    start, _ = read_launch_line(LINES["Trainer"])
+    facts = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(facts, ScriptFacts), facts
+    assert facts.model_knobs == (
+        "activation_checkpointing", "compile", "padded_vocabulary", "loss_computation", "attention",
+    )  # fmt: skip
+    workload = ScriptWorkload(start=start, facts=facts)
+    train = objective(workload)
+    own = TrialConfig(zero_stage=2, micro_batch_size=2, gradient_accumulation_steps=4)
+    knobs = {"activation_checkpointing": 1, "padded_vocabulary": 96, "loss_computation": "chunked"}
+    laid = TrialConfig.from_json({**own.to_json(), **knobs, "attention": "eager"})
+    assert isinstance(train.run(laid, logs, ignore), Measurement)
+    plain, other = (train.losses(config, logs, ignore) for config in (own, laid))
+    assert isinstance(plain, LossCurve)
+    assert isinstance(other, LossCurve), other
+    assert other.losses == pytest.approx(plain.losses, rel=1e-5)
+    # The last micro-batches of an epoch have other targets than the others: the Trainer weighs by their number.
+    assert len(set(plain.losses)) == len(plain.losses)
+
+
+def test_checkpointing_that_a_script_has_on_is_its_own_and_can_be_switched_off(
+    objective: Objective, folder: Path, logs: Path
+) -> None:
+    start, _ = read_launch_line(LINES["Trainer in code"])
+    facts = objective(ScriptWorkload(start=start)).learn(logs)
+    assert isinstance(facts, ScriptFacts), facts
+    workload = ScriptWorkload(start=start, facts=facts)
+    assert workload.own_knobs == {"activation_checkpointing": 1}
+    assert "loss_computation" not in facts.model_knobs  # of the model within peft's, which has no loss of its own
+    core = {"zero_stage": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    on, off = (TrialConfig.from_json({**core, "activation_checkpointing": value}) for value in (1, 0))
+    assert workload.laid_on(on) == {}
+    assert workload.laid_on(off) == {"activation_checkpointing": 0}
+    plain, other = (objective(workload).losses(config, logs, ignore) for config in (on, off))
+    assert isinstance(plain, LossCurve)
+    assert isinstance(other, LossCurve), other
+    assert other.losses == pytest.approx(plain.losses, rel=1e-5)
