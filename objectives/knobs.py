@@ -272,8 +272,3 @@ def splits_into_groups(config: Mapping[str, Any], context: KnobContext) -> bool:
 def gathers_on_gpus(config: Mapping[str, Any], context: KnobContext) -> bool:
     """DeepSpeed's quantisation is CUDA code."""
     return gathers(config, context) and context.device == "cuda"
-
-
-def knob_words(knobs: Mapping[str, Scalar]) -> list[str]:
-    """Arguments that say knobs of a model; `objectives.rank.knobs.parse_knobs` reads them."""
-    return [word for field, value in knobs.items() for word in ("--knob", f"{field}={value}")]

@@ -23,11 +23,13 @@ SPELLS_OPTIONS = {
     Path("tuner/cli.py"),
     Path("tuner/arguments.py"),
     Path("tuner/__main__.py"),
+    Path("objectives/rank/script/with_knobs.py"),
     Path("objectives/rank/train.py"),
     Path("tuner/reports/export.py"),
     Path("objectives/running/launch_line.py"),
     Path("objectives/workload/accelerate_launcher.py"),
     Path("objectives/workload/huggingface.py"),
+    Path("objectives/workload/launch_words.py"),
     Path("objectives/workload/script.py"),
 }
 NVIDIA_SMI = {"--query-gpu=name,memory.total,compute_cap,index,uuid", "--format=csv,noheader,nounits"}

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import Scalar, knob_words
+from ds_tune.objectives.knobs import Scalar
 from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload.launch_words import knob_words
 from ds_tune.objectives.workload.model_sizes import check_sizes
 
 DTYPES = ("fp16", "bf16", "fp32")

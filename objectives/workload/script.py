@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ds_tune.objectives.knobs import Scalar, knob_words
+from ds_tune.objectives.knobs import Scalar
 from ds_tune.objectives.trial import KNOBS, TrialConfig
 from ds_tune.objectives.workload.accelerate_launcher import (
     OPTIMAL_YAML,
@@ -18,6 +18,7 @@ from ds_tune.objectives.workload.accelerate_launcher import (
     tuned_launcher,
     tuned_yaml,
 )
+from ds_tune.objectives.workload.launch_words import knob_words, module_option
 
 MICRO_BATCH_FLAGS = (
     "--per_device_train_batch_size", "--train_micro_batch_size_per_gpu", "--micro_batch_size", "--micro_batch",
@@ -326,11 +327,6 @@ OPTIMIZER_KNOBS = frozenset({"optimizer", "offload_optimizer"})
 
 WITH_KNOBS = "ds_tune.objectives.rank.script.with_knobs"
 """Module that runs a script with knobs laid on its model."""
-
-
-def module_option(launcher: Sequence[str]) -> str:
-    """Option by which a launcher is told a module in place of a file."""
-    return "--module" if Path(launcher[0]).name == "deepspeed" else "-m"
 
 
 def read_ds_config(path: Path) -> dict[str, Any] | None:
