@@ -42,7 +42,8 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome, TrialConfig
-from ds_tune.tuner.space import Limits, Space
+from ds_tune.tuner.limits import Limits
+from ds_tune.tuner.space import Space
 
 CHECKPOINTS = (5, 9, 20)
 WITHIN = 0.02

@@ -32,8 +32,8 @@ from ds_tune.objectives.workload.huggingface import (
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.finals import Verification
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.request import SearchRequest, TuneRequest
-from ds_tune.tuner.space import Limits
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

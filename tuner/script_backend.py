@@ -18,8 +18,9 @@ from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.autotuning_block import with_autotuning_block
 from ds_tune.tuner.backend import DEFAULTS, Backend, MakeObjectives, Objectives, training_objectives
 from ds_tune.tuner.first_run import FirstRun, first_run
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.request import TuneRequest
-from ds_tune.tuner.space import Limits, Space, study_space
+from ds_tune.tuner.space import Space, study_space
 
 SCRIPT_WORKER = "ds_tune.objectives.rank.script.worker"
 

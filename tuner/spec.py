@@ -13,8 +13,9 @@ from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.urls import check_storage_url
 from ds_tune.tuner.backend import Backend
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.request import SearchRequest, TuneRequest
-from ds_tune.tuner.space import Limits, Space, study_space
+from ds_tune.tuner.space import Space, study_space
 from ds_tune.tuner.space_file import SpaceFile
 
 

@@ -5,8 +5,9 @@ import pytest
 from ds_tune.objectives.cost_model.hardware import parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.proposer import Proposer
-from ds_tune.tuner.space import Limits, Space
+from ds_tune.tuner.space import Space
 
 XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")
 

@@ -23,9 +23,10 @@ from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome,
 from ds_tune.storage.attributes import RECORD
 from ds_tune.storage.records import Source, TrialRecord
 from ds_tune.storage.study_store import Identity, StudyStore
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.proposer import ENOUGH_GAIN
 from ds_tune.tuner.sampler import OWN, CostModelSampler, make_sampler, unvisited
-from ds_tune.tuner.space import Limits, Space
+from ds_tune.tuner.space import Space
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl"
 SURFACE: Recording = read_recording(RECORDED)

@@ -10,8 +10,9 @@ from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import Failure
 from ds_tune.storage.earlier import earlier_records
 from ds_tune.storage.study_store import IDENTITY, Identity, StudyStore
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.sampler import CostModelSampler
-from ds_tune.tuner.space import Limits, Space
+from ds_tune.tuner.space import Space
 
 Tune = Callable[..., Any]
 OWN = ["--sampler", "cost-model"]

@@ -19,7 +19,8 @@ from ds_tune.storage.records import AfterSearch, Source, TrialRecord
 from ds_tune.storage.study_store import StudyStore
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.finals import Finals, Verification
-from ds_tune.tuner.space import Limits, study_space
+from ds_tune.tuner.limits import Limits
+from ds_tune.tuner.space import study_space
 from ds_tune.tuner.stopping import StopSignals
 
 MACHINE = Machine(device="cpu", name="a scripted machine", ranks=2, memory_bytes=8 * GIB)

@@ -17,8 +17,9 @@ from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposer
-from ds_tune.tuner.space import Limits, Space
+from ds_tune.tuner.space import Space
 
 SURFACE: Recording = read_recording(Path(__file__).parents[2] / "benchmarks" / "data" / "1xH200.gpt2-xl.jsonl")
 XL = HuggingFaceWorkload(model="gpt2-xl", seq_len=1024, dtype="fp16")

@@ -7,8 +7,9 @@ import optuna
 import pytest
 
 from ds_tune.objectives.trial import TrialConfig
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.sampler import STARTUP_TRIALS, make_sampler, unvisited
-from ds_tune.tuner.space import Limits, Space
+from ds_tune.tuner.space import Space
 
 
 def space_of(**changes: int) -> Space:

@@ -12,9 +12,10 @@ from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload
 from ds_tune.tuner import script_backend
+from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.request import TuneRequest
 from ds_tune.tuner.sampler import make_sampler
-from ds_tune.tuner.space import Limits, study_space
+from ds_tune.tuner.space import study_space
 
 MACHINE = Machine(device="cuda", name="NVIDIA H200", ranks=2, device_ids=(0, 1), memory_bytes=140 * GIB)
 

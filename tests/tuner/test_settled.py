@@ -24,7 +24,8 @@ from ds_tune.storage.layout import ResultsFolder
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
 from ds_tune.storage.study_store import EXCLUDED, StudyStore
 from ds_tune.tuner.cli import main
-from ds_tune.tuner.space import Limits, Space
+from ds_tune.tuner.limits import Limits
+from ds_tune.tuner.space import Space
 
 Run = Callable[..., tuple[int, str, str]]
 Search = Callable[..., None]

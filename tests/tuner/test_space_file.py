@@ -16,7 +16,8 @@ from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.tuner.cli import main
-from ds_tune.tuner.space import COARSE_MICRO_BATCHES, Limits, Space
+from ds_tune.tuner.limits import Limits
+from ds_tune.tuner.space import COARSE_MICRO_BATCHES, Space
 from ds_tune.tuner.space_file import SpaceFile
 
 Tune: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
