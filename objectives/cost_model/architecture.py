@@ -52,6 +52,19 @@ class Architecture:
     """Trained on masked tokens, by a head that is more than one projection."""
     is_exact: bool
     """True where the count is known to be right for this family."""
+    frozen_parameters: int = 0
+    """Those of the parameters that are not trained, as under LoRA: they have no gradients and no optimizer states."""
+    adapter_inputs: float = 0.0
+    """Elements a token that a block keeps for its adapters, in units of its hidden size; only where most is frozen."""
+
+    @property
+    def trained_parameters(self) -> int:
+        return self.parameters - self.frozen_parameters
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the matrices of its blocks are not trained: nothing is kept for their gradients."""
+        return self.frozen_parameters > self.layers * self.block_parameters / 2
 
     @property
     def block_matrices(self) -> int:
@@ -66,14 +79,16 @@ class Architecture:
         )
 
     def flops_per_sample(self, seq_len: int) -> float:
-        """Model FLOPs of a sample's forward and backward pass: s × (6N + 12·L·H·Q·s).
+        """Model FLOPs of a sample's forward and backward pass: s × (4N + 2T + 12·L·H·Q·s).
 
-        N parameters, L layers, H heads of dimension Q, s positions (Chowdhery et al. 2022, PaLM, appendix B).
+        N parameters of which T are trained (6N where all are), L layers, H heads of dimension Q, s
+        positions (Chowdhery et al. 2022, PaLM, appendix B).
 
         A rank computes the same of the model it has built (`rank.model.flops_per_sample`): measured figures rest on the
         real N also where the one here is a guess (`is_exact`).
         """
-        return float(seq_len * (6 * self.parameters + 12 * self.layers * self.heads * self.head_dim * seq_len))
+        products = 4 * self.parameters + 2 * self.trained_parameters
+        return float(seq_len * (products + 12 * self.layers * self.heads * self.head_dim * seq_len))
 
 
 def architecture_of(workload: Workload) -> Architecture:
@@ -85,7 +100,16 @@ def architecture_of(workload: Workload) -> Architecture:
     document = workload.model_document()
     if document is None:
         raise UsageError(f"the sizes of {workload.title} are not known")
-    return architecture_from_config(document, workload.title)
+    architecture = architecture_from_config(document, workload.title)
+    if (counted := workload.parameter_counts) is None:
+        return architecture
+    return dataclasses.replace(
+        architecture,
+        parameters=counted.parameters,
+        frozen_parameters=counted.parameters - counted.trainable,
+        adapter_inputs=counted.adapter_inputs,
+        is_exact=True,
+    )
 
 
 def architecture_from_config(document: Mapping[str, Any], model: str) -> Architecture:

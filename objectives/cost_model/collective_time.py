@@ -21,10 +21,15 @@ COLLECTIVE_SECONDS = 2e-3
 """Seconds of a step's collectives however small, a rank more or less."""
 
 
-def _ring_pass_seconds(step: StepInputs) -> float:
-    """Seconds of one pass of all parameters over the ring, as a reduce-scatter or an all-gather."""
+def _ring_pass_seconds(step: StepInputs, *, of_all: bool = False) -> float:
+    """Seconds of one pass over the ring, as a reduce-scatter or an all-gather, of the parameters that are trained.
+
+    Args:
+        of_all: of the others as well.
+    """
     ranks = step.hardware.ranks
-    moved_bytes = step.bytes_per_element * step.architecture.parameters * (ranks - 1) / ranks
+    elements = step.architecture.parameters if of_all else step.architecture.trained_parameters
+    moved_bytes = step.bytes_per_element * elements * (ranks - 1) / ranks
     bandwidth = step.constants.link_efficiency * step.hardware.accelerator.link_bandwidth
     return moved_bytes / bandwidth + COLLECTIVE_SECONDS
 
@@ -49,7 +54,9 @@ ZERO3_OVERLAP = 0.3
 def _zero3_collective_seconds(step: StepInputs) -> float:
     """Seconds of two gatherings and a reduction in each micro-step."""
     once, ranks = _ring_pass_seconds(step), step.hardware.ranks
-    gathered = (QUANTIZED_SHARE if step.config.quantized_weights == "on" else 1.0) * once
+    gathered = (QUANTIZED_SHARE if step.config.quantized_weights == "on" else 1.0) * _ring_pass_seconds(
+        step, of_all=True
+    )
     # For the backward pass within a group of ranks, if there are groups.
     again = gathered * (1 - 1 / (step.config.parameter_group or ranks)) / (1 - 1 / ranks)
     seconds = step.config.gradient_accumulation_steps * (gathered + again + once)

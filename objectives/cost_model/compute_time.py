@@ -39,7 +39,8 @@ def _matrix_product_seconds(step: StepInputs) -> float:
     config, architecture, constants = step.config, step.architecture, step.constants
     flops = config.micro_batch_size * architecture.flops_per_sample(step.seq_len)
     # The output projection is in no block: none of it is computed again.
-    of_projection = config.micro_batch_size * step.seq_len * 6 * architecture.vocabulary * architecture.hidden
+    products = 4 if architecture.is_frozen else 6
+    of_projection = config.micro_batch_size * step.seq_len * products * architecture.vocabulary * architecture.hidden
     flops = of_projection + step.passes * (flops - of_projection)
     efficiency = constants.single_efficiency if step.dtype == "fp32" else constants.efficiency
     seconds = flops / (efficiency * step.hardware.accelerator.peak_flops(step.dtype))

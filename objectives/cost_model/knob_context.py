@@ -30,7 +30,7 @@ def knob_context_of(workload: Workload, machine: Machine) -> KnobContext:
     except UsageError:
         return context
     width, moments = (4, 8) if workload.dtype == "fp32" else (2, 12)  # bytes of a weight, of its optimizer's states
-    states_bytes = architecture.parameters * (width + moments / machine.ranks)
+    states_bytes = width * architecture.parameters + moments * architecture.trained_parameters / machine.ranks
     return dataclasses.replace(
         context,
         states_share=states_bytes / machine.capacity_bytes,

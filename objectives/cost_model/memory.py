@@ -109,9 +109,14 @@ class _Rank:
         return self.architecture.parameters
 
     @property
+    def trained(self) -> int:
+        """Parameters that have gradients and optimizer states."""
+        return self.architecture.trained_parameters
+
+    @property
     def shard(self) -> float:
-        """Parameters of a partition."""
-        return self.count / self.ranks
+        """Trained parameters of a partition."""
+        return self.trained / self.ranks
 
     @property
     def width(self) -> int:
@@ -180,7 +185,7 @@ def predict_memory(
         seq_len=seq_len,
         dtype=dtype,
         attention=attention,
-        bucket_elements=min(bucket_elements, architecture.parameters),
+        bucket_elements=min(bucket_elements, architecture.trained_parameters),
         constants=constants or MemoryConstants(),
     )
     return MemoryEstimate(
@@ -217,7 +222,7 @@ def _parameter_bytes(rank: _Rank) -> float:
     """Bytes of parameters in the training precision, partitioned by ZeRO-3."""
     if rank.stage < 3:
         return rank.width * rank.count
-    partition = 0.0 if rank.offloads_parameters else rank.shard
+    partition = 0.0 if rank.offloads_parameters else rank.count / rank.ranks
     if rank.config.parameter_group:
         partition += rank.count / rank.config.parameter_group  # the group's copy for the backward pass
     return rank.width * partition
@@ -228,7 +233,7 @@ def _waiting_gradient_bytes(rank: _Rank) -> float:
     if rank.stage < 3 and not rank.accumulates:
         return 0.0
     if rank.stage < 2:
-        return rank.width * rank.count
+        return rank.width * rank.trained
     return 0.0 if rank.offloaded_share else rank.width * rank.shard  # they follow the optimizer to the host
 
 
@@ -241,7 +246,7 @@ SINGLE_STATE_BYTES = 8
 def _optimizer_state_bytes(rank: _Rank) -> float:
     """Bytes of Adam's states on the device, partitioned from ZeRO-1 on."""
     state_bytes = SINGLE_STATE_BYTES if rank.dtype == "fp32" else MIXED_STATE_BYTES
-    return (1 - rank.offloaded_share) * state_bytes * (rank.count if rank.stage == 0 else rank.shard)
+    return (1 - rank.offloaded_share) * state_bytes * (rank.trained if rank.stage == 0 else rank.shard)
 
 
 LIVE_PARAMETER_ELEMENTS = 1_000_000_000
@@ -329,7 +334,7 @@ def _device_transient_bytes(rank: _Rank) -> float:
     width = rank.width
     if rank.stage == 0:
         # In fp32 plain torch Adam steps in place. Else the gradients, their fp32 copies, and these flattened.
-        return width * rank.count + (0 if rank.dtype == "fp32" else 4 + 4) * rank.count
+        return width * rank.trained + (0 if rank.dtype == "fp32" else 4 + 4) * rank.trained
     if rank.stage < 3:
         return (2 * width + 4) * rank.shard  # averaged gradients, flattened, in fp32
     # The gradients; those of one group flattened, and in fp32.
@@ -352,5 +357,5 @@ def _large_bytes_in_step(rank: _Rank) -> float:
     """Bytes of the largest module's gradient, and of the fp32 gradients that an optimizer flattens."""
     flattened = 4.0 * min(rank.shard, SUB_GROUP_ELEMENTS)
     if rank.stage == 0:
-        flattened = 0.0 if rank.dtype == "fp32" else 4.0 * rank.count  # plain torch Adam flattens nothing
-    return rank.width * rank.largest_module + (1 - rank.offloaded_share) * flattened
+        flattened = 0.0 if rank.dtype == "fp32" else 4.0 * rank.trained  # plain torch Adam flattens nothing
+    return rank.width * min(rank.largest_module, rank.trained) + (1 - rank.offloaded_share) * flattened

@@ -26,4 +26,5 @@ def offloaded_parameter_seconds(step: StepInputs) -> float:
     """Seconds over the bus of parameters in the host's memory, for the forward and again for the backward pass."""
     if step.config.offload_parameters != "cpu":
         return 0.0
-    return 2 * step.config.gradient_accumulation_steps * step.bytes_per_element * step.shard / HOST_BANDWIDTH
+    share = step.architecture.parameters / step.hardware.ranks
+    return 2 * step.config.gradient_accumulation_steps * step.bytes_per_element * share / HOST_BANDWIDTH

@@ -97,7 +97,7 @@ class StepInputs:
     @property
     def shard(self) -> float:
         """Parameters that one rank's optimizer updates."""
-        return self.architecture.parameters / (1 if self.stage == 0 else self.hardware.ranks)
+        return self.architecture.trained_parameters / (1 if self.stage == 0 else self.hardware.ranks)
 
     @property
     def bytes_per_element(self) -> int:

@@ -105,6 +105,10 @@ class HuggingFaceWorkload:
         return frozenset()
 
     @property
+    def parameter_counts(self) -> None:
+        return None
+
+    @property
     def launch_folder(self) -> None:
         return None
 

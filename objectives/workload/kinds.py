@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeAlias
 from ds_tune.objectives.knobs import Scalar
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.objectives.workload.parameter_counts import ParameterCounts
 from ds_tune.objectives.workload.script import ScriptWorkload
 
 
@@ -81,6 +82,10 @@ class WorkloadKind(Protocol):
 
     def in_code(self, config: TrialConfig) -> list[str]:
         """Sentences on how to have in the training's own code what the launch line says of a configuration."""
+
+    @property
+    def parameter_counts(self) -> ParameterCounts | None:
+        """Parameters as the live model has them; None where only its configuration says how many there are."""
 
     def model_document(self) -> Mapping[str, Any] | None:
         """Configuration of the model in transformers' JSON form; None where it has none.

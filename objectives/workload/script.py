@@ -19,6 +19,7 @@ from ds_tune.objectives.workload.accelerate_launcher import (
     tuned_yaml,
 )
 from ds_tune.objectives.workload.launch_words import knob_words, module_option
+from ds_tune.objectives.workload.parameter_counts import ParameterCounts
 
 MICRO_BATCH_FLAGS = (
     "--per_device_train_batch_size", "--train_micro_batch_size_per_gpu", "--micro_batch_size", "--micro_batch",
@@ -119,6 +120,8 @@ class ScriptFacts:
     """Knobs of the model that the live one can be given."""
     checkpoints_activations: bool = False
     """Whether the script has activation checkpointing on."""
+    adapter_inputs: float = 0.0
+    """See `ParameterCounts`."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -269,9 +272,16 @@ class ScriptWorkload:
         return lines
 
     def model_document(self) -> Mapping[str, Any] | None:
+        return self.known.model
+
+    @property
+    def parameter_counts(self) -> ParameterCounts:
         facts = self.known
-        # The formulas count the states of all parameters.
-        return facts.model if facts.trainable_parameters == facts.parameters else None
+        return ParameterCounts(
+            parameters=facts.parameters,
+            trainable=facts.trainable_parameters,
+            adapter_inputs=facts.adapter_inputs,
+        )
 
     @property
     def flags(self) -> dict[str, str]:

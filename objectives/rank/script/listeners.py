@@ -230,6 +230,29 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
+def adapter_inputs(model: torch.nn.Module) -> float:
+    """Elements a token that a block keeps for peft's adapters, over its hidden size.
+
+    What goes into an adapter is kept for its first matrix's gradient: once for all adapters of a layer that take in the
+    same, and once for each where it is dropped out at random, with the mask.
+    """
+    sizes: dict[tuple[str, int], float] = {}
+    for name, module in model.named_modules():
+        adapters = getattr(module, "lora_A", None)
+        if not isinstance(adapters, torch.nn.ModuleDict):
+            continue
+        for adapter, matrix in adapters.items():
+            dropout = getattr(module, "lora_dropout", {})
+            drops = adapter in dropout and getattr(dropout[adapter], "p", 0.0) > 0
+            width: int = getattr(matrix, "in_features", 0)
+            key = (name if drops else name.rpartition(".")[0], width)
+            sizes[key] = width * (1.5 if drops else 1.0)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
+    return math.fsum(sizes.values()) / (hidden * layers) if hidden and layers else 0.0
+
+
 def facts_of(listening: Listening, observer: Observer, settings: Settings, *, flags: dict[str, str]) -> ScriptFacts:
     """Facts of a script whose engine has taken some steps."""
     engine = listening.engine
@@ -255,4 +278,5 @@ def facts_of(listening: Listening, observer: Observer, settings: Settings, *, fl
         loader_follows=observer.loader_follows,
         model_knobs=knobs_for(engine.module, is_loss_alone=settings.is_loss_alone),
         checkpoints_activations=checkpoints_activations(engine.module),
+        adapter_inputs=adapter_inputs(engine.module),
     )

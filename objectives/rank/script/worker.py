@@ -43,6 +43,7 @@ from ds_tune.objectives.rank.script.listeners import (
     facts_of,
 )
 from ds_tune.objectives.rank.script.observer import Observer
+from ds_tune.objectives.rank.script.quick_weights import make_weights_quickly
 from ds_tune.objectives.rank.script.quiet import leave_out_side_effects
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.rank.script.settings import Settings
@@ -106,8 +107,11 @@ class ScriptRank:
         if config is not None:
             ds_config = self._ds_config_file(config, command.log_folder)
             start = self._workload.started_with(ds_config, config)
-        if isinstance(command, Losses):
-            seed_generators()
+        match command:
+            case Losses():
+                seed_generators()
+            case Time():
+                make_weights_quickly()
         self._progress.announce("script", seconds=PREPARE_SECONDS)
         cap_memory(self._machine)
         try:
