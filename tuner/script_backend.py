@@ -157,6 +157,8 @@ def _notes(
     lines = [
         f"{workload.description}; as it stands ZeRO-{own.zero_stage}, {batch}. DeepSpeed at {facts.initialized_at}."
     ]
+    if facts.counting:
+        lines.append(f"{facts.counting}.")
     if facts.engines > 1:
         lines.append(f"It makes {facts.engines} DeepSpeed engines; the first that trains is tuned, the others stay.")
     reached = [f"{flag}" for flag in workload.flags.values()]

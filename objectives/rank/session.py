@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
@@ -25,6 +25,22 @@ class OverflowedError(RuntimeError):
         super().__init__(f"{MAX_SKIPPED_STEPS} steps overflowed in fp16; try bf16 or a lower loss scale")
 
 
+class StepNotes(Protocol):
+    """What the owner of a loop knows of its steps beside their times.
+
+    Asked of the steps since `forget` where the ranks agree on how to go on; the answers are the same on every rank.
+    """
+
+    def left_out(self) -> Sequence[bool]:
+        """Whether each step is to be left out, for it was none like the others."""
+
+    def shares(self) -> Sequence[float]:
+        """What each step trained on over what a mean one does; see `Step.evened`."""
+
+    def forget(self) -> None:
+        """Forgets the steps so far: another run of steps begins."""
+
+
 class TimingSession:
     """Timing of one trial.
 
@@ -35,8 +51,14 @@ class TimingSession:
     adds no synchronization within those.
     """
 
-    def __init__(self, timing: Timing, meter: Meter, peers: Peers, progress: Progress) -> None:
-        """Begins at once: the owner is about to take the first optimizer step."""
+    def __init__(
+        self, timing: Timing, meter: Meter, peers: Peers, progress: Progress, notes: StepNotes | None = None
+    ) -> None:
+        """Begins at once: the owner is about to take the first optimizer step.
+
+        Args:
+            notes: of the steps; None where all of them are alike.
+        """
         self.skipped_steps = 0
         """Steps that fp16 overflow skipped: they have no optimizer in them, and are left out."""
         self._gradient_accumulation_steps = timing.gradient_accumulation_steps
@@ -44,6 +66,7 @@ class TimingSession:
         self._meter = meter
         self._peers = peers
         self._progress = progress
+        self._notes = notes
         self._timed: Timed | None = None
         self._taken: list[bool] = []
         self._marks: list[list[Marks]] = []
@@ -93,6 +116,16 @@ class TimingSession:
             self._marks.append([])
             return True
         self._meter.synchronize()
+        if self._notes is not None:
+            self._taken = [
+                is_taken and not is_left_out
+                for is_taken, is_left_out in zip(self._taken, self._notes.left_out(), strict=True)
+            ]
+            if self._taken.count(True) < self._run.steps:
+                # As many more, in the time of a run of its own.
+                self._progress.announce(self._run.phase, seconds=self._run.deadline_seconds)
+                self._marks.append([])
+                return True
         try:
             run = self._schedule.send(self._steps())
         except StopIteration as ended:
@@ -114,13 +147,16 @@ class TimingSession:
         self._peers.barrier()
         self._start = self._meter.mark()
         self._taken, self._marks, self._micro_step = [], [[]], []
+        if self._notes is not None:
+            self._notes.forget()
 
     def _steps(self) -> list[Step]:
-        """Times of the steps that were not skipped."""
+        """Times of the steps that were neither skipped nor left out."""
         starts = [self._start, *(step[-1][-1][1] for step in self._marks)]
+        shares = [1.0] * len(self._taken) if self._notes is None else self._notes.shares()
         return [
-            self._step(start, micro_steps)
-            for start, micro_steps, is_taken in zip(starts, self._marks, self._taken, strict=False)
+            self._step(start, micro_steps).evened(share)
+            for start, micro_steps, is_taken, share in zip(starts, self._marks, self._taken, shares, strict=False)
             if is_taken
         ]
 

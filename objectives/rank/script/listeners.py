@@ -14,6 +14,9 @@ from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.result import timed_result
+from ds_tune.objectives.rank.script.fed import FedSteps
+from ds_tune.objectives.rank.script.lengths import SeenLengths
+from ds_tune.objectives.rank.script.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.settings import engine_dtype
 from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
@@ -53,8 +56,11 @@ class Listening:
         self.engine: Any = None
         self.rows: Counter[int] = Counter()
         """Micro-batches by their number of rows."""
-        self.lengths: set[int | None] = set()
-        """Tokens of a row in the micro-batches seen."""
+        self.is_packed = False
+        """Whether samples are put into one row, so that rows say nothing of the batch size."""
+        self.loader_batch_size: int | None = None
+        """Batch size of the DataLoader that was begun last when the engine was first called."""
+        self._begun_batch_size: int | None = None
         self.steps = 0
 
     def engine_made(self, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -65,9 +71,15 @@ class Listening:
     def enter(self, part: str) -> None:
         self.progress.enter(part)
 
-    def fed(self, rows: int, tokens: int | None) -> None:
-        self.rows[rows] += 1
-        self.lengths.add(tokens)
+    def data_begun(self, batch_size: int | None) -> None:
+        self._begun_batch_size = batch_size
+
+    def fed(self, batch: MicroBatch) -> None:
+        if self.steps == 0:  # which is never timed
+            self.loader_batch_size = self.loader_batch_size or self._begun_batch_size
+            self.is_packed = self.is_packed or batch.is_packed()
+        if not batch.is_empty:
+            self.rows[batch.rows] += 1
 
     def loss(self, value: torch.Tensor) -> None:
         pass
@@ -91,11 +103,19 @@ class Listening:
             "ZeRO stage": (config.zero_stage, engine.zero_optimization_stage()),
             "micro-batch size": (config.micro_batch_size, engine.train_micro_batch_size_per_gpu()),
             "gradient accumulation": (config.gradient_accumulation_steps, engine.gradient_accumulation_steps()),
-            "batch": (config.micro_batch_size, max(self.rows, default=config.micro_batch_size)),
+            "batch": (config.micro_batch_size, self.batch_size(config.micro_batch_size)),
         }
         for name, (asked, found) in reached.items():
             if asked != found:
                 raise UnreachedError(f"its {name} is {found} where {asked} was asked for")
+
+    def batch_size(self, configured: int) -> int:
+        """Samples of a micro-batch as they are fed, where the engine is configured for so many."""
+        if not self.is_packed:
+            return max(self.rows, default=configured)
+        # Accelerate may have one loader deal out to all ranks.
+        dealt = (None, configured * torch.distributed.get_world_size())
+        return configured if self.loader_batch_size in dealt else self.loader_batch_size or configured
 
 
 class Learner(Listening):
@@ -104,6 +124,11 @@ class Learner(Listening):
     def __init__(self, *common: Any, facts: Callable[[Any], ScriptFacts], **more: Any) -> None:
         super().__init__(*common, **more)
         self._facts = facts
+        self.lengths = SeenLengths()
+
+    def fed(self, batch: MicroBatch) -> None:
+        super().fed(batch)
+        self.lengths.add(batch)
 
     def step_done(self, *, skipped: bool) -> None:
         super().step_done(skipped=skipped)
@@ -115,17 +140,40 @@ class Learner(Listening):
 class Timer(Listening):
     """Times a trial: whole optimizer steps, from the end of one to the end of the next."""
 
-    def __init__(self, *common: Any, command: Time, ranks: int, flops_per_sample: float, **more: Any) -> None:
+    def __init__(
+        self,
+        *common: Any,
+        command: Time,
+        ranks: int,
+        flops_per_sample: float,
+        tokens_per_sample: float | None,
+        **more: Any,
+    ) -> None:
+        """
+        Args:
+            tokens_per_sample: mean of the samples, padding apart; None where samples are what is counted.
+        """
         super().__init__(*common, **more)
         self._command = command
         self._ranks = ranks
         self._flops_per_sample = flops_per_sample
+        self._tokens_per_sample = tokens_per_sample
         self._session: TimingSession | None = None
+        self._fed: FedSteps | None = None
+        self._renewed = False
 
-    def fed(self, rows: int, tokens: int | None) -> None:
-        super().fed(rows, tokens)
-        if self._session is None:
-            self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress)
+    def data_begun(self, batch_size: int | None) -> None:
+        super().data_begun(batch_size)
+        self._renewed = True
+
+    def fed(self, batch: MicroBatch) -> None:
+        super().fed(batch)
+        if self._fed is None:
+            samples = self._command.config.global_batch_size(self._ranks)
+            self._fed = FedSteps(self.peers, samples_per_step=samples, tokens_per_sample=self._tokens_per_sample)
+            self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress, self._fed)
+            self._renewed = False  # which was before the first step
+        self._fed.fed(batch)
 
     def _timing(self) -> Timing:
         command, config = self._command, self._command.config
@@ -153,7 +201,9 @@ class Timer(Listening):
 
     def step_done(self, *, skipped: bool) -> None:
         super().step_done(skipped=skipped)
-        assert self._session is not None
+        assert self._session is not None and self._fed is not None
+        self._fed.step_done(renewed=self._renewed)
+        self._renewed = False
         if self.steps == 1:
             try:
                 self.check_settings(self._command.config)
@@ -170,6 +220,7 @@ class Timer(Listening):
                 setup_seconds=self.setup_seconds,
                 model_parameters=count_parameters(self.engine.module)[0],
                 flops_per_sample=self._flops_per_sample,
+                tokens_per_sample=self._tokens_per_sample,
             )
         )
 
@@ -229,25 +280,27 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def facts_of(
-    listening: Listening, observer: Observer, *, loop: str, written: dict[str, Any], flags: dict[str, str]
+    listening: Learner, observer: Observer, *, loop: str, written: dict[str, Any], flags: dict[str, str]
 ) -> ScriptFacts:
     """Facts of a script whose engine has taken some steps."""
     engine = listening.engine
     parameters, trainable = count_parameters(engine.module)
     model_config: Any = getattr(engine.module, "config", None)
-    lengths = set(listening.lengths)
+    size = engine.train_micro_batch_size_per_gpu()
+    ranks = torch.distributed.get_world_size()
+    samples = listening.steps * ranks * size * engine.gradient_accumulation_steps()
     return ScriptFacts(
         loop=loop,
         ds_config=written,
         zero_stage=engine.zero_optimization_stage(),
-        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        micro_batch_size=size,
         gradient_accumulation_steps=engine.gradient_accumulation_steps(),
         dtype=engine_dtype(engine),
         parameters=parameters,
         trainable_parameters=trainable,
         model=model_config.to_dict() if hasattr(model_config, "to_dict") else None,
-        samples_per_micro_batch=max(listening.rows, default=0),
-        tokens_per_sample=lengths.pop() if len(lengths) == 1 else None,
+        samples_per_micro_batch=listening.batch_size(size) if listening.is_packed else max(listening.rows, default=0),
+        **listening.lengths.facts(listening.peers, samples, is_packed=listening.is_packed),
         micro_batch_flag=flags.get("micro_batch_size"),
         accumulation_flag=flags.get("gradient_accumulation_steps"),
         engines=observer.engines,
