@@ -1,0 +1,71 @@
+"""What is seen of one micro-batch, and which steps are left out."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from ds_tune.objectives.rank.script.fed import left_out
+from ds_tune.objectives.rank.script.micro_batch import MicroBatch
+from ds_tune.objectives.rank.script.observer import positional_names
+
+IDS = torch.ones(2, 5, dtype=torch.long)
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+TWO_IN_A_ROW = torch.tensor([[0, 1, 2, 0, 1]])
+
+
+class Model(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return tokens * attention_mask
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}),
+        ((), {"labels": torch.ones(2), "attention_mask": MASK, "input_ids": IDS}),
+        ((IDS,), {"attention_mask": MASK}),
+        ((IDS, MASK), {}),
+        ((BatchEncoding({"input_ids": IDS, "attention_mask": MASK}),), {}),
+    ],
+)
+def test_tokens_are_those_of_the_mask_however_it_is_handed_over(args: Any, kwargs: Any) -> None:
+    batch = MicroBatch(args, kwargs, positional_names(Model()))
+    assert (batch.rows, batch.width, batch.lengths(), batch.is_packed()) == (2, 5, [5, 2], False)
+    count = batch.count()
+    assert isinstance(count, torch.Tensor) and int(count) == 7
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"input_ids": IDS[:1], "position_ids": TWO_IN_A_ROW},
+        {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 5])},
+        {"input_ids": IDS[0], "position_ids": TWO_IN_A_ROW[0]},
+    ],
+)
+def test_samples_put_into_one_row_are_packed(kwargs: Any) -> None:
+    batch = MicroBatch((), kwargs, ())
+    assert (batch.is_packed(), batch.rows, batch.count()) == (True, 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "rows", "count"),
+    [
+        ((IDS,), {}, 2, None),  # of which some may be padding
+        ((IDS[:1],), {"position_ids": torch.arange(5)[None]}, 1, 5),
+        ((torch.ones(2, 5),), {}, 2, None),
+        ((torch.ones(3, dtype=torch.long),), {}, 3, None),
+        ((), {}, 0, None),
+    ],
+)
+def test_rows_that_are_not_packed_count_as_samples(args: Any, kwargs: Any, rows: int, count: int | None) -> None:
+    batch = MicroBatch(args, kwargs, ())
+    assert (batch.rows, batch.count(), batch.is_packed(), batch.is_empty) == (rows, count, False, rows == 0)
+
+
+def test_steps_in_which_data_is_begun_anew_are_left_out_but_not_for_ever() -> None:
+    assert left_out([False, True, False, True]) == [False, True, False, True]
+    assert left_out([True] * 6) == [True, True, True, False, False, False]
+    assert left_out([True, True, False, True], before=2) == [True, False, False, True]
