@@ -114,7 +114,8 @@ class ScriptFacts:
     initialized_at: str = ""
     """File and line of the script that led to `deepspeed.initialize`."""
     mean_tokens_per_sample: float | None = None
-    """Mean tokens of a sample, padding apart; None where samples have none, or what is padding cannot be told."""
+    """Mean tokens of a sample, padding apart; None where samples are counted: they have none, what is padding cannot be
+    told, or an earlier version learned this."""
     shortest_sample: int | None = None
     """Fewest tokens that a sample was seen to have, padding apart, likewise below; None where samples are packed."""
     longest_sample: int | None = None
@@ -190,7 +191,8 @@ class ScriptWorkload:
 
     @property
     def counted_tokens_per_sample(self) -> float | None:
-        return self.known.mean_tokens_per_sample
+        mean = self.known.mean_tokens_per_sample
+        return self.known.tokens_per_sample if mean is None else mean
 
     @property
     def counting(self) -> str:

@@ -18,15 +18,19 @@ class FedSteps:
     See `StepNotes`. Counts stay on the device until they are asked for.
     """
 
-    def __init__(self, peers: Peers, *, samples_per_step: int, tokens_per_sample: float | None) -> None:
+    def __init__(
+        self, peers: Peers, *, samples_per_step: int, tokens_per_sample: float | None, is_packed: bool
+    ) -> None:
         """
         Args:
             samples_per_step: of all ranks.
             tokens_per_sample: mean of the samples, padding apart; None where samples are what is counted.
+            is_packed: samples are put into one row.
         """
         self._peers = peers
         self._samples = samples_per_step
         self._tokens_per_sample = tokens_per_sample
+        self._is_packed = is_packed
         self._counts: list[list[torch.Tensor | float]] = []
         self._renewed: list[bool] = []
         self._step: list[torch.Tensor | float] = []
@@ -37,7 +41,7 @@ class FedSteps:
         """A micro-batch is given to the engine."""
         if self._tokens_per_sample is None or batch.is_empty:
             return
-        count = batch.count()
+        count = batch.count(is_packed=self._is_packed)
         self._step.append(batch.rows * self._tokens_per_sample if count is None else count)
 
     def step_done(self, *, renewed: bool) -> None:

@@ -28,7 +28,7 @@ class SeenLengths:
         self._elements += batch.rows * (batch.width or 0)
         self._tokens += sum(lengths)
         self._lengths += lengths
-        self._padding_is_known = self._padding_is_known and batch.count() is not None
+        self._padding_is_known = self._padding_is_known and batch.count(is_packed=batch.is_packed()) is not None
 
     def facts(self, peers: Peers, configured: int, *, is_packed: bool) -> dict[str, Any]:
         """Fields of `ScriptFacts` that are of lengths, over the samples of all ranks.

@@ -146,18 +146,15 @@ class Timer(Listening):
         command: Time,
         ranks: int,
         flops_per_sample: float,
-        tokens_per_sample: float | None,
+        facts: ScriptFacts,
         **more: Any,
     ) -> None:
-        """
-        Args:
-            tokens_per_sample: mean of the samples, padding apart; None where samples are what is counted.
-        """
         super().__init__(*common, **more)
         self._command = command
         self._ranks = ranks
         self._flops_per_sample = flops_per_sample
-        self._tokens_per_sample = tokens_per_sample
+        self._tokens_per_sample = facts.mean_tokens_per_sample
+        self.is_packed = facts.is_packed
         self._session: TimingSession | None = None
         self._fed: FedSteps | None = None
         self._renewed = False
@@ -170,7 +167,12 @@ class Timer(Listening):
         super().fed(batch)
         if self._fed is None:
             samples = self._command.config.global_batch_size(self._ranks)
-            self._fed = FedSteps(self.peers, samples_per_step=samples, tokens_per_sample=self._tokens_per_sample)
+            self._fed = FedSteps(
+                self.peers,
+                samples_per_step=samples,
+                tokens_per_sample=self._tokens_per_sample,
+                is_packed=self.is_packed,
+            )
             self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress, self._fed)
             self._renewed = False  # which was before the first step
         self._fed.fed(batch)

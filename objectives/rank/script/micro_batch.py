@@ -68,16 +68,19 @@ class MicroBatch:
             return [int(length) for length in torch.count_nonzero(self.mask, dim=1).tolist()]
         return [self.width or 0] * self.rows
 
-    def count(self) -> torch.Tensor | int | None:
+    def count(self, *, is_packed: bool) -> torch.Tensor | int | None:
         """Tokens of it, padding apart, left on the device; None where it has none, or what is padding cannot be told.
 
         Rows without a mask may have any padding, and a larger micro-batch more of it.
+
+        Args:
+            is_packed: samples are put into one row.
         """
         if self.width is None:
             return None
         if self.mask is not None:
             return torch.count_nonzero(self.mask)
-        return self.width if self.rows == 1 else None
+        return self.rows * self.width if is_packed else None
 
 
 def _tensors(

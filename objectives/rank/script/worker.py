@@ -124,8 +124,7 @@ class ScriptRank:
             case Time():
                 return Timer(
                     self._progress, self._meter, command=command, ranks=self._machine.ranks,
-                    flops_per_sample=self._flops_per_sample(),
-                    tokens_per_sample=self._workload.counted_tokens_per_sample, **common,
+                    flops_per_sample=self._flops_per_sample(), facts=self._workload.known, **common,
                 )  # fmt: skip
             case Losses():
                 return LossRecorder(self._progress, self._meter, command=command, **common)

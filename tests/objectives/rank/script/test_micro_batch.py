@@ -33,7 +33,7 @@ class Model(torch.nn.Module):
 def test_tokens_are_those_of_the_mask_however_it_is_handed_over(args: Any, kwargs: Any) -> None:
     batch = MicroBatch(args, kwargs, positional_names(Model()))
     assert (batch.rows, batch.width, batch.lengths(), batch.is_packed()) == (2, 5, [5, 2], False)
-    count = batch.count()
+    count = batch.count(is_packed=False)
     assert isinstance(count, torch.Tensor) and int(count) == 7
 
 
@@ -47,22 +47,23 @@ def test_tokens_are_those_of_the_mask_however_it_is_handed_over(args: Any, kwarg
 )
 def test_samples_put_into_one_row_are_packed(kwargs: Any) -> None:
     batch = MicroBatch((), kwargs, ())
-    assert (batch.is_packed(), batch.rows, batch.count()) == (True, 1, 5)
+    assert (batch.is_packed(), batch.rows, batch.count(is_packed=True)) == (True, 1, 5)
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs", "rows", "count"),
+    ("args", "kwargs", "rows"),
     [
-        ((IDS,), {}, 2, None),  # of which some may be padding
-        ((IDS[:1],), {"position_ids": torch.arange(5)[None]}, 1, 5),
-        ((torch.ones(2, 5),), {}, 2, None),
-        ((torch.ones(3, dtype=torch.long),), {}, 3, None),
-        ((), {}, 0, None),
+        ((IDS,), {}, 2),  # of which some may be padding
+        ((IDS[:1],), {"position_ids": torch.arange(5)[None]}, 1),
+        ((torch.ones(2, 5),), {}, 2),
+        ((torch.ones(3, dtype=torch.long),), {}, 3),
+        ((), {}, 0),
     ],
 )
-def test_rows_that_are_not_packed_count_as_samples(args: Any, kwargs: Any, rows: int, count: int | None) -> None:
+def test_rows_that_are_neither_masked_nor_packed_have_no_known_tokens(args: Any, kwargs: Any, rows: int) -> None:
     batch = MicroBatch(args, kwargs, ())
-    assert (batch.rows, batch.count(), batch.is_packed(), batch.is_empty) == (rows, count, False, rows == 0)
+    assert (batch.rows, batch.is_packed(), batch.is_empty) == (rows, False, rows == 0)
+    assert batch.count(is_packed=False) is None
 
 
 def test_steps_in_which_data_is_begun_anew_are_left_out_but_not_for_ever() -> None:
