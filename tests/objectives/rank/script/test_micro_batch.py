@@ -1,4 +1,4 @@
-"""What is seen of one micro-batch, and which steps are left out."""
+"""What is seen of one micro-batch."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from ds_tune.objectives.rank.script.fed import left_out
 from ds_tune.objectives.rank.script.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.observer import positional_names
 
@@ -64,9 +63,3 @@ def test_rows_that_are_neither_masked_nor_packed_have_no_known_tokens(args: Any,
     batch = MicroBatch(args, kwargs, ())
     assert (batch.rows, batch.is_packed(), batch.is_empty) == (rows, False, rows == 0)
     assert batch.count(is_packed=False) is None
-
-
-def test_steps_in_which_data_is_begun_anew_are_left_out_but_not_for_ever() -> None:
-    assert left_out([False, True, False, True]) == [False, True, False, True]
-    assert left_out([True] * 6) == [True, True, True, False, False, False]
-    assert left_out([True, True, False, True], before=2) == [True, False, False, True]
