@@ -16,7 +16,8 @@ from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.result import timed_result
 from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.settings import engine_dtype
-from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
+from ds_tune.objectives.rank.script.whole_steps import WholeSteps
+from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession, TooFewWholeStepsError
 from ds_tune.objectives.running.protocol import Losses, Time
 from ds_tune.objectives.timing.deadlines import warmup_deadline
 from ds_tune.objectives.timing.schedule import Timing
@@ -78,6 +79,9 @@ class Listening:
     def step_done(self, *, skipped: bool) -> None:
         self.steps += 1
 
+    def data_began_again(self) -> None:
+        pass
+
     def failed(self, error: BaseException) -> None:
         self._fail(error)
 
@@ -121,11 +125,16 @@ class Timer(Listening):
         self._ranks = ranks
         self._flops_per_sample = flops_per_sample
         self._session: TimingSession | None = None
+        self._steps = WholeSteps(command.config.micro_batch_size * command.config.gradient_accumulation_steps)
 
     def fed(self, rows: int, tokens: int | None) -> None:
         super().fed(rows, tokens)
+        self._steps.fed(rows)
         if self._session is None:
-            self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress)
+            self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress, leaves_out=True)
+
+    def data_began_again(self) -> None:
+        self._steps.data_began_again()
 
     def _timing(self) -> Timing:
         command, config = self._command, self._command.config
@@ -159,7 +168,11 @@ class Timer(Listening):
                 self.check_settings(self._command.config)
             except UnreachedError as error:
                 self.failed(error)
-        if self._session.step_done(skipped=skipped):
+        try:
+            goes_on = self._session.step_done(skipped=skipped, is_whole=self._steps.step_done())
+        except TooFewWholeStepsError as error:
+            self.failed(error)
+        if goes_on:
             return
         self.peers.barrier()
         self.finish(

@@ -34,6 +34,7 @@ from ds_tune.objectives.rank.device import cap_memory, claim_device, lift_cap, l
 from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.script.data import Loaders
 from ds_tune.objectives.rank.script.listeners import (
     Learner,
     Listening,
@@ -58,6 +59,7 @@ from ds_tune.objectives.running.protocol import (
     decode_command,
 )
 from ds_tune.objectives.trial import Failure
+from ds_tune.objectives.words import counted
 from ds_tune.objectives.workload.script import (
     ACCUMULATION_FLAGS,
     MICRO_BATCH_FLAGS,
@@ -95,6 +97,8 @@ class ScriptRank:
         leave_out_side_effects(self._scratch)
         settings.install()
         observer.install()
+        is_trial = isinstance(command, Time)
+        Loaders(settings, observer, listener, ended=self._data_ended if is_trial else lambda steps: None).install()
         around(argparse.ArgumentParser, "parse_known_args", self._parsed)
         if self._machine.device == "cpu":
             skip_unused_ops()
@@ -135,6 +139,11 @@ class ScriptRank:
                         seen, self._observer, loop=settings.loop, written=settings.written, flags=self._flags(seen)
                     ),
                 )  # fmt: skip
+
+    def _data_ended(self, steps: int) -> None:
+        if local_rank() == 0:
+            when = f"after {counted(steps, 'step')}" if steps else "before the first step is whole"
+            self._progress.notice(f"Its data ends {when} and is begun again in trials.", seconds=0.0)
 
     def _flops_per_sample(self) -> float:
         tokens = self._workload.tokens_per_sample
