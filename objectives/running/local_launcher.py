@@ -63,11 +63,15 @@ class GuardedGroup:
 class LocalLauncher:
     """Starts ranks on this machine. Behind its `with` nothing is left but the groups that were not killed."""
 
-    def __init__(self, machine: Machine, *, worker: str | None = None) -> None:
+    def __init__(
+        self, machine: Machine, *, worker: str | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         """
         Args:
             worker: module whose `main()` each rank runs; None for that of built-in models.
+            environment: variables that ranks have from before their first import on, whatever the tuner has.
         """
+        self._environment = dict(environment or {})
         self._machine = machine
         self._worker = worker or WORKER_MODULE
         self._fork_server: ForkServerProcess | None = None
@@ -81,7 +85,7 @@ class LocalLauncher:
         self.close()
 
     def launch(self, *, stdout: Path, stderr: Path) -> "LocalRankProcesses":
-        environment = group_environment(self._machine)
+        environment = {**group_environment(self._machine), **self._environment}
         if self._fork_server is not None and not self._fork_server.serves(environment):
             self.close()
         with stdout.open("ab") as out, stderr.open("ab") as err:

@@ -2,7 +2,7 @@
 
 FEWEST_BETWEEN = 2
 """A step in which the data began again counts where it comes oftener than after so many that do: it is the rule
-then. Beginning again takes seconds where workers are started: the first figures were 2.8 to 4.4 s beside steps of 0.3."""
+then. Beginning again takes seconds where workers are started: 2.8 to 4.4 s were seen, beside steps of 0.3 s."""
 
 
 class WholeSteps:

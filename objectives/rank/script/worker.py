@@ -13,7 +13,6 @@ import runpy
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +33,7 @@ from ds_tune.objectives.rank.device import cap_memory, claim_device, lift_cap, l
 from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.script.blame import place_of, print_traceback, sentence_of
 from ds_tune.objectives.rank.script.data import Loaders
 from ds_tune.objectives.rank.script.listeners import (
     Learner,
@@ -46,7 +46,7 @@ from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.quiet import leave_out_side_effects
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.rank.script.settings import Settings
-from ds_tune.objectives.running.failures import first_sentence, kind_of_exception
+from ds_tune.objectives.running.failures import kind_of_exception
 from ds_tune.objectives.running.protocol import (
     Failed,
     Finished,
@@ -201,15 +201,16 @@ class ScriptRank:
 
     def _fail(self, error: BaseException) -> NoReturn:
         lift_cap(self._machine)
-        traceback.print_exception(error)
+        print_traceback(error)
         phase = self._progress.phase
         rank = local_rank()
         failure = Failure(
             kind=kind_of_exception(error, phase),
-            message=f"rank {rank} in {phase}: {first_sentence(error)}",
+            message=f"rank {rank} in {phase}: {sentence_of(error)}",
             phase=phase,
             rank=rank,
             peak_memory_bytes=self._meter.peak_memory_bytes(),
+            raised=place_of(error),
         )
         self._progress.send(Failed(failure=failure))
         self._end()

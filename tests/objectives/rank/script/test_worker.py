@@ -57,7 +57,7 @@ LEARNED = {
         "Trainer", 2, 2, 2, 32, "sft.py:22", "--per_device_train_batch_size", "--gradient_accumulation_steps",
     ),
     "Accelerate": (
-        "Accelerate", 1, 2, 4, 32, "accelerate_loop.py:24", "--per_device_train_batch_size",
+        "Accelerate", 1, 2, 4, 32, "accelerate_loop.py:25", "--per_device_train_batch_size",
         "--gradient_accumulation_steps",
     ),
 }  # fmt: skip
