@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from typing import IO
 
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running import guard
-from ds_tune.objectives.running.launcher import Evidence, RankProcess
+from ds_tune.objectives.running.launcher import SCRATCH, Evidence, RankProcess
 
 WORKER_MODULE = "ds_tune.objectives.rank.worker"
 FORK_SERVER_MODULE = "ds_tune.objectives.rank.fork_server"
@@ -193,6 +194,7 @@ class LocalRankProcesses:
         """
         self.ranks: list[RankProcess] = []
         self._logs = logs
+        self._scratch: Path | None = None
         self._oom_kills_before = host_oom_kills()
         self._fork_server = fork_server
         self._forked: list[ForkedRank] = []
@@ -241,6 +243,7 @@ class LocalRankProcesses:
         self._logs = tuple(folder / name for name in LOGS)
         for log in self._logs:
             log.write_bytes(b"")
+        self._scratch = folder / SCRATCH
         self._oom_kills_before = host_oom_kills()
 
     def evidence(self, rank: int) -> Evidence:
@@ -257,6 +260,8 @@ class LocalRankProcesses:
                 rank.commands.close()
             rank.events.close()
         self._group.reap()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def _log_end(logs: Sequence[Path]) -> str:

@@ -96,6 +96,11 @@ def objective(launcher: LocalLauncher, tmp_path: Path, notices: list[str]) -> It
 
 
 @pytest.fixture
+def script_machine() -> Machine:
+    return MACHINE
+
+
+@pytest.fixture
 def logs(tmp_path: Path) -> Path:
     (tmp_path / "trial").mkdir()
     return tmp_path / "trial"
