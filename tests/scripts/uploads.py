@@ -1,4 +1,4 @@
-"""A Trainer that does all that a trial must not: trackers, and every way of writing to the hub, one before it trains."""
+"""A Trainer that does all that a trial must not: trackers, and ways of writing to the hub, some before it trains."""
 
 import os
 
@@ -28,9 +28,14 @@ class Uploads(TrainerCallback):
         model.push_to_hub("me/model")
         model.config.push_to_hub("me/model")
         commit = api.upload_folder(repo_id=repository, folder_path=os.path.dirname(__file__), commit_message="a step")
-        print("commit", commit.oid[:4], api.upload_file(
-            path_or_fileobj=b"x", path_in_repo="x", repo_id=repository, run_as_future=True
-        ).result().commit_message, flush=True)
+        print(
+            "commit",
+            commit.oid[:4],
+            api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=repository, run_as_future=True)
+            .result()
+            .commit_message,
+            flush=True,
+        )
 
 
 api = HfApi()

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.early_environment import early_environment
 from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.running.local_launcher import LocalLauncher
-from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
@@ -114,5 +114,5 @@ def test_variables_set_above_the_imports_are_found_without_training(
 
 def test_script_that_chooses_gpus_is_refused(tmp_path: Path) -> None:
     line = write(tmp_path, "import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '1'\nimport torch\n")
-    with pytest.raises(UsageError, match="train.py sets CUDA_VISIBLE_DEVICES=1: write that in front of bin/tune"):
+    with pytest.raises(UsageError, match=r"train\.py sets CUDA_VISIBLE_DEVICES=1: write that in front of bin/tune"):
         early_environment(read_launch_line(line)[0])
