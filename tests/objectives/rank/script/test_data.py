@@ -56,6 +56,25 @@ def test_data_of_accelerate_begins_again_without_a_step_that_is_not_whole(
     workload = learned(objective, logs, "accelerate_loop.py", "--samples", "26", "--gradient_accumulation_steps", "2")
     assert isinstance(measured := timed(objective, workload, logs, 4), Measurement), measured
     assert notices == ["Its data ends after 1 step and is begun again in trials."]
+    refused = objective(workload).run(
+        dataclasses.replace(CONFIG, zero_stage=2, gradient_accumulation_steps=4), logs, ignore
+    )
+    assert isinstance(refused, Failure)
+    assert refused.raised == "AssertionError in no_sync, accelerate_loop.py:29"
+
+
+def test_trainer_begins_again_by_itself_and_its_steps_at_the_end_of_its_data_are_left_out(
+    objective: Objective, folder: Path, logs: Path, notices: list[str]
+) -> None:
+    line = ["trainer.py", "--deepspeed", "ds_auto.json", "--per_device_train_batch_size", "2", "--samples", "22"]
+    workload = learned(objective, logs, *line)
+    # 6 micro-steps a pass: every other step has only two of them.
+    assert isinstance(measured := timed(objective, workload, logs, 4), Measurement), measured
+    shorter = dataclasses.replace(workload, start=workload.start.with_option("--samples", "14"))
+    failure = timed(objective, shorter, logs, 4)
+    assert isinstance(failure, Failure)
+    assert "hardly any optimizer step has its whole batch" in failure.message
+    assert notices == []
 
 
 def test_stream_with_workers_begins_again_and_what_it_evaluates_on_does_not(
