@@ -285,6 +285,8 @@ class Failure:
     peak_memory_bytes: int | None = None
     log_tail: str = ""
     wall_seconds: float = 0.0
+    raised: str = ""
+    """What a person's script raised, and where: `IndexError in _init_weights, train.py:9`."""
 
     def to_json(self) -> dict[str, Any]:
         return {"type": "failure", **dataclasses.asdict(self), "kind": self.kind.value}

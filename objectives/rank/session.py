@@ -31,14 +31,22 @@ class StepNotes(Protocol):
     Asked of the steps since `forget` where the ranks agree on how to go on; the answers are the same on every rank.
     """
 
-    def left_out(self) -> Sequence[bool]:
-        """Whether each step is to be left out, for it was none like the others."""
-
     def shares(self) -> Sequence[float]:
         """What each step trained on over what a mean one does; see `Step.evened`."""
 
     def forget(self) -> None:
         """Forgets the steps so far: another run of steps begins."""
+
+
+MAX_LEFT_OUT = 24
+"""Steps that may be left out beside as many as were asked for, before a script is said to have hardly any whole one."""
+
+
+class TooFewWholeStepsError(RuntimeError):
+    """Hardly any step had all of its samples."""
+
+    def __init__(self) -> None:
+        super().__init__("hardly any optimizer step has its whole batch: the data is too short, train on more of it")
 
 
 class TimingSession:
@@ -52,12 +60,20 @@ class TimingSession:
     """
 
     def __init__(
-        self, timing: Timing, meter: Meter, peers: Peers, progress: Progress, notes: StepNotes | None = None
+        self,
+        timing: Timing,
+        meter: Meter,
+        peers: Peers,
+        progress: Progress,
+        *,
+        notes: StepNotes | None = None,
+        leaves_out: bool = False,
     ) -> None:
         """Begins at once: the owner is about to take the first optimizer step.
 
         Args:
             notes: of the steps; None where all of them are alike.
+            leaves_out: some steps may turn out not to be whole; the ranks agree on which.
         """
         self.skipped_steps = 0
         """Steps that fp16 overflow skipped: they have no optimizer in them, and are left out."""
@@ -68,7 +84,9 @@ class TimingSession:
         self._progress = progress
         self._notes = notes
         self._timed: Timed | None = None
+        self._leaves_out = leaves_out
         self._taken: list[bool] = []
+        self._is_whole: list[bool] = []
         self._marks: list[list[Marks]] = []
         """Marks of the steps since times were last read: a list a step, with an entry a micro-step."""
         self._micro_step: Marks = []
@@ -96,36 +114,33 @@ class TimingSession:
         self._marks[-1].append(self._micro_step)
         self._micro_step = []
 
-    def step_done(self, *, skipped: bool) -> bool:
+    def step_done(self, *, skipped: bool, is_whole: bool = True) -> bool:
         """Says that an optimizer step has ended: after its last micro-step.
 
         Args:
             skipped: overflow kept the optimizer from running.
+            is_whole: on this rank the step was like any other; those that were not are left out.
 
         Returns:
             Whether to train on.
 
         Raises:
             OverflowedError: the loss scale never settled.
+            TooFewWholeStepsError: hardly any step was whole.
         """
         self._taken.append(not skipped)
+        self._is_whole.append(is_whole)
         self.skipped_steps += skipped
         if self.skipped_steps > MAX_SKIPPED_STEPS:
             raise OverflowedError
         if self._taken.count(True) < self._run.steps:
             self._marks.append([])
             return True
+        if self._leaves_out and self._take_out() < self._run.steps:
+            self._progress.announce(self._run.phase, seconds=self._run.deadline_seconds)
+            self._marks.append([])
+            return True
         self._meter.synchronize()
-        if self._notes is not None:
-            self._taken = [
-                is_taken and not is_left_out
-                for is_taken, is_left_out in zip(self._taken, self._notes.left_out(), strict=True)
-            ]
-            if self._taken.count(True) < self._run.steps:
-                # As many more, in the time of a run of its own.
-                self._progress.announce(self._run.phase, seconds=self._run.deadline_seconds)
-                self._marks.append([])
-                return True
         try:
             run = self._schedule.send(self._steps())
         except StopIteration as ended:
@@ -133,6 +148,17 @@ class TimingSession:
             return False
         self._begin(run)
         return True
+
+    def _take_out(self) -> int:
+        """Leaves out the steps that were not whole on some rank; how many of the run are left.
+
+        Only when all seem to be there: until then no rank waits for another.
+        """
+        broken = self._peers.slowest([float(not is_whole) for is_whole in self._is_whole])
+        self._taken = [taken and not out for taken, out in zip(self._taken, broken, strict=True)]
+        if sum(broken) > self._run.steps + MAX_LEFT_OUT:
+            raise TooFewWholeStepsError
+        return self._taken.count(True)
 
     @property
     def timed(self) -> Timed:
@@ -146,7 +172,7 @@ class TimingSession:
         self._meter.synchronize()
         self._peers.barrier()
         self._start = self._meter.mark()
-        self._taken, self._marks, self._micro_step = [], [[]], []
+        self._taken, self._is_whole, self._marks, self._micro_step = [], [], [[]], []
         if self._notes is not None:
             self._notes.forget()
 

@@ -59,6 +59,8 @@ class ScriptStart:
     """Folder that it is started in."""
     launcher: tuple[str, ...]
     """Words in front of the script in the launch line; none where the line names no launcher."""
+    early: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Variables that the script itself sets before it imports what reads them; see `running.early_environment`."""
 
     def ds_config_argument(self) -> int | None:
         """Index of the argument that names a file with a DeepSpeed configuration."""

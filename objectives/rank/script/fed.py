@@ -1,15 +1,9 @@
-"""What a script's optimizer steps were fed: tokens, padding apart, and whether the data was begun anew."""
-
-from collections.abc import Sequence
+"""What a script's optimizer steps were fed: tokens, padding apart."""
 
 import torch
 
 from ds_tune.objectives.rank.distributed import Peers
 from ds_tune.objectives.rank.script.micro_batch import MicroBatch
-
-MOST_LEFT_OUT = 3
-"""Steps in a row that are left out because data was begun anew in them. Where all are such steps, the data is as short
-as that, and the training is so, too."""
 
 
 class FedSteps:
@@ -32,10 +26,7 @@ class FedSteps:
         self._tokens_per_sample = tokens_per_sample
         self._is_packed = is_packed
         self._counts: list[list[torch.Tensor | float]] = []
-        self._renewed: list[bool] = []
         self._step: list[torch.Tensor | float] = []
-        self._in_a_row = 0
-        """Steps just before those of this reading in which data was begun anew, one after another."""
 
     def fed(self, batch: MicroBatch) -> None:
         """A micro-batch is given to the engine."""
@@ -44,20 +35,10 @@ class FedSteps:
         count = batch.count(is_packed=self._is_packed)
         self._step.append(batch.rows * self._tokens_per_sample if count is None else count)
 
-    def step_done(self, *, renewed: bool) -> None:
-        """An optimizer step has ended.
-
-        Args:
-            renewed: data was begun anew in it, as at the end of an epoch.
-        """
+    def step_done(self) -> None:
+        """An optimizer step has ended."""
         self._counts.append(self._step)
-        self._renewed.append(renewed)
         self._step = []
-
-    def left_out(self) -> list[bool]:
-        # Of any rank: all leave out the same steps.
-        self._renewed = [value > 0 for value in self._peers.slowest([float(each) for each in self._renewed])]
-        return left_out(self._renewed, self._in_a_row)
 
     def shares(self) -> list[float]:
         if self._tokens_per_sample is None:
@@ -67,20 +48,4 @@ class FedSteps:
         return [of_step / mean or 1.0 for of_step in tokens]
 
     def forget(self) -> None:
-        for is_renewed in self._renewed:
-            self._in_a_row = self._in_a_row + 1 if is_renewed else 0
-        self._counts, self._renewed, self._step = [], [], []
-
-
-def left_out(renewed: Sequence[bool], before: int = 0) -> list[bool]:
-    """Which steps are left out.
-
-    Args:
-        renewed: whether data was begun anew, by step.
-        before: in how many it was, one after another, just before the first of these.
-    """
-    answers, in_a_row = [], before
-    for is_renewed in renewed:
-        in_a_row = in_a_row + 1 if is_renewed else 0
-        answers.append(is_renewed and in_a_row <= MOST_LEFT_OUT)
-    return answers
+        self._counts, self._step = [], []

@@ -19,7 +19,8 @@ from ds_tune.objectives.rank.script.lengths import SeenLengths
 from ds_tune.objectives.rank.script.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.settings import engine_dtype
-from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
+from ds_tune.objectives.rank.script.whole_steps import WholeSteps
+from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession, TooFewWholeStepsError
 from ds_tune.objectives.running.protocol import Losses, Time
 from ds_tune.objectives.timing.deadlines import warmup_deadline
 from ds_tune.objectives.timing.schedule import Timing
@@ -90,6 +91,9 @@ class Listening:
     def step_done(self, *, skipped: bool) -> None:
         self.steps += 1
 
+    def data_began_again(self) -> None:
+        pass
+
     def failed(self, error: BaseException) -> None:
         self._fail(error)
 
@@ -157,25 +161,32 @@ class Timer(Listening):
         self.is_packed = facts.is_packed
         self._session: TimingSession | None = None
         self._fed: FedSteps | None = None
-        self._renewed = False
+        self._steps = WholeSteps(command.config.micro_batch_size * command.config.gradient_accumulation_steps)
 
     def data_begun(self, batch_size: int | None) -> None:
         super().data_begun(batch_size)
-        self._renewed = True
+        if self._session is not None:  # not the first time
+            self._steps.data_began_again()
+
+    def data_began_again(self) -> None:
+        self._steps.data_began_again()
 
     def fed(self, batch: MicroBatch) -> None:
         super().fed(batch)
+        config = self._command.config
         if self._fed is None:
-            samples = self._command.config.global_batch_size(self._ranks)
             self._fed = FedSteps(
                 self.peers,
-                samples_per_step=samples,
+                samples_per_step=config.global_batch_size(self._ranks),
                 tokens_per_sample=self._tokens_per_sample,
                 is_packed=self.is_packed,
             )
-            self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress, self._fed)
-            self._renewed = False  # which was before the first step
+            self._session = TimingSession(
+                self._timing(), self.meter, self.peers, self.progress, notes=self._fed, leaves_out=True
+            )
         self._fed.fed(batch)
+        # Of packed samples rows say nothing.
+        self._steps.fed(config.micro_batch_size if self.is_packed else batch.rows)
 
     def _timing(self) -> Timing:
         command, config = self._command, self._command.config
@@ -204,14 +215,17 @@ class Timer(Listening):
     def step_done(self, *, skipped: bool) -> None:
         super().step_done(skipped=skipped)
         assert self._session is not None and self._fed is not None
-        self._fed.step_done(renewed=self._renewed)
-        self._renewed = False
+        self._fed.step_done()
         if self.steps == 1:
             try:
                 self.check_settings(self._command.config)
             except UnreachedError as error:
                 self.failed(error)
-        if self._session.step_done(skipped=skipped):
+        try:
+            goes_on = self._session.step_done(skipped=skipped, is_whole=self._steps.step_done())
+        except TooFewWholeStepsError as error:
+            self.failed(error)
+        if goes_on:
             return
         self.peers.barrier()
         self.finish(

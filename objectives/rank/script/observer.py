@@ -98,11 +98,12 @@ class Observer:
             self._listener.engine_made(made[0])
         return made
 
-    def _is_training(self, engine: Any) -> bool:
+    def is_training(self, engine: Any) -> bool:
+        """Whether a call of an engine is a micro-step of the training."""
         return engine is self._engine and bool(engine.module.training) and torch.is_grad_enabled()
 
     def _forward(self, original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_training(engine):
+        if not self.is_training(engine):
             return original(engine, *args, **kwargs)
         if self._in_micro_step:
             self._end_micro_step()

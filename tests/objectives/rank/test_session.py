@@ -164,11 +164,9 @@ class Told:
         self._coming = list(shares)
         self._seen: list[float] = []
 
-    def step_done(self) -> None:
+    def step_done(self) -> bool:
         self._seen.append(self._coming.pop(0))
-
-    def left_out(self) -> list[bool]:
-        return [share == 0 for share in self._seen]
+        return self._seen[-1] > 0
 
     def shares(self) -> list[float]:
         return [share or 1.0 for share in self._seen]
@@ -180,13 +178,13 @@ class Told:
 def of_steps(timing: Asking | Timing, notes: Told, seconds: Sequence[int]) -> TimingSession:
     """A session whose steps take so many seconds, until it has enough."""
     announced = SimpleNamespace(enter=lambda part: None, announce=lambda phase, seconds: None)
-    session = TimingSession(timing, CountingMeter(), ALONE, announced, notes)  # type: ignore[arg-type]
+    alone = SimpleNamespace(barrier=lambda: None, slowest=list)
+    session = TimingSession(timing, CountingMeter(), alone, announced, notes=notes, leaves_out=True)  # type: ignore[arg-type]
     for each in seconds:
         for _ in range(each - 1):
             session.enter("forward")
         session.micro_step_done()
-        notes.step_done()
-        if not session.step_done(skipped=False):
+        if not session.step_done(skipped=False, is_whole=notes.step_done()):
             return session
     raise AssertionError("it wants more steps")
 

@@ -1,4 +1,4 @@
-"""Two CPU ranks that run scripts as people write them, forked from a server that has done the imports."""
+"""The person's folder, ranks that run scripts in it, and a look at what they leave."""
 
 import shutil
 import time
@@ -23,7 +23,7 @@ Objective = Callable[[ScriptWorkload], DeepSpeedObjective]
 
 
 class OneForkServer(LocalLauncher):
-    """A launcher whose fork server serves all tests of this file: imports are paid for once."""
+    """A launcher whose fork server serves all tests of a file: imports are paid for once."""
 
     def launch(self, *, stdout: Path, stderr: Path) -> LocalRankProcesses:
         with pytest.MonkeyPatch.context() as patch:
@@ -33,6 +33,7 @@ class OneForkServer(LocalLauncher):
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[LocalLauncher]:
+    """One for all tests of a file."""
     with OneForkServer(MACHINE, worker="ds_tune.objectives.rank.script.worker") as launcher:
         yield launcher
 
@@ -65,7 +66,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def objective(launcher: LocalLauncher, tmp_path: Path) -> Iterator[Objective]:
+def notices() -> list[str]:
+    """Lines that ranks have for the person."""
+    return []
+
+
+@pytest.fixture
+def objective(launcher: LocalLauncher, tmp_path: Path, notices: list[str]) -> Iterator[Objective]:
     made: list[DeepSpeedObjective] = []
 
     def make(workload: ScriptWorkload) -> DeepSpeedObjective:
@@ -78,6 +85,7 @@ def objective(launcher: LocalLauncher, tmp_path: Path) -> Iterator[Objective]:
                 trial_seconds=300.0,
                 plan=QUICK,
                 fresh_ranks=True,
+                notice=notices.append,
             )
         )
         return made[-1]
@@ -85,6 +93,11 @@ def objective(launcher: LocalLauncher, tmp_path: Path) -> Iterator[Objective]:
     yield make
     for each in made:
         each.close()
+
+
+@pytest.fixture
+def script_machine() -> Machine:
+    return MACHINE
 
 
 @pytest.fixture
