@@ -70,8 +70,7 @@ def test_trainer_begins_again_by_itself_and_its_steps_at_the_end_of_its_data_are
     workload = learned(objective, logs, *line)
     # 6 micro-steps a pass: every other step has only two of them.
     assert isinstance(measured := timed(objective, workload, logs, 4), Measurement), measured
-    shorter = dataclasses.replace(workload, start=workload.start.with_option("--samples", "14"))
-    failure = timed(objective, shorter, logs, 4)
+    failure = timed(objective, workload, logs, 8)  # where every step has six
     assert isinstance(failure, Failure)
     assert "hardly any optimizer step has its whole batch" in failure.message
     assert notices == []
