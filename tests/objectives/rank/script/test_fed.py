@@ -1,49 +1,26 @@
-"""What optimizer steps were fed, agreed on by two real ranks."""
+"""What optimizer steps were fed, added up by two real ranks, and which are left out."""
 
-import multiprocessing
-from multiprocessing.connection import Connection
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import torch
+from ds_tune.objectives.rank.script.fed import left_out
 
-from ds_tune.objectives.rank.distributed import Peers
-from ds_tune.objectives.rank.script.fed import FedSteps, left_out
-from ds_tune.objectives.rank.script.micro_batch import MicroBatch
-
+SCRIPT = Path(__file__).with_name("two_ranks.py")
 LENGTHS = [[[5, 3], [2]], [[4, 4], [6]]]
 """Tokens of the micro-batches of each step, by rank."""
 
 
-def tell(rank: int, rendezvous: Path, answer: Connection) -> None:
-    """Steps as a rank sees them: shares of a mean step and what is left out, before and after the first reading."""
-    store = torch.distributed.FileStore(str(rendezvous), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    fed = FedSteps(Peers(torch.device("cpu")), samples_per_step=4, tokens_per_sample=3.0, is_packed=False)
-    told = []
-    for renewed in ([False, rank == 1], [True, True], [True, True]):
-        for lengths, is_renewed in zip(LENGTHS[rank], renewed, strict=True):
-            for length in lengths:
-                mask = (torch.arange(8) < length).long()[None]
-                fed.fed(MicroBatch((), {"input_ids": torch.ones_like(mask), "attention_mask": mask}, ()))
-            fed.step_done(renewed=is_renewed)
-        told.append((fed.left_out(), fed.shares()))
-        fed.forget()
-    answer.send(told)
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_add_up_their_tokens_and_leave_out_the_same_steps(tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    ends = [fork.Pipe(duplex=False) for _ in range(2)]
-    ranks = [fork.Process(target=tell, args=(rank, tmp_path / "store", sends)) for rank, (_, sends) in enumerate(ends)]
-    for rank in ranks:
-        rank.start()
-    first, second = (receives.recv() if receives.poll(60) else None for receives, _ in ends)
-    for rank in ranks:
-        rank.join(10)
-    assert first == second
-    shares = [16 / 12, 8 / 12]
-    assert first == [([False, True], shares), ([True, True], shares), ([False, False], shares)]
+def test_ranks_add_up_the_tokens_of_each_step(tmp_path: Path) -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-P", str(SCRIPT), str(tmp_path), json.dumps(LENGTHS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # A mean step has 4 samples of 3 tokens.
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[16 / 12, 8 / 12], [16 / 12]]
 
 
 def test_steps_in_which_data_is_begun_anew_are_left_out_but_not_for_ever() -> None:
