@@ -20,8 +20,8 @@ class MetricContext:
     """The constants that turn samples/s into a metric."""
 
     ranks: int
-    tokens_per_sample: int | None
-    """None where samples differ in length."""
+    tokens_per_sample: float | None
+    """Padding apart; the mean where samples differ in length. None where they have none."""
     flops_per_sample: float | None
     """Model FLOPs of a sample's forward and backward pass; None where the model's sizes are not known."""
     peak_flops: float | None
@@ -119,7 +119,7 @@ def metric_context(workload: Workload, machine: Machine, flops_per_sample: float
         source = f"{peak / TERA:.4g} TFLOP/s, data sheet of {hardware.accelerator.name}, {workload.dtype}"
     return MetricContext(
         ranks=machine.ranks,
-        tokens_per_sample=workload.tokens_per_sample,
+        tokens_per_sample=workload.counted_tokens_per_sample,
         flops_per_sample=flops_per_sample or _flops_per_sample(workload),
         peak_flops=peak,
         peak_source=source,

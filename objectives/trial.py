@@ -223,6 +223,10 @@ class Measurement:
     samples_per_second: float
     """`ranks × micro_batch_size × gradient_accumulation_steps / mean(step_seconds)`."""
     samples_per_second_ci95: tuple[float, float]
+    tokens_per_second: float | None = None
+    """Tokens of all ranks, padding apart, over the seconds that their steps took; None where they were not counted.
+    Where they were, `samples_per_second` is this over the mean tokens of a sample, and `step_seconds` are for as many
+    tokens as a whole batch of such samples has."""
     forward_seconds: float
     """Mean seconds a step spends between the start and the end of its forward passes, likewise below."""
     backward_seconds: float
@@ -291,6 +295,8 @@ class Failure:
     peak_memory_bytes: int | None = None
     log_tail: str = ""
     wall_seconds: float = 0.0
+    raised: str = ""
+    """What a person's script raised, and where: `IndexError in _init_weights, train.py:9`."""
 
     def to_json(self) -> dict[str, Any]:
         return {"type": "failure", **dataclasses.asdict(self), "kind": self.kind.value}

@@ -14,7 +14,7 @@ from ds_tune.objectives.files import write_atomically
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import Launcher
-from ds_tune.objectives.trial import Failure
+from ds_tune.objectives.trial import Failure, FailureKind
 from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
 from ds_tune.storage.layout import ResultsFolder
 
@@ -76,6 +76,8 @@ def first_run(
             objective.close()
     if isinstance(learned, Failure):
         said = learned.message.partition(": ")[2] or learned.message
+        if learned.kind is FailureKind.TIMEOUT:
+            said = f"it had not taken its first two optimizer steps after {time.monotonic() - began:.0f} s"
         tail = f"\nwhat it wrote last:\n{learned.log_tail}" if learned.log_tail else ""
         raise UsageError(f"{workload.title} does not train as it stands ({learned.phase}): {said}{tail}")
     if learned.samples_per_micro_batch != learned.micro_batch_size:

@@ -21,6 +21,7 @@ from ds_tune.storage.attributes import record_of
 from ds_tune.storage.records import TrialRecord
 from ds_tune.tuner.proposer import ENOUGH_GAIN, Proposal, Proposer
 from ds_tune.tuner.space import Space
+from ds_tune.tuner.stages import stages_left_out
 
 STARTUP_TRIALS = 4
 """Optuna's default of 10 random trials would make all of nine trials a random search."""
@@ -147,7 +148,7 @@ class CostModelSampler(SpaceSampler):
         return f"no configuration that is left is expected to be {ENOUGH_GAIN:.1%} faster (`more=M` tries M more)"
 
     def _taken(self, trials: Sequence[FrozenTrial]) -> list[int]:
-        rows = (self.proposer.row(config) for config in visited(self._space, trials))
+        rows = (self.proposer.row(config) for config in closed(self._space, trials))
         return [row for row in rows if row is not None]
 
     def observations(self, trials: Sequence[FrozenTrial]) -> list[Observation]:
@@ -260,9 +261,15 @@ def visited(space: Space, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
     return seen
 
 
+def closed(space: Space, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
+    """The configurations that are not to be proposed any more."""
+    stages = stages_left_out(space, trials)
+    return [*visited(space, trials), *(config for config in space.legal if config.zero_stage in stages)]
+
+
 def unvisited(space: Space, trials: Sequence[FrozenTrial]) -> list[TrialConfig]:
     """The legal configurations that are left."""
-    seen = set(visited(space, trials))
+    seen = set(closed(space, trials))
     return [config for config in space.legal if config not in seen]
 
 

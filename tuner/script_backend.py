@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.loss_scale import forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
+from ds_tune.objectives.running.early_environment import early_environment
 from ds_tune.objectives.running.launch_line import read_launch_line
+from ds_tune.objectives.running.launcher import Launcher
 from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload, read_ds_config
@@ -27,7 +30,10 @@ SCRIPT_WORKER = "ds_tune.objectives.rank.script.worker"
 PREPARATIONS = 5.0
 """Times the seconds of the first run that a trial may take."""
 
-ScriptLauncher = functools.partial(LocalLauncher, worker=SCRIPT_WORKER)
+
+def _launcher_of(workload: ScriptWorkload) -> Callable[[Machine], Launcher]:
+    """Launcher of ranks whose libraries were imported under the variables that the script sets for them."""
+    return functools.partial(LocalLauncher, worker=SCRIPT_WORKER, environment=workload.start.early)
 
 
 def scripted(request: TuneRequest, say: Callable[[str], None]) -> Backend:
@@ -49,8 +55,9 @@ def scripted(request: TuneRequest, say: Callable[[str], None]) -> Backend:
     if ranks is not None and machine.ranks != ranks:
         raise UsageError(f"the launch line starts {ranks} ranks, and {machine.ranks} were asked for; leave one out")
     request, said = with_autotuning_block(request, _autotuning_block(start))
+    start = dataclasses.replace(start, early=early_environment(start))
     workload = ScriptWorkload(start=start, mapped=request.mapped)
-    shown = first_run(workload, machine, ScriptLauncher, ResultsFolder(request.results), say)
+    shown = first_run(workload, machine, _launcher_of(workload), ResultsFolder(request.results), say)
     workload = dataclasses.replace(workload, facts=shown.facts)
     own = _own(workload, request, machine)
     limits = _limits(request, own, machine)
@@ -72,17 +79,30 @@ def _objectives(request: TuneRequest, workload: ScriptWorkload, machine: Machine
     # What it does before it trains is in each trial.
     longest = max(request.trial_seconds, PREPARATIONS * shown.seconds)
     inner = training_objectives(
-        dataclasses.replace(request, trial_timeout=request.trial_timeout or longest), workload, machine, ScriptLauncher,
-        fresh_ranks=True,
+        dataclasses.replace(request, trial_timeout=request.trial_timeout or longest), workload, machine,
+        _launcher_of(workload), fresh_ranks=True,
     )  # fmt: skip
 
     def objectives(
         results: ResultsFolder, notice: Callable[[str], None], resources: contextlib.ExitStack
     ) -> Objectives:
         shown.remember(results)
-        return inner(results, notice, resources)
+        return inner(results, each_once(notice), resources)
 
     return objectives
+
+
+def each_once(notice: Callable[[str], None]) -> Callable[[str], None]:
+    """Passes on what trials say, but not what an earlier one has said with other figures."""
+    said: set[str] = set()
+
+    def once(text: str) -> None:
+        key = re.sub(r"\d+ \w+", "", text)
+        if key not in said:
+            said.add(key)
+            notice(text)
+
+    return once
 
 
 def _autotuning_block(start: ScriptStart) -> Any:
@@ -161,6 +181,8 @@ def _notes(
     lines = [
         f"{workload.description}; as it stands ZeRO-{own.zero_stage}, {batch}. DeepSpeed at {facts.initialized_at}."
     ]
+    if facts.counting:
+        lines.append(f"{facts.counting}.")
     if facts.engines > 1:
         lines.append(f"It makes {facts.engines} DeepSpeed engines; the first that trains is tuned, the others stay.")
     reached = [f"{flag}" for flag in workload.flags.values()]

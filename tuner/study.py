@@ -27,6 +27,7 @@ from ds_tune.tuner.reports.notes import publish, save_trial_note
 from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.sampler import OWN, SpaceSampler, make_sampler, unvisited
 from ds_tune.tuner.spec import StudySpec
+from ds_tune.tuner.stages import stages_left_out
 from ds_tune.tuner.stopping import StopSignals
 
 MAX_FAILURES_IN_A_ROW = 3
@@ -122,6 +123,7 @@ class Study:
     def _run_trials(self, store: StudyStore) -> None:
         clock = time.monotonic()
         failures_in_a_row = 0
+        left_out = stages_left_out(self._space, store.trials())
         prepared = False
         while not self._stop.requested:
             summary = store.summary()
@@ -140,8 +142,14 @@ class Study:
             elapsed, clock = time.monotonic() - clock, time.monotonic()
             store.add_seconds(elapsed)
             self._observer.trial_finished(record, store.summary())
-            failures_in_a_row = failures_in_a_row + 1 if record.state is TrialState.FAILED else 0
-            check_failure(record, failures_in_a_row)
+            known, left_out = left_out, stages_left_out(self._space, store.trials())
+            for stage in left_out.keys() - known.keys():
+                self._observer.say(f"Stage {stage} left out: the script fails there ({left_out[stage]}).")
+            if record.state is not TrialState.FAILED:
+                failures_in_a_row = 0
+            elif record.config.zero_stage not in left_out:
+                failures_in_a_row += 1
+            check_failure(record, failures_in_a_row, own=self._space.own)
 
     def _run_trial(self, store: StudyStore, summary: StudySummary) -> TrialRecord:
         spec, machine = self._spec, self._spec.backend.machine
@@ -211,16 +219,21 @@ class Study:
         return "every configuration of the space has been tried"
 
 
-def check_failure(record: TrialRecord, failures_in_a_row: int) -> None:
+def check_failure(record: TrialRecord, failures_in_a_row: int, *, own: TrialConfig | None = None) -> None:
     """Ends a study whose trials fail for reasons that searching on cannot mend.
 
+    Args:
+        own: the configuration that a person's script trains with today.
+
     Raises:
-        UsageError: DeepSpeed refused the configuration; as only the user's own file can be at fault, all would be.
+        UsageError: DeepSpeed refused the configuration; as only the user's own file can be at fault, all would be. Not
+            so of a script at other stages than its own: it may do there what DeepSpeed has no way to do.
         EnvironmentFault: too many trials in a row crashed or hung.
     """
     if not isinstance(record.outcome, Failure):
         return
-    if record.outcome.kind is FailureKind.INVALID_CONFIG:
+    is_elsewhere = own is not None and record.config.zero_stage != own.zero_stage and bool(record.outcome.raised)
+    if record.outcome.kind is FailureKind.INVALID_CONFIG and not is_elsewhere:
         raise UsageError(f"DeepSpeed refuses the configuration, correct `ds_config`: {record.outcome.message}")
     if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
         raise EnvironmentFault(

@@ -19,8 +19,6 @@ def tensors_of_a_block(
     feed_forward = architecture.intermediate / architecture.hidden
     mask = 1 / width if architecture.dropout and not compiled else 0.0  # a byte an element
     norms = 5.0 if compiled else 4.0  # two norms' inputs and outputs; compiled, a residual more
-    if architecture.is_frozen:
-        norms -= 2  # their outputs are what matrices without gradients take in
     if architecture.rms_norm:
         norms += 2 * 4 / width  # transformers computes RMSNorm in fp32
     mixing = query + key_value + query + mask
@@ -34,8 +32,10 @@ def tensors_of_a_block(
         mixing += architecture.relative_columns * (architecture.heads / architecture.hidden + query / seq_len)
         mixing += key_value / 2
     activations = feed_forward * (4 if architecture.gated_mlp else 2) + mask
-    if architecture.is_frozen:
-        activations -= feed_forward  # what goes into the last matrix
     if architecture.unfused_activation and not compiled:
         activations += 3 * feed_forward  # tanh, half of x, one plus tanh
+    if architecture.is_frozen:
+        # Matrices and norms without gradients keep nothing of what they take in.
+        norms = 2 * 4 / width if architecture.rms_norm and not compiled else 2.0
+        activations -= feed_forward * (2 if architecture.gated_mlp and compiled else 1)
     return norms + mixing + activations + architecture.adapter_inputs

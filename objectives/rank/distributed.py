@@ -63,8 +63,15 @@ class Peers:
         """The largest of all ranks' values, one by one; the same on every rank. All give as many."""
         if not seconds:
             return []
-        values = torch.tensor(seconds, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return self._reduced(seconds, torch.distributed.ReduceOp.MAX)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sum of all ranks' values, one by one; the same on every rank. All give as many."""
+        return self._reduced(values, torch.distributed.ReduceOp.SUM) if values else []
+
+    def _reduced(self, given: Sequence[float], operation: Any) -> list[float]:
+        values = torch.tensor(given, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(values, op=operation, group=self._group)
         return [float(value) for value in values.tolist()]
 
     def mean(self, value: float) -> float:

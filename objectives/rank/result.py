@@ -13,6 +13,7 @@ def timed_result(
     setup_seconds: float,
     model_parameters: int,
     flops_per_sample: float,
+    tokens_per_sample: float | None = None,
     deepspeed_samples_per_second: float | None = None,
 ) -> RankResult:
     """Result of a session that has ended, with the memory that the meter has seen; `Measurement` says what each is."""
@@ -36,4 +37,5 @@ def timed_result(
         setup_seconds=setup_seconds,
         model_parameters=model_parameters,
         flops_per_sample=flops_per_sample,
+        tokens_per_sample=tokens_per_sample,
     )

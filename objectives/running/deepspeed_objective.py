@@ -177,10 +177,12 @@ def combine_ranks(
     slowest = max(ranks, key=lambda result: math.fsum(result.step_seconds))
     samples = config.global_batch_size(len(ranks))
     rate, interval = throughput(slowest.step_seconds, samples, slowest.step_ci95_seconds)
+    tokens = slowest.tokens_per_sample
     return Measurement(
         step_seconds=slowest.step_seconds,
         samples_per_second=rate,
         samples_per_second_ci95=interval,
+        tokens_per_second=None if tokens is None else rate * tokens,
         forward_seconds=slowest.forward_seconds,
         backward_seconds=slowest.backward_seconds,
         optimizer_seconds=slowest.optimizer_seconds,

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol, Self
 
+SCRATCH = "scratch"
+"""Folder beside a trial's logs for what its ranks insist on writing; gone when they are, however they ended."""
+
 
 class RankExit(Protocol):
     """The end of a rank's process."""
@@ -50,7 +53,8 @@ class RankProcesses(Protocol):
         """Returns what is known on the host of a rank."""
 
     def kill(self) -> None:
-        """Ends every process of the group at once and waits until none is left; may be called again."""
+        """Ends every process of the group at once and waits until none is left, and removes what they had in `SCRATCH`;
+        may be called again."""
 
 
 class Launcher(Protocol):

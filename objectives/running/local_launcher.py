@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from typing import IO
 
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running import guard
-from ds_tune.objectives.running.launcher import Evidence, RankProcess
+from ds_tune.objectives.running.launcher import SCRATCH, Evidence, RankProcess
 
 WORKER_MODULE = "ds_tune.objectives.rank.worker"
 FORK_SERVER_MODULE = "ds_tune.objectives.rank.fork_server"
@@ -63,11 +64,15 @@ class GuardedGroup:
 class LocalLauncher:
     """Starts ranks on this machine. Behind its `with` nothing is left but the groups that were not killed."""
 
-    def __init__(self, machine: Machine, *, worker: str | None = None) -> None:
+    def __init__(
+        self, machine: Machine, *, worker: str | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         """
         Args:
             worker: module whose `main()` each rank runs; None for that of built-in models.
+            environment: variables that ranks have from before their first import on, whatever the tuner has.
         """
+        self._environment = dict(environment or {})
         self._machine = machine
         self._worker = worker or WORKER_MODULE
         self._fork_server: ForkServerProcess | None = None
@@ -81,7 +86,7 @@ class LocalLauncher:
         self.close()
 
     def launch(self, *, stdout: Path, stderr: Path) -> "LocalRankProcesses":
-        environment = group_environment(self._machine)
+        environment = {**group_environment(self._machine), **self._environment}
         if self._fork_server is not None and not self._fork_server.serves(environment):
             self.close()
         with stdout.open("ab") as out, stderr.open("ab") as err:
@@ -189,6 +194,7 @@ class LocalRankProcesses:
         """
         self.ranks: list[RankProcess] = []
         self._logs = logs
+        self._scratch: Path | None = None
         self._oom_kills_before = host_oom_kills()
         self._fork_server = fork_server
         self._forked: list[ForkedRank] = []
@@ -237,6 +243,7 @@ class LocalRankProcesses:
         self._logs = tuple(folder / name for name in LOGS)
         for log in self._logs:
             log.write_bytes(b"")
+        self._scratch = folder / SCRATCH
         self._oom_kills_before = host_oom_kills()
 
     def evidence(self, rank: int) -> Evidence:
@@ -253,6 +260,8 @@ class LocalRankProcesses:
                 rank.commands.close()
             rank.events.close()
         self._group.reap()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def _log_end(logs: Sequence[Path]) -> str:

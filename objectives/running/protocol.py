@@ -69,6 +69,9 @@ class RankResult:
     setup_seconds: float
     model_parameters: int
     flops_per_sample: float
+    tokens_per_sample: float | None = None
+    """Tokens, padding apart, that count as one sample: `step_seconds` are for a whole batch of such samples, fed to all
+    ranks, whatever each step was fed. None where it is samples that are counted."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

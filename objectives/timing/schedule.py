@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from ds_tune.objectives.timing.deadlines import timed_deadline, warmup_deadline
 from ds_tune.objectives.timing.intervals import is_drifting, step_ci95, warmup_length
@@ -27,6 +27,26 @@ class Step:
     optimizer_seconds: float
     micro_step_seconds: tuple[float, ...]
     """Seconds of each micro-step, data loading included; the one that closes the step comes last."""
+    share: float = 1.0
+    """What this step trained on over what a mean one does; see `evened`."""
+
+    def evened(self, share: float) -> Self:
+        """The step with all its seconds divided by its share of a mean step, in tokens of all ranks without padding.
+
+        Where samples differ in length, so do steps, and for no other reason than the data that they happened to get.
+        Left as they are, they would seem to be noise, or under `group_by_length` a drift: the interval would be wider
+        than it has to be, and trials longer. Divided, they are seconds for a mean step's tokens, and whatever compares
+        seconds of steps, or makes samples/s of them, stays right.
+        """
+        return dataclasses.replace(
+            self,
+            seconds=self.seconds / share,
+            forward_seconds=self.forward_seconds / share,
+            backward_seconds=self.backward_seconds / share,
+            optimizer_seconds=self.optimizer_seconds / share,
+            micro_step_seconds=tuple(seconds / share for seconds in self.micro_step_seconds),
+            share=share,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +79,7 @@ class Timed:
 
     def mean(self, field: str) -> float:
         """Mean of a field of the steps that count."""
-        return statistics.fmean(getattr(step, field) for step in self.steps)
+        return weighted_mean(self.steps, field)
 
     def first_steps_seconds(self, gradient_accumulation_steps: int) -> float:
         """Seconds that the first steps took beyond as many later micro-steps: compilation, for the most part."""
@@ -68,6 +88,14 @@ class Timed:
         shares = (len(step.micro_step_seconds) / gradient_accumulation_steps for step in first)
         usual = math.fsum(optimizer_seconds + share * (seconds - optimizer_seconds) for share in shares)
         return math.fsum(step.seconds for step in first) - usual
+
+
+def weighted_mean(steps: Sequence[Step], field: str = "seconds") -> float:
+    """Seconds of all steps over the tokens of all, as seconds for a mean step's tokens.
+
+    The plain mean of evened steps would be above it: what a step costs beside its tokens weighs more in a small one.
+    """
+    return math.fsum(getattr(step, field) * step.share for step in steps) / math.fsum(step.share for step in steps)
 
 
 Agree: TypeAlias = Callable[[Sequence[float]], list[float]]
@@ -159,10 +187,14 @@ class Timing:
             agreed += self.agree([step.seconds for step in run])
             seconds = agreed[-1]
         cut = warmup_length(agreed)
+        steady = [step.seconds for step in steps[cut:]]
+        # Exactly 1 where steps have equal shares.
+        bias = weighted_mean(steps[cut:]) / statistics.fmean(steady)
+        low, high = self._whole_steps_ci95(steps[cut:])
         return Timed(
             steps=steps[cut:],
-            step_seconds=[step.seconds for step in steps[cut:]],
-            ci95=self._whole_steps_ci95(steps[cut:]),
+            step_seconds=[bias * seconds for seconds in steady],
+            ci95=(bias * low, bias * high),
             early=steps[:cut],
             stopped_early=best is not None and is_hopeless(agreed, best),
             drifting=is_drifting(agreed[cut:]),

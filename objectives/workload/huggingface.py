@@ -68,6 +68,14 @@ class HuggingFaceWorkload:
         return self.seq_len
 
     @property
+    def counted_tokens_per_sample(self) -> float | None:
+        return self.seq_len
+
+    @property
+    def counting(self) -> str:
+        return ""
+
+    @property
     def weights_are_loaded(self) -> bool:
         return self.pretrained
 

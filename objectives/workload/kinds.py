@@ -35,7 +35,15 @@ class WorkloadKind(Protocol):
 
     @property
     def tokens_per_sample(self) -> int | None:
-        """Tokens of every sample; None where samples differ, or have no tokens."""
+        """Tokens that are computed for every sample; None where samples differ, or have no tokens."""
+
+    @property
+    def counted_tokens_per_sample(self) -> float | None:
+        """Mean tokens of a sample, padding apart; None where samples have none, or their padding cannot be told."""
+
+    @property
+    def counting(self) -> str:
+        """What is counted where samples differ in length, in words without a full stop; empty where they do not."""
 
     @property
     def weights_are_loaded(self) -> bool:

@@ -62,6 +62,8 @@ class ScriptStart:
     """Folder that it is started in."""
     launcher: tuple[str, ...]
     """Words in front of the script in the launch line; none where the line names no launcher."""
+    early: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Variables that the script itself sets before it imports what reads them; see `running.early_environment`."""
 
     def ds_config_argument(self) -> int | None:
         """Index of the argument that names a file with a DeepSpeed configuration."""
@@ -106,7 +108,7 @@ class ScriptFacts:
     samples_per_micro_batch: int
     """Rows of the batches that it fed."""
     tokens_per_sample: int | None
-    """None where samples differed, or have no tokens."""
+    """Tokens that are computed for a sample, padding included; None where samples differed, or have no tokens."""
     loader_follows: bool
     """Its data comes from the loader that DeepSpeed makes, in micro-batches of DeepSpeed's configuration."""
     micro_batch_flag: str | None = None
@@ -122,6 +124,35 @@ class ScriptFacts:
     """Whether the script has activation checkpointing on."""
     adapter_inputs: float = 0.0
     """See `ParameterCounts`."""
+    mean_tokens_per_sample: float | None = None
+    """Mean tokens of a sample, padding apart; None where samples are counted: they have none, what is padding cannot be
+    told, or an earlier version learned this."""
+    shortest_sample: int | None = None
+    """Fewest tokens that a sample was seen to have, padding apart, likewise below; None where samples are packed."""
+    longest_sample: int | None = None
+    padding_share: float = 0.0
+    """Fraction of the tokens computed that is padding."""
+    is_packed: bool = False
+    """Samples are put into one row, however many a micro-batch has."""
+
+    @property
+    def lengths_differ(self) -> bool:
+        """Whether samples differ in length, so that tokens are the measure."""
+        return self.mean_tokens_per_sample is not None and (
+            self.is_packed or self.shortest_sample != self.longest_sample
+        )
+
+    @property
+    def counting(self) -> str:
+        """What is counted in place of samples, in words; empty where it is samples."""
+        if not self.lengths_differ:
+            return ""
+        seen = "packed into one row" if self.is_packed else f"{self.shortest_sample}–{self.longest_sample} seen"
+        padding = f"{self.padding_share:.0%} of what is computed is padding" if self.padding_share else "no padding"
+        return (
+            f"{self.mean_tokens_per_sample:.0f} tokens a sample ({seen}), {padding}; "
+            "tokens, padding apart, are what is counted"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -168,6 +199,15 @@ class ScriptWorkload:
     @property
     def tokens_per_sample(self) -> int | None:
         return self.known.tokens_per_sample
+
+    @property
+    def counted_tokens_per_sample(self) -> float | None:
+        mean = self.known.mean_tokens_per_sample
+        return self.known.tokens_per_sample if mean is None else mean
+
+    @property
+    def counting(self) -> str:
+        return self.known.counting
 
     @property
     def weights_are_loaded(self) -> bool:

@@ -87,6 +87,13 @@ def test_a_measurement_from_before_steps_were_put_together_is_one_of_whole_steps
     assert outcome_from_json(document) == MEASUREMENT
 
 
+def test_a_measurement_from_before_tokens_were_counted_has_none() -> None:
+    document = dataclasses.replace(MEASUREMENT, tokens_per_second=512.0).to_json()
+    assert outcome_from_json(document) != MEASUREMENT
+    del document["tokens_per_second"]
+    assert outcome_from_json(document) == MEASUREMENT
+
+
 def test_an_outcome_of_no_known_type_is_refused() -> None:
     with pytest.raises(ValueError, match="not 'guess'"):
         outcome_from_json({"type": "guess"})

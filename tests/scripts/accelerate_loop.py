@@ -12,12 +12,13 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--per_device_train_batch_size", type=int, default=2)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=2000)
     args = parser.parse_args()
     plugin = DeepSpeedPlugin(zero_stage=1, gradient_accumulation_steps=args.gradient_accumulation_steps)
     accelerator = Accelerator(deepspeed_plugin=plugin, log_with="tensorboard", project_dir="logs")
     model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rows = torch.randint(256, (2000, 32), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(256, (args.samples, 32), generator=torch.Generator().manual_seed(0))
     loader = DataLoader(
         [{"input_ids": row, "labels": row} for row in rows], batch_size=args.per_device_train_batch_size, shuffle=True
     )

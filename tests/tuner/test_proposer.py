@@ -392,9 +392,8 @@ def test_on_one_gpu_zero_3_is_not_tried_where_a_lower_stage_fits(hardware: str, 
 def test_on_one_gpu_zero_3_is_for_what_runs_out_of_memory_otherwise() -> None:
     space = Space(Limits(ranks=1, max_micro_batch=2, max_global_batch=2))
     proposer = Proposer(CostModel(XL, parse_hardware("1xH100")), space.legal)
-    observations = [
-        Observation(row=row, ran_out=True) for row, config in enumerate(proposer.grid.configs) if config.zero_stage < 3
-    ]
-    proposal = proposer.propose(observations, [each.row for each in observations], np.random.default_rng(0))
+    lower = [row for row, config in enumerate(proposer.grid.configs) if config.zero_stage < 3]
+    observations = [Observation(row=row, ran_out=True) for row in lower]
+    proposal = proposer.propose(observations, lower, np.random.default_rng(0))
     assert proposal is not None and proposal.config.zero_stage == 3
     assert proposal.expected_gain > ENOUGH_GAIN

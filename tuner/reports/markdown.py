@@ -5,12 +5,13 @@ import datetime
 import tabulate
 
 from ds_tune.objectives.machine import GIB
+from ds_tune.objectives.metric import METRICS
 from ds_tune.objectives.numerics import NumericsCheck
 from ds_tune.objectives.timing.intervals import is_answer
 from ds_tune.objectives.trial import KNOBS, Measurement, Provenance
 from ds_tune.objectives.words import counted
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
-from ds_tune.tuner.reports.metrics import metric_line, metric_rows
+from ds_tune.tuner.reports.metrics import metric_line, metric_rows, metric_values
 from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.reports.verdict import improvement_words, standing_words, verdict_lines
 
@@ -30,6 +31,7 @@ def summary_markdown(report: Report) -> str:
         "## Throughput\n",
         throughput_table(summary),
         *([metric_table(summary)] if summary.best is not None else []),
+        *_counting(summary),
         "\n## Detailed result summary\n",
         _bullets(summary),
         stage_table(report, marked=True),
@@ -154,6 +156,15 @@ def metric_table(summary: StudySummary) -> str:
     rows = metric_rows([summary.baseline, summary.best], summary)
     table = tabulate.tabulate(rows, headers=["", "baseline", "ds-tune"], tablefmt="pipe", disable_numparse=True)
     return f"\n{table}\n\n{metric_line(summary)}"
+
+
+def _counting(summary: StudySummary) -> list[str]:
+    """What is counted where samples differ in length, and how much of it the best trains."""
+    counting, best = summary.workload.counting, summary.best
+    if not counting or best is None or not isinstance(best.outcome, Measurement):
+        return []
+    tokens = metric_values(best.outcome, summary, samples_per_second=summary.rate(best))["tokens_per_second"]
+    return [f"\nThe best trains {METRICS['tokens_per_second'].words(tokens)} tokens/s: {counting}."]
 
 
 def stage_table(report: Report, *, marked: bool = False) -> str:
@@ -295,6 +306,11 @@ def _method(summary: StudySummary) -> str:
         "(Student's t over the steps of one run; differences between runs come on top). Steps that fp16 overflow "
         "skipped are left out. Memory is the most that any rank had allocated."
     )
+    if summary.workload.counting:
+        text += (
+            " Samples differ in length: each step counts for the tokens, padding apart, that it was fed on all ranks, "
+            "and a sample is as many of them as the samples of the first run had in the mean."
+        )
     if summary.provenance is not Provenance.MEASURED:
         return f"{ORIGINS[summary.provenance]} What they stand for: {text[0].lower()}{text[1:]}"
     text += f" {_verified_method(summary)}"

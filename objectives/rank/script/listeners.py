@@ -15,9 +15,13 @@ from ds_tune.objectives.rank.distributed import Peers
 from ds_tune.objectives.rank.knobs import checkpoints_activations, knobs_for
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.result import timed_result
+from ds_tune.objectives.rank.script.fed import FedSteps
+from ds_tune.objectives.rank.script.lengths import SeenLengths
+from ds_tune.objectives.rank.script.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.settings import Settings, engine_dtype
-from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession
+from ds_tune.objectives.rank.script.whole_steps import WholeSteps
+from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError, TimingSession, TooFewWholeStepsError
 from ds_tune.objectives.running.protocol import Losses, Time
 from ds_tune.objectives.timing.deadlines import warmup_deadline
 from ds_tune.objectives.timing.schedule import Timing
@@ -54,8 +58,11 @@ class Listening:
         self.engine: Any = None
         self.rows: Counter[int] = Counter()
         """Micro-batches by their number of rows."""
-        self.lengths: set[int | None] = set()
-        """Tokens of a row in the micro-batches seen."""
+        self.is_packed = False
+        """Whether samples are put into one row, so that rows say nothing of the batch size."""
+        self.loader_batch_size: int | None = None
+        """Batch size of the DataLoader that was begun last when the engine was first called."""
+        self._begun_batch_size: int | None = None
         self.steps = 0
 
     def engine_made(self, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -66,9 +73,15 @@ class Listening:
     def enter(self, part: str) -> None:
         self.progress.enter(part)
 
-    def fed(self, rows: int, tokens: int | None) -> None:
-        self.rows[rows] += 1
-        self.lengths.add(tokens)
+    def data_begun(self, batch_size: int | None) -> None:
+        self._begun_batch_size = batch_size
+
+    def fed(self, batch: MicroBatch) -> None:
+        if self.steps == 0:  # which is never timed
+            self.loader_batch_size = self.loader_batch_size or self._begun_batch_size
+            self.is_packed = self.is_packed or batch.is_packed()
+        if not batch.is_empty:
+            self.rows[batch.rows] += 1
 
     def loss(self, value: torch.Tensor) -> None:
         pass
@@ -78,6 +91,9 @@ class Listening:
 
     def step_done(self, *, skipped: bool) -> None:
         self.steps += 1
+
+    def data_began_again(self) -> None:
+        pass
 
     def failed(self, error: BaseException) -> None:
         self._fail(error)
@@ -92,11 +108,19 @@ class Listening:
             "ZeRO stage": (config.zero_stage, engine.zero_optimization_stage()),
             "micro-batch size": (config.micro_batch_size, engine.train_micro_batch_size_per_gpu()),
             "gradient accumulation": (config.gradient_accumulation_steps, engine.gradient_accumulation_steps()),
-            "batch": (config.micro_batch_size, max(self.rows, default=config.micro_batch_size)),
+            "batch": (config.micro_batch_size, self.batch_size(config.micro_batch_size)),
         }
         for name, (asked, found) in reached.items():
             if asked != found:
                 raise UnreachedError(f"its {name} is {found} where {asked} was asked for")
+
+    def batch_size(self, configured: int) -> int:
+        """Samples of a micro-batch as they are fed, where the engine is configured for so many."""
+        if not self.is_packed:
+            return max(self.rows, default=configured)
+        # Accelerate may have one loader deal out to all ranks.
+        dealt = (None, configured * torch.distributed.get_world_size())
+        return configured if self.loader_batch_size in dealt else self.loader_batch_size or configured
 
 
 class Learner(Listening):
@@ -105,6 +129,11 @@ class Learner(Listening):
     def __init__(self, *common: Any, facts: Callable[[Any], ScriptFacts], **more: Any) -> None:
         super().__init__(*common, **more)
         self._facts = facts
+        self.lengths = SeenLengths()
+
+    def fed(self, batch: MicroBatch) -> None:
+        super().fed(batch)
+        self.lengths.add(batch)
 
     def step_done(self, *, skipped: bool) -> None:
         super().step_done(skipped=skipped)
@@ -116,17 +145,49 @@ class Learner(Listening):
 class Timer(Listening):
     """Times a trial: whole optimizer steps, from the end of one to the end of the next."""
 
-    def __init__(self, *common: Any, command: Time, ranks: int, flops_per_sample: float, **more: Any) -> None:
+    def __init__(
+        self,
+        *common: Any,
+        command: Time,
+        ranks: int,
+        flops_per_sample: float,
+        facts: ScriptFacts,
+        **more: Any,
+    ) -> None:
         super().__init__(*common, **more)
         self._command = command
         self._ranks = ranks
         self._flops_per_sample = flops_per_sample
+        self._tokens_per_sample = facts.mean_tokens_per_sample
+        self.is_packed = facts.is_packed
         self._session: TimingSession | None = None
+        self._fed: FedSteps | None = None
+        self._steps = WholeSteps(command.config.micro_batch_size * command.config.gradient_accumulation_steps)
 
-    def fed(self, rows: int, tokens: int | None) -> None:
-        super().fed(rows, tokens)
-        if self._session is None:
-            self._session = TimingSession(self._timing(), self.meter, self.peers, self.progress)
+    def data_begun(self, batch_size: int | None) -> None:
+        super().data_begun(batch_size)
+        if self._session is not None:  # not the first time
+            self._steps.data_began_again()
+
+    def data_began_again(self) -> None:
+        self._steps.data_began_again()
+
+    def fed(self, batch: MicroBatch) -> None:
+        super().fed(batch)
+        config = self._command.config
+        if self._fed is None:
+            self._fed = FedSteps(
+                self.peers,
+                samples_per_step=config.global_batch_size(self._ranks),
+                tokens_per_sample=self._tokens_per_sample,
+                is_packed=self.is_packed,
+            )
+            self._session = TimingSession(
+                self._timing(), self.meter, self.peers, self.progress, notes=self._fed, leaves_out=True
+            )
+        self._fed.fed(batch)
+        # Of packed samples rows say nothing.
+        self._steps.fed(config.micro_batch_size if self.is_packed else batch.rows)
 
     def _timing(self) -> Timing:
         command, config = self._command, self._command.config
@@ -154,13 +215,18 @@ class Timer(Listening):
 
     def step_done(self, *, skipped: bool) -> None:
         super().step_done(skipped=skipped)
-        assert self._session is not None
+        assert self._session is not None and self._fed is not None
+        self._fed.step_done()
         if self.steps == 1:
             try:
                 self.check_settings(self._command.config)
             except UnreachedError as error:
                 self.failed(error)
-        if self._session.step_done(skipped=skipped):
+        try:
+            goes_on = self._session.step_done(skipped=skipped, is_whole=self._steps.step_done())
+        except TooFewWholeStepsError as error:
+            self.failed(error)
+        if goes_on:
             return
         self.peers.barrier()
         self.finish(
@@ -171,6 +237,7 @@ class Timer(Listening):
                 setup_seconds=self.setup_seconds,
                 model_parameters=count_parameters(self.engine.module)[0],
                 flops_per_sample=self._flops_per_sample,
+                tokens_per_sample=self._tokens_per_sample,
             )
         )
 
@@ -253,24 +320,26 @@ def adapter_inputs(model: torch.nn.Module) -> float:
     return math.fsum(sizes.values()) / (hidden * layers) if hidden and layers else 0.0
 
 
-def facts_of(listening: Listening, observer: Observer, settings: Settings, *, flags: dict[str, str]) -> ScriptFacts:
+def facts_of(listening: Learner, observer: Observer, settings: Settings, *, flags: dict[str, str]) -> ScriptFacts:
     """Facts of a script whose engine has taken some steps."""
     engine = listening.engine
     parameters, trainable = count_parameters(engine.module)
     model_config: Any = getattr(engine.module, "config", None)
-    lengths = set(listening.lengths)
+    size = engine.train_micro_batch_size_per_gpu()
+    ranks = torch.distributed.get_world_size()
+    samples = listening.steps * ranks * size * engine.gradient_accumulation_steps()
     return ScriptFacts(
         loop=settings.loop,
         ds_config=settings.written,
         zero_stage=engine.zero_optimization_stage(),
-        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        micro_batch_size=size,
         gradient_accumulation_steps=engine.gradient_accumulation_steps(),
         dtype=engine_dtype(engine),
         parameters=parameters,
         trainable_parameters=trainable,
         model=model_config.to_dict() if hasattr(model_config, "to_dict") else None,
-        samples_per_micro_batch=max(listening.rows, default=0),
-        tokens_per_sample=lengths.pop() if len(lengths) == 1 else None,
+        samples_per_micro_batch=listening.batch_size(size) if listening.is_packed else max(listening.rows, default=0),
+        **listening.lengths.facts(listening.peers, samples, is_packed=listening.is_packed),
         micro_batch_flag=flags.get("micro_batch_size"),
         accumulation_flag=flags.get("gradient_accumulation_steps"),
         engines=observer.engines,

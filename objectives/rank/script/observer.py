@@ -1,19 +1,31 @@
 """The training of a script, seen from the calls that it makes to its DeepSpeed engine."""
 
+import inspect
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import accelerate
 import deepspeed
 import torch
+import transformers
+from torch.utils.data import DataLoader
 
 from ds_tune.objectives.rank.script.laid_on import is_to_train
+from ds_tune.objectives.rank.script.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.rank.script.settings import Settings
 
-LIBRARIES = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+LIBRARIES = {
+    f"{folder}/"
+    for folder in (
+        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+        # Where they are installed elsewhere, as by `pip install --target`.
+        *(Path(str(module.__file__)).parents[1] for module in (accelerate, deepspeed, torch, transformers)),
+    )
+}
 
 
 class Listener(Protocol):
@@ -25,8 +37,11 @@ class Listener(Protocol):
     def enter(self, part: str) -> None:
         """A part of a micro-step begins: forward, backward, step; or data, which is all else."""
 
-    def fed(self, rows: int, tokens: int | None) -> None:
-        """A micro-batch has so many rows, each of so many tokens; None where they are no tokens."""
+    def data_begun(self, batch_size: int | None) -> None:
+        """A DataLoader is iterated from its beginning; None where it makes no batches of one size."""
+
+    def fed(self, batch: MicroBatch) -> None:
+        """A micro-batch is about to be given to the engine."""
 
     def loss(self, value: torch.Tensor) -> None:
         """The loss of the micro-batch, as given to `backward`."""
@@ -47,6 +62,8 @@ class Observer:
         self._settings = settings
         self._listener = listener
         self._engine: Any = None
+        self._names: Sequence[str] = ()
+        """Names of the model's positional arguments."""
         self._in_micro_step = False
         self.engines = 0
         """Engines that were made, those that do not train too."""
@@ -61,6 +78,7 @@ class Observer:
         around(deepspeed.DeepSpeedEngine, "forward", self._forward)
         around(deepspeed.DeepSpeedEngine, "backward", self._backward)
         around(deepspeed.DeepSpeedEngine, "step", self._step)
+        around(DataLoader, "__iter__", self._iterated)
 
     def _initialize(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         trains = is_to_train(args, kwargs)
@@ -85,22 +103,22 @@ class Observer:
         self.engines += 1
         if trains and self._engine is None:
             self._engine, self.initialized_at = made[0], where
+            self._names = positional_names(made[0].module)
             self.loader_follows = kwargs.get("training_data") is not None
             self._listener.engine_made(made[0])
         return made
 
-    def _is_training(self, engine: Any) -> bool:
+    def is_training(self, engine: Any) -> bool:
+        """Whether a call of an engine is a micro-step of the training."""
         return engine is self._engine and bool(engine.module.training) and torch.is_grad_enabled()
 
     def _forward(self, original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_training(engine):
+        if not self.is_training(engine):
             return original(engine, *args, **kwargs)
         if self._in_micro_step:
             self._end_micro_step()
         self._in_micro_step = True
-        if (tensor := first_tensor(args, kwargs)) is not None:
-            has_tokens = tensor.dim() == 2 and not tensor.is_floating_point()
-            self._listener.fed(tensor.shape[0], tensor.shape[1] if has_tokens else None)
+        self._listener.fed(MicroBatch(args, kwargs, self._names))
         self._listener.enter("forward")
         return self._call(original, engine, *args, **kwargs)
 
@@ -128,6 +146,11 @@ class Observer:
         self._listener.enter("data")
         return result
 
+    def _iterated(self, original: Callable[..., Any], loader: DataLoader[Any]) -> Any:
+        sampler = getattr(loader, "batch_sampler", None)
+        self._listener.data_begun(loader.batch_size or getattr(sampler, "batch_size", None))
+        return original(loader)
+
     def _end_micro_step(self) -> None:
         self._in_micro_step = False
         self._listener.micro_step_done()
@@ -141,11 +164,10 @@ class Observer:
             raise
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """A micro-batch's tensor: `input_ids` where there is one."""
-    tensors = [kwargs.get("input_ids"), *args, *kwargs.values()]
-    flat = [each for value in tensors for each in (value.values() if isinstance(value, dict) else [value])]
-    return next((each for each in flat if isinstance(each, torch.Tensor) and each.dim() > 0), None)
+def positional_names(model: torch.nn.Module) -> list[str]:
+    """Names of the arguments that a model can be given by position."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
 
 
 def person_s_line() -> str:

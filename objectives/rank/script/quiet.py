@@ -9,9 +9,9 @@ from typing import Any
 
 import accelerate
 import deepspeed
-import huggingface_hub
 import transformers
 
+from ds_tune.objectives.rank.script.hub import leave_out_uploads
 from ds_tune.objectives.rank.script.replaced import around, silence
 
 TRACKERS_OFF = {
@@ -36,12 +36,13 @@ def leave_out_side_effects(scratch: Path) -> None:
     os.environ.update(TRACKERS_OFF)
     silence(deepspeed.DeepSpeedEngine, "save_checkpoint", "save_16bit_model", "save_fp16_model")
     silence(accelerate.Accelerator, "init_trackers", "log", "save_state", "save_model")
-    silence(transformers.PreTrainedModel, "save_pretrained", "push_to_hub")
-    silence(transformers.PreTrainedTokenizerBase, "save_pretrained", "push_to_hub")
+    for each in (
+        transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, transformers.PreTrainedConfig,
+        transformers.GenerationConfig, transformers.ProcessorMixin,
+    ):  # fmt: skip
+        silence(each, "save_pretrained", "push_to_hub")
     silence(transformers.Trainer, "save_model", "save_state", "push_to_hub", "create_model_card", "init_hf_repo")
-    writing = [name for name in vars(huggingface_hub.HfApi) if name.startswith(("create_", "upload_", "delete_"))]
-    silence(huggingface_hub.HfApi, *writing)
-    silence(huggingface_hub, *(name for name in dir(huggingface_hub) if name.startswith(("create_repo", "upload_"))))
+    leave_out_uploads()
     around(transformers.TrainingArguments, "__post_init__", _quiet_arguments(scratch))
     around(transformers.Trainer, "train", _from_the_start)
 

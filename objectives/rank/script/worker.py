@@ -10,10 +10,7 @@ import json
 import os
 import random
 import runpy
-import shutil
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +31,8 @@ from ds_tune.objectives.rank.device import cap_memory, claim_device, lift_cap, l
 from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.rank.script.blame import place_of, print_traceback, sentence_of
+from ds_tune.objectives.rank.script.data import Loaders
 from ds_tune.objectives.rank.script.laid_on import lay_on_what_trains
 from ds_tune.objectives.rank.script.listeners import (
     Learner,
@@ -47,7 +46,8 @@ from ds_tune.objectives.rank.script.quick_weights import make_weights_quickly
 from ds_tune.objectives.rank.script.quiet import leave_out_side_effects
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.rank.script.settings import Settings
-from ds_tune.objectives.running.failures import first_sentence, kind_of_exception
+from ds_tune.objectives.running.failures import kind_of_exception
+from ds_tune.objectives.running.launcher import SCRATCH
 from ds_tune.objectives.running.protocol import (
     Failed,
     Finished,
@@ -60,6 +60,7 @@ from ds_tune.objectives.running.protocol import (
     decode_command,
 )
 from ds_tune.objectives.trial import Failure
+from ds_tune.objectives.words import counted
 from ds_tune.objectives.workload.script import (
     ACCUMULATION_FLAGS,
     MICRO_BATCH_FLAGS,
@@ -73,6 +74,15 @@ PREPARE_SECONDS = 1800.0
 IMPORTED_BEFORE_THE_FORK = (transformers.trainer, transformers.integrations.deepspeed, accelerate)
 """Modules that take seconds to import, which no trial pays for."""
 
+STARTS_RANKS = (
+    (torch.multiprocessing, "spawn"),
+    (torch.multiprocessing, "start_processes"),
+    (accelerate, "notebook_launcher"),
+    (accelerate.launchers, "notebook_launcher"),
+    (accelerate, "debug_launcher"),
+)
+"""Functions by which scripts start ranks of their own."""
+
 
 class ScriptRank:
     """One rank about to run a script."""
@@ -83,7 +93,6 @@ class ScriptRank:
         self._progress = progress
         self._device = claim_device(machine, local_rank())
         self._meter = meter_for(self._device)
-        self._scratch = Path(tempfile.mkdtemp(prefix="ds-tune-script-"))
         self._options: dict[str, Any] = {}
         """Options of the script's own parser, with their values."""
 
@@ -94,12 +103,18 @@ class ScriptRank:
         settings = Settings(config, self._machine.ranks)
         listener = self._listener(command, settings)
         observer = self._observer = Observer(settings, listener)
-        leave_out_side_effects(self._scratch)
+        scratch = command.log_folder / SCRATCH / f"rank{local_rank()}"
+        scratch.mkdir(parents=True, exist_ok=True)
+        leave_out_side_effects(scratch)
         settings.install()
         if config is not None and (knobs := self._workload.laid_on(config)):
             lay_on_what_trains(knobs)
         observer.install()
+        is_trial = isinstance(command, Time)
+        Loaders(settings, observer, listener, ended=self._data_ended if is_trial else lambda steps: None).install()
         around(argparse.ArgumentParser, "parse_known_args", self._parsed)
+        for owner, name in STARTS_RANKS:
+            around(owner, name, self._started_ranks)
         if self._machine.device == "cpu":
             skip_unused_ops()
             around(accelerate.PartialState, "_prepare_backend", _gloo)
@@ -131,7 +146,7 @@ class ScriptRank:
             case Time():
                 return Timer(
                     self._progress, self._meter, command=command, ranks=self._machine.ranks,
-                    flops_per_sample=self._flops_per_sample(), **common,
+                    flops_per_sample=self._flops_per_sample(), facts=self._workload.known, **common,
                 )  # fmt: skip
             case Losses():
                 return LossRecorder(self._progress, self._meter, command=command, **common)
@@ -142,6 +157,11 @@ class ScriptRank:
                         seen, self._observer, settings, flags=self._flags(seen)
                     ),
                 )  # fmt: skip
+
+    def _data_ended(self, steps: int) -> None:
+        if local_rank() == 0:
+            when = f"after {counted(steps, 'step')}" if steps else "before the first step is whole"
+            self._progress.notice(f"Its data ends {when} and is begun again in trials.", seconds=0.0)
 
     def _flops_per_sample(self) -> float:
         tokens = self._workload.tokens_per_sample
@@ -158,6 +178,14 @@ class ScriptRank:
                 if option.replace("-", "_").replace("__", "--", 1) in known:
                     self._options[option] = getattr(found, action.dest, None)
         return found, rest
+
+    def _started_ranks(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
+        self._fail(
+            UsageError(
+                f"it starts its ranks itself, by {original.__name__}: have it train in the process that it is started "
+                "in, as torchrun and deepspeed launch it"
+            )
+        )
 
     def _flags(self, seen: Listening) -> dict[str, str]:
         """Options whose values are the batch sizes that the script trained with."""
@@ -199,15 +227,16 @@ class ScriptRank:
 
     def _fail(self, error: BaseException) -> NoReturn:
         lift_cap(self._machine)
-        traceback.print_exception(error)
+        print_traceback(error)
         phase = self._progress.phase
         rank = local_rank()
         failure = Failure(
             kind=kind_of_exception(error, phase),
-            message=f"rank {rank} in {phase}: {first_sentence(error)}",
+            message=f"rank {rank} in {phase}: {sentence_of(error)}",
             phase=phase,
             rank=rank,
             peak_memory_bytes=self._meter.peak_memory_bytes(),
+            raised=place_of(error),
         )
         self._progress.send(Failed(failure=failure))
         self._end()
@@ -217,7 +246,6 @@ class ScriptRank:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        shutil.rmtree(self._scratch, ignore_errors=True)
         os._exit(0)
 
 

@@ -157,6 +157,72 @@ def test_part_that_the_owner_never_enters_takes_no_time() -> None:
     assert (step.seconds, step.forward_seconds, step.backward_seconds, step.optimizer_seconds) == (2.0, 1.0, 0.0, 0.0)
 
 
+class Told:
+    """Notes of steps that are told beforehand: the share of each, 0 for one to be left out."""
+
+    def __init__(self, *shares: float) -> None:
+        self._coming = list(shares)
+        self._seen: list[float] = []
+
+    def step_done(self) -> bool:
+        self._seen.append(self._coming.pop(0))
+        return self._seen[-1] > 0
+
+    def shares(self) -> list[float]:
+        return [share or 1.0 for share in self._seen]
+
+    def forget(self) -> None:
+        self._seen = []
+
+
+def of_steps(timing: Asking | Timing, notes: Told, seconds: Sequence[int]) -> TimingSession:
+    """A session whose steps take so many seconds, until it has enough."""
+    announced = SimpleNamespace(enter=lambda part: None, announce=lambda phase, seconds: None)
+    alone = SimpleNamespace(barrier=lambda: None, slowest=list)
+    session = TimingSession(timing, CountingMeter(), alone, announced, notes=notes, leaves_out=True)  # type: ignore[arg-type]
+    for each in seconds:
+        for _ in range(each - 1):
+            session.enter("forward")
+        session.micro_step_done()
+        if not session.step_done(skipped=False, is_whole=notes.step_done()):
+            return session
+    raise AssertionError("it wants more steps")
+
+
+def test_steps_are_evened_by_their_share_of_a_mean_one() -> None:
+    asking = Asking(1, (3, 1))
+    of_steps(asking, Told(0.5, 2.0, 1.0), [3, 12, 6])
+    [steps] = asking.taken
+    assert [(step.seconds, step.micro_step_seconds, step.share) for step in steps] == [
+        (6.0, (6.0,), 0.5), (6.0, (6.0,), 2.0), (6.0, (6.0,), 1.0),
+    ]  # fmt: skip
+
+
+def test_steps_that_are_left_out_are_made_up_for() -> None:
+    asking = Asking(1, (1, 1), (3, 1))
+    of_steps(asking, Told(1, 1, 0, 1, 0, 1), [9, 4, 50, 5, 60, 6])
+    assert [[step.seconds for step in steps] for steps in asking.taken] == [[9.0], [4.0, 5.0, 6.0]]
+
+
+def test_mean_step_of_uneven_ones_is_all_seconds_over_all_tokens() -> None:
+    timing = Timing(
+        plan=StepPlan(min_timed_steps=4, max_timed_steps=4, long_step_seconds=1000.0),
+        zero_stage=1,
+        compile="off",
+        gradient_accumulation_steps=1,
+        predicted_step_seconds=1.0,
+        best_step_seconds=None,
+        agree=list,
+    )
+    # Two seconds a step, and four for each mean step's tokens.
+    timed = of_steps(timing, Told(1.0, 1.5, 0.5, 1.75, 0.25), [6, 8, 4, 9, 3]).timed
+    assert len(timed.step_seconds) == 4
+    assert math.fsum(timed.step_seconds) / 4 == pytest.approx((8 + 4 + 9 + 3) / 4)
+    assert timed.mean("seconds") == pytest.approx(6.0)
+    assert timed.step_seconds[1] / timed.step_seconds[3] == pytest.approx((4 / 0.5) / (3 / 0.25))
+    assert timed.ci95[0] <= 6.0 <= timed.ci95[1]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_whole_steps_after_steps_closed_early_learn_what_a_loop_by_hand_learns(
     stage: int, engine_of: Callable[..., deepspeed.DeepSpeedEngine]

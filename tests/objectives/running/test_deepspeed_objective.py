@@ -140,6 +140,7 @@ def test_the_slowest_rank_s_times_and_the_highest_memory_make_the_measurement(
         step_ci95_seconds=(1.5, 2.0),
         forward_seconds=0.75,
         setup_seconds=3.0,
+        tokens_per_sample=25.5,
     )
     hungry = dataclasses.replace(rank_result, peak_memory_bytes=30, reserved_memory_bytes=40, alloc_retries=2)
     measurement = combine_ranks([rank_result, slow, hungry], config=config, start_seconds=5.0, wall_seconds=20.0)
@@ -147,6 +148,7 @@ def test_the_slowest_rank_s_times_and_the_highest_memory_make_the_measurement(
     assert measurement.forward_seconds == 0.75
     assert measurement.samples_per_second == pytest.approx(3 / 1.75)
     assert measurement.samples_per_second_ci95 == pytest.approx((3 / 2.0, 3 / 1.5))
+    assert measurement.tokens_per_second == pytest.approx(25.5 * 3 / 1.75)
     assert (measurement.peak_memory_bytes, measurement.reserved_memory_bytes) == (30, 40)
     assert measurement.alloc_retries == 2
     assert measurement.setup_seconds == 9.0

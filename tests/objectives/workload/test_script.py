@@ -129,9 +129,11 @@ def test_what_the_launch_line_cannot_say_is_said_to_be_written_by_hand(folder: P
     assert line == "Write TrainingArguments(per_device_train_batch_size=8, gradient_accumulation_steps=1)."
 
 
-def test_partly_trained_model_has_no_formulas(folder: Path) -> None:
-    assert workload(folder).model_document() == {"model_type": "gpt2"}
-    assert workload(folder, trainable_parameters=3).model_document() is None
+def test_partly_trained_model_says_how_many_of_its_parameters_are(folder: Path) -> None:
+    script = workload(folder, trainable_parameters=3, adapter_inputs=1.5)
+    assert script.model_document() == {"model_type": "gpt2"}
+    counted = script.parameter_counts
+    assert (counted.parameters, counted.trainable, counted.adapter_inputs) == (100, 3, 1.5)
 
 
 def test_launch_line_lays_knobs_on_the_model_of_a_script_that_stays_as_it_is(folder: Path) -> None:
@@ -172,3 +174,26 @@ def test_knobs_that_a_script_cannot_be_given_are_out_of_reach(folder: Path) -> N
     }  # fmt: skip
     uneven = workload(folder, model_knobs=knobs, tokens_per_sample=None, ds_config={})
     assert uneven.out_of_reach > {"compile", "optimizer", "offload_optimizer"}
+
+
+def test_facts_of_an_earlier_version_count_samples_and_are_said_in_tokens(folder: Path) -> None:
+    earlier = workload(folder)
+    assert (earlier.known.mean_tokens_per_sample, earlier.known.lengths_differ, earlier.counting) == (None, False, "")
+    assert earlier.counted_tokens_per_sample == 32
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"shortest_sample": 32, "longest_sample": 32}, ""),
+        (
+            {"shortest_sample": 8, "longest_sample": 64, "padding_share": 0.236},
+            "33 tokens a sample (8–64 seen), 24% of what is computed is padding; ",
+        ),
+        ({"is_packed": True}, "33 tokens a sample (packed into one row), no padding; "),
+    ],
+)
+def test_what_is_counted_is_said_where_lengths_differ(facts: dict[str, Any], words: str, folder: Path) -> None:
+    script = workload(folder, mean_tokens_per_sample=32.6, **facts)
+    assert script.counting == (words and f"{words}tokens, padding apart, are what is counted")
+    assert script.counted_tokens_per_sample == 32.6

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from ds_tune.objectives.trial import Measurement, Provenance
+from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.markdown import duration_words, rate_words, summary_markdown
@@ -36,6 +37,29 @@ def test_summary_markdown_has_the_published_sections_in_their_order(finished: St
         "## Why",
         "## How this was measured",
     ]
+
+
+def test_the_throughput_of_samples_of_many_lengths_is_said_in_tokens(finished: StudySummary) -> None:
+    facts = ScriptFacts(
+        loop="Trainer", ds_config={}, zero_stage=1, micro_batch_size=1, gradient_accumulation_steps=1, dtype="fp16",
+        parameters=10, trainable_parameters=10, model=None, samples_per_micro_batch=1, tokens_per_sample=None,
+        loader_follows=False, mean_tokens_per_sample=812.4, shortest_sample=213, longest_sample=2048,
+        padding_share=0.24,
+    )  # fmt: skip
+    start = ScriptStart(
+        program="/train.py", is_module=False, arguments=(), local_rank_flag=None, environment={}, folder="/",
+        launcher=(),
+    )  # fmt: skip
+    summary = dataclasses.replace(finished, workload=ScriptWorkload(start=start, facts=facts))
+    assert summary.best is not None
+    tokens = f"{812.4 * summary.rate(summary.best):.0f}"
+    text = section(summary_markdown(Report.of(summary)), "Throughput")
+    assert (
+        f"The best trains {tokens} tokens/s: 812 tokens a sample (213–2048 seen), 24% of what is computed is padding; "
+        "tokens, padding apart, are what is counted.\n"
+    ) in text
+    assert ["tokens/s", tokens] == [rows(text)[-4][0], rows(text)[-4][2]]
+    assert "tokens, padding apart" not in summary_markdown(Report.of(finished))
 
 
 def test_the_environment_names_the_training_the_hardware_and_all_versions(finished: StudySummary) -> None:
