@@ -25,6 +25,7 @@ _OUT_OF_MEMORY_TEXT = re.compile(
     r"|(?:^|what\(\): +|RuntimeError: )Resource temporarily unavailable$"
     # CPython's words where its own C code could not allocate, in the middle of an import, and said nothing.
     r"|error return without exception set"
+    r"|Cannot recover from MemoryErrors"  # and where it could not even make the exception
     r"|^MemoryError\b",  # the traceback of a rank that died before it could report
     re.IGNORECASE | re.MULTILINE,
 )

@@ -93,8 +93,14 @@ def test_a_rank_that_the_kernel_killed_for_memory_ran_out_of_it() -> None:
     assert "the host ran out of memory" in failure.message
 
 
-def test_a_rank_that_aborted_because_an_allocation_failed_ran_out_of_memory() -> None:
-    words = "terminate called after throwing an instance of 'std::bad_alloc'"
+@pytest.mark.parametrize(
+    "words",
+    [
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+        "Fatal Python error: _PyErr_NormalizeException: Cannot recover from MemoryErrors while normalizing exceptions.",
+    ],
+)
+def test_a_rank_that_aborted_because_an_allocation_failed_ran_out_of_memory(words: str) -> None:
     assert died(-signal.SIGABRT, log_tail=words).kind == FailureKind.OUT_OF_MEMORY
 
 
