@@ -45,7 +45,7 @@ def tune(
     from ds_tune.tuner.console import Console
     from ds_tune.tuner.observer import SilentObserver, check_observer
     from ds_tune.tuner.output import output
-    from ds_tune.tuner.reports.export import export
+    from ds_tune.tuner.reports.export import export, launch_line
     from ds_tune.tuner.reports.report import Report
     from ds_tune.tuner.request import request_of
     from ds_tune.tuner.spec import make_spec
@@ -72,7 +72,8 @@ def tune(
         summary = store.summary()
         report = Report.of(summary)
         written = export(report, spec.results)
-        console.finish(report, written, dashboard_command(request.storage, request.results))
+        browse = dashboard_command(request.storage, request.results)
+        console.finish(report, written, browse, launch_line(summary, spec.results))
         if summary.state is not StudyState.UNFINISHED:
             store.set_more_pending(False)
     return summary

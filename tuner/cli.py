@@ -36,7 +36,7 @@ from ds_tune.tuner.console import Console
 from ds_tune.tuner.output import output
 from ds_tune.tuner.plan import plan_of, print_plan
 from ds_tune.tuner.reports.document import study_document
-from ds_tune.tuner.reports.export import export
+from ds_tune.tuner.reports.export import export, launch_line
 from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.spec import make_spec, results_folder
 from ds_tune.tuner.stopping import StopNow, StopSignals
@@ -77,7 +77,8 @@ def tune(arguments: argparse.Namespace) -> int:
     summary = store.summary()
     found = Report.of(summary)
     written = export(found, spec.results)
-    console.finish(found, written, dashboard_command(arguments.storage, arguments.results))
+    browse = dashboard_command(arguments.storage, arguments.results)
+    console.finish(found, written, browse, launch_line(summary, spec.results))
     if summary.state is not StudyState.UNFINISHED:
         store.set_more_pending(False)
     _print_document(arguments, found)
@@ -114,7 +115,8 @@ def report(arguments: argparse.Namespace) -> int:
         # As it looked then: nothing was known yet of any loss.
         console.trial_finished(record, dataclasses.replace(summary, records=summary.records[:count], numerics={}))
     found = Report.of(summary)
-    console.finish(found, [], dashboard_command(arguments.storage, arguments.results))
+    browse = dashboard_command(arguments.storage, arguments.results)
+    console.finish(found, [], browse, launch_line(summary, ResultsFolder(arguments.results)))
     _print_document(arguments, found)
     return _exit_status(summary, console)
 

@@ -167,8 +167,13 @@ class Console:
             return rich.text.Text("starting the training processes …", style="dim")
         return live_line(self._running, time.monotonic(), self._opened, self._output.width)
 
-    def finish(self, report: Report, written: Sequence[Path], dashboard: str) -> None:
-        """The closing tables: the stages, the best configuration, and where everything is."""
+    def finish(self, report: Report, written: Sequence[Path], dashboard: str, launch: str | None = None) -> None:
+        """The closing tables: the stages, the best configuration, and where everything is.
+
+        Args:
+            dashboard: the line that shows the trials.
+            launch: the line that trains with the winner.
+        """
         if self._quiet:
             return
         summary = report.summary
@@ -200,6 +205,8 @@ class Console:
             for path in written:
                 self.say(f"  {path}", whole=True)
         self.say(f"Browse the trials:  {dashboard}", whole=True)
+        if launch is not None:
+            self.say(f"Train with it:  {launch}", whole=True)
 
     def _say_batch_difference(self, summary: StudySummary) -> None:
         """Says so where the best is faster with a larger batch, which is not the same training."""

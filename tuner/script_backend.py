@@ -15,13 +15,14 @@ from ds_tune.objectives.running.early_environment import early_environment
 from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.running.launcher import Launcher
 from ds_tune.objectives.running.local_launcher import LocalLauncher
-from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.trial import KNOBS, TrialConfig
 from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload, read_ds_config
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.autotuning_block import with_autotuning_block
 from ds_tune.tuner.backend import DEFAULTS, Backend, MakeObjectives, Objectives, training_objectives
 from ds_tune.tuner.first_run import FirstRun, first_run
 from ds_tune.tuner.limits import Limits
+from ds_tune.tuner.reports.markdown import duration_words
 from ds_tune.tuner.request import TuneRequest
 from ds_tune.tuner.space import Space, study_space
 
@@ -70,7 +71,7 @@ def scripted(request: TuneRequest, say: Callable[[str], None]) -> Backend:
         verifies=True,
         restricted_to=fixed,
         own=own,
-        notes=[*_notes(workload, own, limits, machine, is_fixed=fixed is not None), *said],
+        notes=[*_notes(workload, own, limits, machine, request, is_fixed=fixed is not None), *said],
     )
 
 
@@ -173,14 +174,25 @@ def _of_micro_batch(
 
 
 def _notes(
-    workload: ScriptWorkload, own: TrialConfig, limits: Limits, machine: Machine, *, is_fixed: bool
+    workload: ScriptWorkload,
+    own: TrialConfig,
+    limits: Limits,
+    machine: Machine,
+    request: TuneRequest,
+    *,
+    is_fixed: bool,
 ) -> list[str]:
     """What was recognised."""
-    facts, samples = workload.known, own.global_batch_size(machine.ranks)
+    facts, samples, out_of_reach = workload.known, own.global_batch_size(machine.ranks), workload.out_of_reach
     batch = f"{own.micro_batch_size} × {own.gradient_accumulation_steps} × {machine.ranks} = {samples} samples a step"
     lines = [
         f"{workload.description}; as it stands ZeRO-{own.zero_stage}, {batch}. DeepSpeed at {facts.initialized_at}."
     ]
+    if facts.tokens_per_sample is not None and not facts.counting:
+        lines.append(f"Samples of {facts.tokens_per_sample} tokens.")
+    offered = [field for field in KNOBS if KNOBS[field].speed and field in set(facts.model_knobs) - out_of_reach]
+    if offered and request.preset is None and request.space is None:
+        lines.append(f"`preset=speed` would also search knobs of its model: {', '.join(offered)}.")
     if facts.counting:
         lines.append(f"{facts.counting}.")
     if facts.engines > 1:
@@ -193,6 +205,11 @@ def _notes(
         lines.append(
             f"Its micro-batch size stays {own.micro_batch_size}: no option of it was found that sets it; name one with "
             "`map=train_micro_batch_size_per_gpu=--OPTION`."
+        )
+    if facts.prepare_seconds >= 1:
+        lines.append(
+            f"Imports are paid for once; what it does before it trains, {duration_words(facts.prepare_seconds)} in the "
+            "first run, is in each trial."
         )
     held = f"The global batch is held at {limits.global_batch}; `free_batch` lets it go." if limits.global_batch else ""
     lines.append(f"Left out of trials: checkpoints, trackers, uploads and evaluation. {held}".strip())

@@ -124,6 +124,8 @@ class ScriptFacts:
     """Whether the script has activation checkpointing on."""
     adapter_inputs: float = 0.0
     """See `ParameterCounts`."""
+    prepare_seconds: float = 0.0
+    """Seconds from its start to the engine, the imports of torch and Hugging Face's libraries not counted."""
     mean_tokens_per_sample: float | None = None
     """Mean tokens of a sample, padding apart; None where samples are counted: they have none, what is padding cannot be
     told, or an earlier version learned this."""

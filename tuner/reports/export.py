@@ -61,6 +61,14 @@ def local_launcher(machine: Machine) -> list[str]:
     return ["deepspeed", "--include", "localhost:" + ",".join(str(index) for index in machine.device_ids)]
 
 
+def launch_line(summary: StudySummary, folder: ResultsFolder) -> str | None:
+    """The line that trains with a study's winner, for a person to copy; None where nothing was run or written."""
+    if summary.best is None or summary.provenance is not Provenance.MEASURED or not folder.optimal_config.exists():
+        return None
+    machine, config = summary.best.machine, summary.best.config
+    return shlex.join(training_command(summary.workload, machine, folder.optimal_config, config))
+
+
 def shell_line(command: Sequence[str], machine: Machine) -> str:
     """The command as a line for a shell, with the environment that it needs there.
 

@@ -348,4 +348,5 @@ def facts_of(listening: Learner, observer: Observer, settings: Settings, *, flag
         model_knobs=knobs_for(engine.module, is_loss_alone=settings.is_loss_alone),
         checkpoints_activations=checkpoints_activations(engine.module),
         adapter_inputs=adapter_inputs(engine.module),
+        prepare_seconds=listening.setup_seconds,
     )
