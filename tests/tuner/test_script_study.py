@@ -108,7 +108,6 @@ def test_what_is_recognised_is_explained_without_a_trial(folder: Path) -> None:
         (["--"], "nothing comes behind --"),
         (["--", "nothere.py"], "nothere.py: there is no such training script"),
         (["--model", "gpt2", "--", "own_loop.py"], "--model: the training script behind -- says that itself"),
-        (["--preset", "speed", "--", "own_loop.py"], "--preset speed: of a training script"),
         (
             ["--map", "stage=--zero", "--", "own_loop.py"],
             "--map stage=--zero: write KEY=OPTION, with KEY",
