@@ -55,6 +55,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA GPU")
 
 
+@pytest.fixture(scope="session")
+def plain_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables for a launch without ds-tune: DeepSpeed compiles an op for CPU ranks, here once for all tests and
+    without optimizing it, which takes longer than all else."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    compiler = shared / f"c++{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0 -g0\n')
+    compiler.chmod(0o755)
+    return {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(shared / "extensions")}
+
+
 @pytest.fixture
 def machine() -> Machine:
     return Machine(

@@ -13,7 +13,9 @@ MODULE = "ds_tune.objectives.rank.script.with_knobs"
 
 
 @pytest.mark.parametrize("as_module", [False, True])
-def test_launchers_run_it_in_the_place_of_the_script(as_module: bool, tmp_path: Path) -> None:
+def test_launchers_run_it_in_the_place_of_the_script(
+    as_module: bool, tmp_path: Path, plain_deepspeed: dict[str, str]
+) -> None:
     program = ["--module", "sub.shows_model"] if as_module else ["sub/shows_model.py"]
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/neighbour.py").write_text("")
@@ -27,7 +29,8 @@ def test_launchers_run_it_in_the_place_of_the_script(as_module: bool, tmp_path: 
         [*launcher, MODULE, *knobs, *program, "--steps", "2"],
         cwd=tmp_path,
         env={"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONSAFEPATH": "1"}
-        | python_path(),
+        | python_path()
+        | plain_deepspeed,
         capture_output=True,
         text=True,
         timeout=300,
