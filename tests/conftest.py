@@ -62,10 +62,13 @@ def plain_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    compiler = shared / f"c++{os.environ.get('PYTEST_XDIST_WORKER', '')}"
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0 -g0\n')
-    compiler.chmod(0o755)
-    return {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(shared / "extensions")}
+    compiler = shared / "plain" / "c++"  # one name for all: with another, the op would be compiled again
+    part = compiler.with_name(f"{compiler.name}.{os.getpid()}")
+    part.parent.mkdir(exist_ok=True)
+    part.write_text('#!/bin/sh\nexec c++ "$@" -O0 -g0\n')
+    part.chmod(0o755)
+    part.rename(compiler)
+    return {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(compiler.with_name("extensions"))}
 
 
 @pytest.fixture
