@@ -20,6 +20,7 @@ from ds_tune.storage.lock import StudyLock
 from ds_tune.storage.ownership import check_owner, claim
 from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialState
 from ds_tune.storage.study_store import SOURCE, StudyStore
+from ds_tune.tuner.enqueued import put_right
 from ds_tune.tuner.finals import Finals, Verification
 from ds_tune.tuner.observer import Observer
 from ds_tune.tuner.reports.export import write_trial_inputs
@@ -129,6 +130,7 @@ class Study:
             summary = store.summary()
             if summary.finished_trials >= summary.trials_total or summary.ended is not None:
                 return
+            put_right(store, self._space, self._observer.say)
             ended = self._queue_baseline(store, summary) or self._exhausted(store) or self._settled(store)
             if ended is not None:
                 store.set_ended(ended)
