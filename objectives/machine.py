@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.host_memory import host_memory_bytes, process_limit_bytes
 
 GIB = 2**30
 
@@ -21,6 +22,9 @@ GIB = 2**30
 CPU_MEMORY_SHARE = 0.8
 
 DEFAULT_CPU_RANKS = 2
+
+SMALL_STEP = 2**26
+"""Bytes to which less than a GiB is rounded down."""
 
 RECORDED_PACKAGES = (
     "ds-tune",
@@ -170,14 +174,21 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _cpu_machine(ranks: int) -> Machine:
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = host_memory_bytes() * CPU_MEMORY_SHARE / ranks
+    allowed = min(share, process_limit_bytes() or share)
     return Machine(
         device="cpu",
         name=_cpu_name(),
         ranks=ranks,
-        # To whole GiB, so that a kernel update that keeps a few MiB more does not make it another machine.
-        memory_bytes=max(round(host_bytes * CPU_MEMORY_SHARE / ranks / GIB), 1) * GIB,
+        memory_bytes=_rounded(allowed),
     )
+
+
+def _rounded(allowed_bytes: float) -> int:
+    """To whole GiB, so that a kernel update that keeps a few MiB more does not make it another machine."""
+    if allowed_bytes < GIB:  # of a small container
+        return max(int(allowed_bytes / SMALL_STEP), 1) * SMALL_STEP
+    return round(allowed_bytes / GIB) * GIB
 
 
 def _cpu_name() -> str:

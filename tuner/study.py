@@ -206,7 +206,9 @@ class Study:
             return None  # a crash says nothing about memory
         smallest = "one sample a rank" if self._space.restricted_to is None else "the smallest configuration there is"
         core = self._space.restricted_to is None and self._spec.request.preset in (None, "core")
-        hint = "; `preset=speed` also searches what saves memory" if core else ""
+        hint = "; `preset=speed` also searches what saves memory" if core and not self._spec.notes else ""
+        if self._spec.hint is not None:
+            hint = f"; {self._spec.hint}"
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
 
     def _settled(self, store: StudyStore) -> str | None:
@@ -250,7 +252,7 @@ def run_study(spec: StudySpec, observer: Observer, stop: StopSignals) -> StudySu
     Raises:
         UsageError, EnvironmentFault, StopNow: see `Study.run`.
     """
-    for line in spec.backend.notes:
+    for line in (*spec.backend.notes, *spec.notes):
         observer.say(line)
     sampler = _sampler_of(spec, observer.say)
     with contextlib.ExitStack() as resources:

@@ -121,7 +121,9 @@ def test_a_lock_of_another_user_is_named_with_what_to_do(url: str) -> None:
 
 
 NO_FLOCK = "#define _GNU_SOURCE\n#include <errno.h>\nint flock(int fd, int op) { errno = ENOSYS; return -1; }\n"
-NO_LOCKS = NO_FLOCK + """
+NO_LOCKS = (
+    NO_FLOCK
+    + """
 #include <fcntl.h>
 #include <stdarg.h>
 #include <sys/syscall.h>
