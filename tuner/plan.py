@@ -192,6 +192,8 @@ def print_plan(plan: Plan, console: rich.console.Console) -> None:
         "Every figure is predicted.",
         soft_wrap=True,
     )
+    if (nodes := plan.hardware.nodes_words) is not None:
+        console.print(nodes, soft_wrap=True)
     if forgets_loss_scale(0, plan.workload.dtype):
         console.print(STAGE_0_LEFT_OUT, soft_wrap=True)
     if plan.said is not None:

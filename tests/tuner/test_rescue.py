@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -82,16 +81,3 @@ def test_a_space_file_is_kept_and_the_hint_says_what_to_list(run: Run, tmp_path:
     status, said = run("plan", "--hardware", "8xH100-80GB", *LONG, "--space", "space.toml")
     assert status == 3
     assert "With activation checkpointing something is predicted to; list that, too." in said
-
-
-@pytest.mark.slow
-def test_real_cpu_ranks_under_a_cap_train_with_activation_checkpointing(run: Run, tmp_path: Path) -> None:
-    config: dict[str, Any] = {
-        "model_type": "gpt2", "n_layer": 12, "n_embd": 64, "n_head": 16, "n_positions": 1024, "vocab_size": 512,
-    }  # fmt: skip
-    (tmp_path / "deep.json").write_text(json.dumps(config))
-    words = ["--gpus", "0", "--ranks", "1", "--model", "deep.json", "--seq-len", "1024", "--memory-cap", "640MiB"]
-    status, said = run(*words, "--trials", "1", "--no-verify", "--max-micro-batch", "1", "--max-global-batch", "1")
-    assert "activation checkpointing is searched, too." in said
-    assert status == 0, said
-    assert re.search(r"#0 +z\d_ac1_gas1_tmbspg1 .* complete", said)
