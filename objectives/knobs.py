@@ -50,6 +50,8 @@ def whole_number(field: str, value: Any) -> int:
     Raises:
         ValueError: it is none, or more than any setting can be.
     """
+    if isinstance(value, float) and value.is_integer():  # 5e8, as DeepSpeed's files have it
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{field} takes whole numbers, not {shown(value)}")
     if abs(value) >= 2**63:

@@ -6,14 +6,16 @@ The parent process asks without torch. Whether torch can use what is here, the r
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 from ds_tune.objectives.errors import EnvironmentFault, UsageError
+from ds_tune.objectives.host_memory import host_memory_bytes, process_limit_bytes
 
 GIB = 2**30
 
@@ -21,6 +23,9 @@ GIB = 2**30
 CPU_MEMORY_SHARE = 0.8
 
 DEFAULT_CPU_RANKS = 2
+
+SMALL_STEP = 2**26
+"""Bytes to which less than a GiB is rounded down."""
 
 RECORDED_PACKAGES = (
     "ds-tune",
@@ -44,11 +49,16 @@ class Machine:
     ranks: int
     device_ids: tuple[int, ...] = ()
     """Indices into the visible GPUs; empty on CPU."""
+    visible_devices: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES has of them, where it chooses others than the first of the machine, in order: indices
+    of the machine's GPUs, UUIDs or MIG instances. It is no part of a study's identity."""
     memory_bytes: int
     """Memory that one rank can have, before any cap."""
     memory_cap_bytes: int | None = None
     """Memory that the user lets one rank have."""
     compute_capability: str | None = None
+    nodes: int = 1
+    """Machines that the devices are in; ranks that really train are in one."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -67,11 +77,17 @@ class Machine:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        document = dataclasses.asdict(self)
+        if not self.visible_devices:
+            del document["visible_devices"]
+        if self.nodes == 1:
+            del document["nodes"]
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        return cls(**{**document, "device_ids": tuple(document["device_ids"])})
+        lists = {key: tuple(document[key]) for key in ("device_ids", "visible_devices") if key in document}
+        return cls(**{**document, **lists})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +97,8 @@ class Gpu:
     name: str
     memory_bytes: int
     compute_capability: str
+    visible_as: str = ""
+    """How CUDA_VISIBLE_DEVICES names it; empty where that says nothing."""
 
 
 def visible_gpus() -> list[Gpu]:
@@ -116,17 +134,40 @@ def visible_gpus() -> list[Gpu]:
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return [found[row[3]] for row in rows]
-    visible = []
-    for entry in wanted.split(","):
+    visible: list[Gpu] = []
+    for entry in map(str.strip, wanted.split(",")):
+        if entry.startswith("MIG-"):
+            # CUDA gives a process the first of them, and no other device beside it.
+            return visible or [*_mig_instances(program, entry, found)][:1]
         match = [
-            gpu
-            for key, gpu in found.items()
-            if key == entry.strip() or (entry.startswith("GPU-") and key.startswith(entry))
+            gpu for key, gpu in found.items() if key == entry or (entry.startswith("GPU-") and key.startswith(entry))
         ]
         if not match:  # CUDA itself ignores everything from the first invalid entry on
             break
-        visible.append(match[0])
+        visible.append(dataclasses.replace(match[0], visible_as=entry))
     return visible
+
+
+_MIG = re.compile(r"MIG (\d+g\.(\d+)gb\S*).*UUID: (MIG-[^)]+)\)")
+MIG_MEMORY_SHARE = 0.95
+"""Fraction of the memory in a profile's name that an instance has: 9.5 to 9.8 GiB of 10 on A100s and H100s."""
+
+
+def _mig_instances(program: str, entry: str, gpus: Mapping[str, Gpu]) -> Iterator[Gpu]:
+    """MIG instances whose name begins as an entry of CUDA_VISIBLE_DEVICES does."""
+    try:
+        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentFault(f"nvidia-smi does not answer ({error}); `gpus=0` runs on the CPU") from error
+    whole: Gpu | None = None
+    for line in listed.splitlines():
+        if (index := re.match(r"GPU (\d+):", line)) is not None:
+            whole = gpus.get(index[1])
+        elif (found := _MIG.search(line)) is not None and whole is not None and found[3].startswith(entry):
+            memory_bytes = int(MIG_MEMORY_SHARE * int(found[2]) * GIB)
+            yield dataclasses.replace(
+                whole, name=f"{whole.name} MIG {found[1]}", memory_bytes=memory_bytes, visible_as=entry
+            )
 
 
 def detect_machine(*, gpus: int | None, cpu_ranks: int, memory_cap_bytes: int | None) -> Machine:
@@ -155,11 +196,13 @@ def detect_machine(*, gpus: int | None, cpu_ranks: int, memory_cap_bytes: int | 
 def _gpu_machine(gpus: Sequence[Gpu]) -> Machine:
     smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
     names = sorted({gpu.name for gpu in gpus})
+    visible = tuple(gpu.visible_as for gpu in gpus if gpu.visible_as)
     return Machine(
         device="cuda",
         name=" + ".join(names),
         ranks=len(gpus),
         device_ids=tuple(range(len(gpus))),
+        visible_devices=visible if visible != tuple(map(str, range(len(gpus)))) else (),
         memory_bytes=smallest.memory_bytes,
         compute_capability=min((gpu.compute_capability for gpu in gpus), key=_version),
     )
@@ -170,14 +213,21 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _cpu_machine(ranks: int) -> Machine:
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = host_memory_bytes() * CPU_MEMORY_SHARE / ranks
+    allowed = min(share, process_limit_bytes() or share)
     return Machine(
         device="cpu",
         name=_cpu_name(),
         ranks=ranks,
-        # To whole GiB, so that a kernel update that keeps a few MiB more does not make it another machine.
-        memory_bytes=max(round(host_bytes * CPU_MEMORY_SHARE / ranks / GIB), 1) * GIB,
+        memory_bytes=_rounded(allowed),
     )
+
+
+def _rounded(allowed_bytes: float) -> int:
+    """To whole GiB, so that a kernel update that keeps a few MiB more does not make it another machine."""
+    if allowed_bytes < GIB:  # of a small container
+        return max(int(allowed_bytes / SMALL_STEP), 1) * SMALL_STEP
+    return round(allowed_bytes / GIB) * GIB
 
 
 def _cpu_name() -> str:

@@ -1,6 +1,7 @@
 """Opening the database of a study, and what is said when it cannot be had or fails."""
 
 import contextlib
+import re
 import sqlite3
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,9 @@ OPTUNA_COLUMNS = {
     "alembic_version": {"version_num"},
 }
 """Some of Optuna's tables, with columns that they have had in all its versions."""
+
+_OPTUNA_VERSION = re.compile(r"v\d+\.\d+")
+"""How the versions of Optuna's tables begin, such as v3.2.0.a; other programs' are hashes."""
 
 _DRIVER_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """Name of a driver for pip, where it is not the name of its module."""
@@ -64,7 +68,8 @@ def open_storage(storage_url: str, *, reading: bool = False) -> optuna.storages.
 def _check_tables(storage_url: str, options: dict[str, Any], *, reading: bool) -> None:
     """
     Raises:
-        UsageError: there are tables of another program under Optuna's names; or, for reading, not all of Optuna's.
+        UsageError: there are tables of another program under Optuna's names, or in a file of its own; or, for reading,
+            not all of Optuna's.
     """
     engine = sqlalchemy.create_engine(storage_url, **options)
     try:
@@ -75,12 +80,37 @@ def _check_tables(storage_url: str, options: dict[str, Any], *, reading: bool) -
                 raise UsageError(
                     f"`storage={masked(storage_url)}` has a table {table} that is not Optuna's; name another database"
                 )
+        if (other := _table_of_another_program(engine, inspector)) is not None and not reading:
+            raise UsageError(
+                f"`storage={masked(storage_url)}` is another program's database (it has a table {other}); "
+                "name another one"
+            )
     finally:
         engine.dispose()
     if reading and len(there) < len(OPTUNA_COLUMNS):
         raise UsageError(
             f"`storage={masked(storage_url)}` has no tables of Optuna's, so no study; name the database of one"
         )
+
+
+def _table_of_another_program(engine: sqlalchemy.Engine, inspector: sqlalchemy.Inspector) -> str | None:
+    """A table because of which Optuna must make none here; None where it may.
+
+    A server's database may be shared, but not its `alembic_version`, in which programs such as MLflow keep the version
+    of their own tables. A file is one program's.
+    """
+    tables = inspector.get_table_names()
+    if "alembic_version" in tables:
+        with engine.connect() as connection:
+            versions = connection.execute(sqlalchemy.text("select version_num from alembic_version")).scalars().all()
+        if not all(_OPTUNA_VERSION.match(str(version)) for version in versions):
+            return "alembic_version"
+    if engine.dialect.name != "sqlite" or set(OPTUNA_COLUMNS) <= set(tables):
+        return None
+    from optuna.storages._rdb import models  # as late as Optuna does it
+
+    optunas = {"alembic_version", *models.BaseModel.metadata.tables}
+    return next((table for table in tables if table not in optunas), None)
 
 
 @contextlib.contextmanager

@@ -38,12 +38,14 @@ class Identity:
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as it will come back from the storage, lists for tuples, so that the two can be compared."""
+        hardware = self.machine.to_json()
+        hardware.pop("visible_devices", None)
         document: dict[str, Any] = json.loads(
             json.dumps(
                 {
                     "objective": self.objective,
                     "workload": self.workload.to_json(),
-                    "hardware": self.machine.to_json(),
+                    "hardware": hardware,
                     "space": dict(self.space),
                     "figures": self.provenance.value,
                     "recording": self.recording,

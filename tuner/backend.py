@@ -202,6 +202,8 @@ def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     workload = imagined_workload(request, hardware)
     model = CostModel(workload, hardware)
     notes = [f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run."]
+    if hardware.nodes_words is not None:
+        notes.append(hardware.nodes_words)
     if forgets_loss_scale(0, workload.dtype):
         notes.append(STAGE_0_LEFT_OUT)
     return Backend(

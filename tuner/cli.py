@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_tune.objectives.errors import DsTuneError, UsageError
+from ds_tune.objectives.running.job_environment import without_job
 from ds_tune.objectives.trial import Provenance
 from ds_tune.objectives.words import counted
 from ds_tune.storage.database import storage_faults
@@ -33,7 +34,7 @@ from ds_tune.tuner.arguments import (
 )
 from ds_tune.tuner.backends import backend_for
 from ds_tune.tuner.console import Console
-from ds_tune.tuner.output import output
+from ds_tune.tuner.output import output, replace_what_is_lacking
 from ds_tune.tuner.plan import plan_of, print_plan
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.export import export, launch_line
@@ -140,7 +141,7 @@ def launch(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise UsageError(f"{folder}, where the script is, cannot be entered ({error.strerror})") from error
     sys.stdout.flush()
-    os.execvp("sh", ["sh", str(command)])
+    os.execvpe("sh", ["sh", str(command)], without_job(os.environ))
 
 
 def export_again(arguments: argparse.Namespace) -> int:
@@ -192,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = words.pop(0) if words and words[0] in COMMANDS else "tune"
     make_parser, run = COMMANDS[command]
     quiet_optuna()
+    replace_what_is_lacking()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     try:
         script = None

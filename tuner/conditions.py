@@ -79,6 +79,8 @@ class Condition:
                 return
             case ast.Constant(value=int() | str()):
                 return
+            case ast.Constant(value=float() as value) if value.is_integer():
+                return
             case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.BoolOp(values=parts):
                 pass
             case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
@@ -96,6 +98,8 @@ class Condition:
         match node:
             case ast.Name(id=name):
                 return values[name]
+            case ast.Constant(value=float() as value):
+                return int(value)  # 5e8
             case ast.Constant(value=value):
                 return value
             case ast.List(elts=parts) | ast.Tuple(elts=parts):

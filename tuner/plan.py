@@ -16,6 +16,7 @@ from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT, forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.kinds import Workload
+from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.backend import imagined_workload, limits_of
 from ds_tune.tuner.proposer import Proposer
 from ds_tune.tuner.request import PlanRequest
@@ -89,6 +90,10 @@ class Plan:
     refused: Sequence[PlanRow]
     """For each combination of the other knobs the smallest micro-batch that does not fit."""
     configurations: int
+    said: str | None = None
+    """What was added to the space that was asked for, since nothing of it fits."""
+    hint: str | None = None
+    """Where nothing fits: what it would take."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -98,6 +103,8 @@ class Plan:
             "capacity_bytes": self.hardware.capacity_bytes,
             "model_parameters": self.parameters,
             "configurations": self.configurations,
+            "added": self.said,
+            "hint": self.hint,
             "fitting": [row.to_json() for row in self.fitting],
             "not_fitting": [{**row.to_json(), "reason": row.reason(self.hardware)} for row in self.refused],
         }
@@ -112,8 +119,9 @@ def plan_of(request: PlanRequest, *, each_accumulation: bool = True) -> Plan:
     hardware = _hardware_of(request)
     model = CostModel(imagined_workload(request, hardware), hardware)
     machine = machine_of(hardware)
-    space = search_space(request, limits_of(request, machine), workload=model.workload, machine=machine)
-    return make_plan(model, space, best=request.best, each_accumulation=each_accumulation)
+    rescue = search_space(request, limits_of(request, machine), workload=model.workload, machine=machine)
+    plan = make_plan(model, rescue.space, best=request.best, each_accumulation=each_accumulation)
+    return dataclasses.replace(plan, said=rescue.said, hint=rescue.hint)
 
 
 def _hardware_of(request: PlanRequest) -> Hardware:
@@ -184,13 +192,18 @@ def print_plan(plan: Plan, console: rich.console.Console) -> None:
         "Every figure is predicted.",
         soft_wrap=True,
     )
+    if (nodes := plan.hardware.nodes_words) is not None:
+        console.print(nodes, soft_wrap=True)
     if forgets_loss_scale(0, plan.workload.dtype):
         console.print(STAGE_0_LEFT_OUT, soft_wrap=True)
+    if plan.said is not None:
+        console.print(plan.said, soft_wrap=True)
     if plan.fitting:
         console.print(_speed_table(plan.fitting))
         console.print(_memory_table("Their memory a rank, GiB", plan.fitting))
     else:
-        console.print("Nothing is predicted to fit, not even one sample a rank.")
+        hint = f" {plan.hint[0].upper()}{plan.hint[1:]}." if plan.hint else ""
+        console.print(in_options(f"Nothing is predicted to fit, not even one sample a rank.{hint}"), soft_wrap=True)
     if plan.refused:
         console.print(_memory_table("Does not fit: the smallest micro-batch of each kind, GiB", plan.refused))
         for row in plan.refused:

@@ -110,7 +110,12 @@ def dimensions_of(
     context = context or KnobContext()
     choices = knob_choices(preset, context, allowed, own)
     knobs = [knob_dimension(field, values) for field, values in choices.items()]
-    return (_stage_dimension(zero_stages(context)), *DIMENSIONS[1:3], *knobs)
+    return (*stage_and_batch_dimensions(context), *knobs)
+
+
+def stage_and_batch_dimensions(context: KnobContext) -> tuple[Dimension, ...]:
+    """The three dimensions that every space has."""
+    return (_stage_dimension(zero_stages(context)), *DIMENSIONS[1:3])
 
 
 COARSE_MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128)

@@ -15,6 +15,7 @@ list of its configurations, and the study's space is restricted to these.
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -268,6 +269,7 @@ def _value(path: Path, field: str, value: Any) -> Scalar:
         if field != "zero_stage" and number < 1:
             raise _refusal(path, f"{field} is at least 1, not {number}")
         return number
+    value = _number(value)
     if isinstance(value, bool) and not isinstance(KNOBS[field].off, int):
         value = {True: "on", False: "off"}[value]  # as YAML reads these words
     try:
@@ -276,9 +278,17 @@ def _value(path: Path, field: str, value: Any) -> Scalar:
         raise _refusal(path, str(error)) from None
 
 
+_EXPONENT = re.compile(r"[+-]?\d[\d_]*\.?\d*[eE][+-]?\d+")
+
+
+def _number(value: Any) -> Any:
+    """Returns a value, but 5e8 as a number, which YAML takes for a word unless it is written 5.0e+8."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
 def _whole(path: Path, name: str, value: Any) -> int:
     try:
-        return whole_number(name, value)
+        return whole_number(name, _number(value))
     except ValueError as error:
         raise _refusal(path, str(error)) from None
 

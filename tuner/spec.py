@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ds_tune.objectives.cost_model.knob_context import knob_context_of
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.host_memory import host_memory_bytes
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.metric import check_metric
 from ds_tune.objectives.trial import TrialConfig
@@ -15,6 +16,7 @@ from ds_tune.storage.urls import check_storage_url
 from ds_tune.tuner.backend import Backend
 from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.request import SearchRequest, TuneRequest
+from ds_tune.tuner.rescue import Rescue, rescued
 from ds_tune.tuner.space import Space, study_space
 from ds_tune.tuner.space_file import SpaceFile
 
@@ -26,6 +28,10 @@ class StudySpec:
     request: TuneRequest
     backend: Backend
     space: Space
+    hint: str | None = None
+    """Where nothing is predicted to fit with all that saves memory: what it would take."""
+    notes: Sequence[str] = ()
+    """Lines for the person about the space, before the study begins."""
     results: ResultsFolder
     storage_url: str
 
@@ -36,13 +42,14 @@ def make_spec(request: TuneRequest, backend: Backend) -> StudySpec:
         UsageError: something asked for cannot be; nothing was run yet, and nothing written but an empty folder.
     """
     check_metric(request.metric, backend.workload, backend.machine)
-    space = search_space(
+    rescue = search_space(
         request,
         backend.limits,
         workload=backend.workload,
         machine=backend.machine,
         recorded=backend.restricted_to,
         own=backend.own,
+        host_bytes=host_memory_bytes() if backend.verifies else None,
     )
     if request.storage is not None:
         check_storage_url(request.storage)
@@ -50,7 +57,9 @@ def make_spec(request: TuneRequest, backend: Backend) -> StudySpec:
     return StudySpec(
         request=request,
         backend=backend,
-        space=space,
+        space=rescue.space,
+        hint=rescue.hint,
+        notes=[rescue.said] if rescue.said else [],
         results=results,
         storage_url=request.storage or results.storage_url,
     )
@@ -64,11 +73,14 @@ def search_space(
     machine: Machine,
     recorded: Sequence[TrialConfig] | None = None,
     own: TrialConfig | None = None,
-) -> Space:
-    """
+    host_bytes: int | None = None,
+) -> Rescue:
+    """The space of a study, with what saves memory where nothing would fit without.
+
     Args:
         recorded: the only configurations that can be answered.
         own: the configuration that a person trains with today.
+        host_bytes: the host's memory that may be had; None where it is not known.
 
     Raises:
         UsageError: no configuration is left, or the request's file is not to be understood.
@@ -78,7 +90,7 @@ def search_space(
         limits.check()
         context = knob_context_of(workload, machine)
         restricted_to = SpaceFile.read(request.space).configurations(limits, context, request.allowed, own)
-    return study_space(
+    space = study_space(
         limits,
         preset=request.preset or "core",
         allowed=request.allowed,
@@ -86,6 +98,17 @@ def search_space(
         machine=machine,
         restricted_to=restricted_to,
         own=own,
+    )
+    if recorded is not None:
+        return Rescue(space=space)
+    return rescued(
+        space,
+        preset=request.preset or "core",
+        allowed=request.allowed,
+        workload=workload,
+        machine=machine,
+        listed=restricted_to is not None,
+        host_bytes=host_bytes,
     )
 
 

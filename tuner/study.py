@@ -20,6 +20,7 @@ from ds_tune.storage.lock import StudyLock
 from ds_tune.storage.ownership import check_owner, claim
 from ds_tune.storage.records import Source, StudySummary, TrialRecord, TrialState
 from ds_tune.storage.study_store import SOURCE, StudyStore
+from ds_tune.tuner.enqueued import put_right
 from ds_tune.tuner.finals import Finals, Verification
 from ds_tune.tuner.observer import Observer
 from ds_tune.tuner.reports.export import write_trial_inputs
@@ -129,6 +130,7 @@ class Study:
             summary = store.summary()
             if summary.finished_trials >= summary.trials_total or summary.ended is not None:
                 return
+            put_right(store, self._space, self._observer.say)
             ended = self._queue_baseline(store, summary) or self._exhausted(store) or self._settled(store)
             if ended is not None:
                 store.set_ended(ended)
@@ -204,7 +206,9 @@ class Study:
             return None  # a crash says nothing about memory
         smallest = "one sample a rank" if self._space.restricted_to is None else "the smallest configuration there is"
         core = self._space.restricted_to is None and self._spec.request.preset in (None, "core")
-        hint = "; `preset=speed` also searches what saves memory" if core else ""
+        hint = "; `preset=speed` also searches what saves memory" if core and not self._spec.notes else ""
+        if self._spec.hint is not None:
+            hint = f"; {self._spec.hint}"
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
 
     def _settled(self, store: StudyStore) -> str | None:
@@ -248,7 +252,7 @@ def run_study(spec: StudySpec, observer: Observer, stop: StopSignals) -> StudySu
     Raises:
         UsageError, EnvironmentFault, StopNow: see `Study.run`.
     """
-    for line in spec.backend.notes:
+    for line in (*spec.backend.notes, *spec.notes):
         observer.say(line)
     sampler = _sampler_of(spec, observer.say)
     with contextlib.ExitStack() as resources:

@@ -30,7 +30,7 @@ def _ring_pass_seconds(step: StepInputs, *, of_all: bool = False) -> float:
     ranks = step.hardware.ranks
     elements = step.architecture.parameters if of_all else step.architecture.trained_parameters
     moved_bytes = step.bytes_per_element * elements * (ranks - 1) / ranks
-    bandwidth = step.constants.link_efficiency * step.hardware.accelerator.link_bandwidth
+    bandwidth = step.constants.link_efficiency * step.hardware.link_bandwidth
     return moved_bytes / bandwidth + COLLECTIVE_SECONDS
 
 

@@ -6,6 +6,7 @@ Peaks are the makers' dense figures (data sheets); what training reaches of them
 import dataclasses
 import re
 
+from ds_tune.objectives.cost_model.hardware_names import alias, cleaned, instance, nearest
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.words import plain
@@ -119,24 +120,60 @@ OUTSIDE_SHARE = 0.05
 MOST_GPUS = 2**20
 """No machine has more; a larger number is a slip of the finger."""
 
-_SPEC = re.compile(r"(?:([0-9]+)\s*[x×]\s*)?(.+)", re.IGNORECASE)
+GPUS_A_NODE = 8
+"""GPUs of a node where nobody says how many: DGX and HGX machines from the A100 on."""
+V100S_A_NODE = 16
+"""Of a DGX-2, on which DeepSpeed's own results were published."""
+
+NODE_BANDWIDTH_A_GPU = 25 * GIGA
+"""Bytes a second between nodes, for each GPU of one: a 200 Gb/s adapter each, as a DGX A100 has (its data sheet).
+NCCL's rings use all adapters of a node at once. Not measured here: no recording is of several nodes."""
+
+_SPEC = re.compile(r"(?:(?:([0-9]+)\s*[x×]\s*)?([0-9]+)\s*[x×]\s*)?(.+)", re.IGNORECASE)
 _SIZED = re.compile(r"(.+?)[\s_-]+(\d{1,4})\s*Gi?B?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """The devices of one node that a study runs on."""
+    """The devices that a study runs on."""
 
     accelerator: Accelerator
     ranks: int
     capacity_bytes: int
     """Bytes that one rank may use, after any cap."""
+    nodes: int = 1
+    """Machines that they are in."""
     is_known: bool = True
     """True where the accelerator is in the catalogue; figures of others are a guess from their memory."""
 
     @property
     def name(self) -> str:
-        return f"{self.ranks}x{self.accelerator.name}"
+        per_node, rest = divmod(self.ranks, self.nodes)
+        count = f"{self.nodes}x{per_node}" if self.nodes > 1 and not rest else str(self.ranks)
+        return f"{count}x{self.accelerator.name}"
+
+    @property
+    def nodes_words(self) -> str | None:
+        """Sentence on the nodes that the devices are taken to be in; None for one."""
+        if self.nodes == 1:
+            return None
+        each = (
+            f"{self.ranks // self.nodes}"
+            if self.ranks % self.nodes == 0
+            else "at most " + str(-(-self.ranks // self.nodes))
+        )
+        return (
+            f"The {self.ranks} GPUs are taken for {self.nodes} nodes of {each}, with {NODE_BANDWIDTH_A_GPU / GIGA:.0f} "
+            f"GB/s a GPU between them; NODESxGPUSx{self.accelerator.name} says otherwise."
+        )
+
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes a second from one device to the others in a ring, in one direction."""
+        within = self.accelerator.link_bandwidth
+        if self.nodes == 1:
+            return within
+        return min(within, self.ranks / self.nodes * NODE_BANDWIDTH_A_GPU)
 
     @property
     def outside_bytes(self) -> float:
@@ -153,14 +190,19 @@ class Hardware:
 
 
 def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardware:
-    """Hardware from words such as `16xV100-32GB`, `2xH200`, `H100-80GB` or `RTX4090`.
+    """Hardware from words such as `16xV100-32GB`, `2xH200`, `8x8xH100` (nodes first), `RTX4090`, what `nvidia-smi`
+    calls a GPU, or a cloud's machine such as `p4d.24xlarge`.
 
     Raises:
         UsageError: it is not in the catalogue, or the cap is more than it has.
     """
     match = _SPEC.fullmatch(text.strip())
-    count, name = (match[1], match[2]) if match else (None, text)
-    found = _called(name)
+    node_count, count, name = (match[1], match[2], match[3]) if match else (None, None, text)
+    machine = instance(name)
+    if machine is not None and node_count is None:
+        node_count, count, name = count, str(machine[0]), machine[1]
+    found = _called(alias(name) or name) or _called(cleaned(name))
+    name = name if _called(name) else cleaned(name).upper()
     if not found and (sized := _SIZED.fullmatch(name)) and (chips := _called(sized[1])):
         found = [chip for chip in chips if int(sized[2]) in SOLD_AS_GB.get(chip.name, ())]
         if not found:
@@ -170,17 +212,27 @@ def parse_hardware(text: str, *, memory_cap_bytes: int | None = None) -> Hardwar
             )
     if len(found) != 1:
         hint = f"say which: {', '.join(each.name for each in found)}" if found else f"known are {', '.join(CATALOGUE)}"
+        near = None if found else nearest(match[3] if match else text, list(CATALOGUE))
+        hint = f"nearest to that is {near}; {hint}" if near else hint
         raise UsageError(f"`hardware={plain(text)}`: write a number and a GPU, such as 16xV100-32GB; {hint}")
     if len(count or "") > len(str(MOST_GPUS)) or int(count or 1) > MOST_GPUS:
         raise UsageError(f"`hardware={plain(text)}`: no more than {MOST_GPUS} GPUs")
-    ranks = int(count or 1)
+    ranks = int(count or 1) * int(node_count or 1)
+    if ranks > MOST_GPUS:
+        raise UsageError(f"`hardware={plain(text)}`: no more than {MOST_GPUS} GPUs")
     if ranks < 1:
         raise UsageError(f"`hardware={plain(text)}`: at least one GPU")
     accelerator = found[0]
     if memory_cap_bytes is not None and memory_cap_bytes > accelerator.memory_bytes:
         has = accelerator.memory_bytes / GIB
         raise UsageError(f"`memory_cap` is more than an {accelerator.name} has ({has:.1f} GiB)")
-    return Hardware(accelerator=accelerator, ranks=ranks, capacity_bytes=memory_cap_bytes or accelerator.memory_bytes)
+    a_node = V100S_A_NODE if accelerator.name.startswith("V100") else max(GPUS_A_NODE, machine[0] if machine else 0)
+    return Hardware(
+        accelerator=accelerator,
+        ranks=ranks,
+        capacity_bytes=memory_cap_bytes or accelerator.memory_bytes,
+        nodes=int(node_count) if node_count is not None else -(-ranks // a_node),
+    )
 
 
 def _called(name: str) -> list[Accelerator]:
@@ -216,10 +268,15 @@ def hardware_of(machine: Machine) -> Hardware:
             # Where the name says its size it is right: a recording's memory may be that of a cap.
             named = [size for size in sizes if size.name.split("-")[-1] in machine.name]
             accelerator = min(named or sizes, key=lambda size: abs(size.memory_bytes - machine.memory_bytes))
-            return Hardware(accelerator=accelerator, ranks=machine.ranks, capacity_bytes=machine.capacity_bytes)
-    nearest = min(CATALOGUE.values(), key=lambda known: abs(known.memory_bytes - machine.memory_bytes))
+            return Hardware(
+                accelerator=accelerator,
+                ranks=machine.ranks,
+                capacity_bytes=machine.capacity_bytes,
+                nodes=machine.nodes,
+            )
+    closest = min(CATALOGUE.values(), key=lambda known: abs(known.memory_bytes - machine.memory_bytes))
     return Hardware(
-        accelerator=dataclasses.replace(nearest, name=machine.name, memory_bytes=machine.memory_bytes),
+        accelerator=dataclasses.replace(closest, name=machine.name, memory_bytes=machine.memory_bytes),
         ranks=machine.ranks,
         capacity_bytes=machine.capacity_bytes,
         is_known=False,
@@ -237,4 +294,5 @@ def machine_of(hardware: Hardware) -> Machine:
         memory_bytes=hardware.accelerator.memory_bytes,
         memory_cap_bytes=hardware.capacity_bytes if capped else None,
         compute_capability=None,
+        nodes=hardware.nodes,
     )

@@ -24,6 +24,7 @@ from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.loss_curve import run_losses
 from ds_tune.objectives.rank.model import load_config
 from ds_tune.objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
+from ds_tune.objectives.rank.process_wide import ProcessWide
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.resources import RankResources
 from ds_tune.objectives.rank.training import run_trial
@@ -77,6 +78,7 @@ class Worker:
             load_optimizer_op(ds_config, progress.notice, is_required=number == 0)
         import_muon(self._ds_config(ANY_CONFIG))
         zero3_release.install()
+        self._process_wide = ProcessWide()
         # What the imports made stays: a trial's collection of garbage need not walk half a million objects each time.
         gc.collect()
         gc.freeze()
@@ -110,6 +112,7 @@ class Worker:
         # Only here is the exception gone, and with it what its frames held of the model.
         issued = collectives_issued()
         release_trial(slot.take())
+        self._process_wide.restore()
         cap_memory(self._machine)
         held = {"device": rank.meter.held_bytes(), "host": resident_bytes()}
         if self._held_after_first is None:

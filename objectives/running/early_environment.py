@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.running.job_environment import without_job
 from ds_tune.objectives.workload.script import ScriptStart
 
 PROBE_SECONDS = 60.0
@@ -100,7 +101,7 @@ def _run(start: ScriptStart, site: str) -> None:
     """Runs a script as one rank, silently, with a `sitecustomize` of a folder, for as long as that lets it."""
     paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment: Mapping[str, str] = {
-        **os.environ, **OF_A_RANK, **start.environment, "PYTHONPATH": os.pathsep.join(paths),
+        **without_job(os.environ), **OF_A_RANK, **start.environment, "PYTHONPATH": os.pathsep.join(paths),
     }  # fmt: skip
     local_rank = [] if start.local_rank_flag is None else [f"{start.local_rank_flag}=0"]
     module = ["-m"] if start.is_module else []

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.running.job_environment import without_job
 from ds_tune.objectives.workload.script import ScriptStart
 
 CAPTURE_SECONDS = 120.0
@@ -34,8 +35,6 @@ _OF_EVERY_LAUNCHER = {
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "_", "PATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR",
 }  # fmt: skip
 """Variables that ds-tune's own launcher sets, or that say where one rank of one run is."""
-
-OF_ONE_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _OF_ONE_RUN = ("TORCHELASTIC_", "NCCL_ASYNC", "TORCH_NCCL_ASYNC", "DS_TUNE_")
 """Beginnings of others; with TORCHELASTIC_USE_AGENT_STORE rank 0 would wait for a store that nobody hosts."""
@@ -106,9 +105,7 @@ def _captured(words: Sequence[str]) -> tuple[ScriptStart, int]:
         dumps.mkdir()
         (site / "sitecustomize.py").write_text(CAPTURE.format(folder=str(dumps)))
         paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        for name in OF_ONE_RANK:  # a shell that a launcher started has them, too
-            environment.pop(name, None)
+        environment = {**without_job(os.environ), "PYTHONPATH": os.pathsep.join(paths)}
         environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
         said = _run(program, words[1:], environment)
         ranks = [json.loads(path.read_text()) for path in sorted(dumps.glob("*.json"), key=lambda p: int(p.stem))]

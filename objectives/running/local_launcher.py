@@ -21,6 +21,7 @@ from typing import IO
 
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running import guard
+from ds_tune.objectives.running.job_environment import without_job
 from ds_tune.objectives.running.launcher import SCRATCH, Evidence, RankProcess
 
 WORKER_MODULE = "ds_tune.objectives.rank.worker"
@@ -288,7 +289,7 @@ def host_oom_kills() -> int:
 def group_environment(machine: Machine) -> dict[str, str]:
     """Environment that all ranks have in common, from before their first import on."""
     environment = {
-        **os.environ,
+        **without_job(os.environ),
         # torch looks there for ninja when DeepSpeed compiles an op, and a .venv need not be activated.
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]),
         "WORLD_SIZE": str(machine.ranks),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ds_tune.objectives.ds_config import deepspeed_config, dtype_of
+from ds_tune.objectives.knobs import whole_number
 from ds_tune.objectives.trial import KNOBS, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
@@ -94,3 +95,11 @@ def test_deepcompile_is_a_setting_and_the_other_ways_to_compile_are_none() -> No
     for value, expected in (("deepcompile", {"deepcompile": True}), ("blocks", None), ("model", None)):
         document = deepspeed_config(TrialConfig(**PLAIN, compile=value), WORKLOAD, ranks=1, device="cuda")
         assert document.get("compile") == expected
+
+
+def test_a_whole_valued_float_is_a_whole_number() -> None:
+    assert whole_number("bucket_elements", 5e8) == 500_000_000
+    assert isinstance(whole_number("bucket_elements", 5e8), int)
+    for value in (0.5, float("inf"), float("nan"), True, "5e8"):
+        with pytest.raises(ValueError, match="takes whole numbers"):
+            whole_number("bucket_elements", value)

@@ -149,3 +149,48 @@ def test_the_versions_that_decide_a_figure_are_recorded() -> None:
     versions = software_versions()
     assert {"python", "torch", "deepspeed", "transformers"} <= set(versions)
     assert "not installed" not in (versions["torch"], versions["deepspeed"])
+
+
+FOUR_GPUS = "".join(f"NVIDIA H100 80GB HBM3, 81559, 9.0, {index}, GPU-{index}{index}{index}\n" for index in range(4))
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [
+        (None, None, ()),
+        ("0,1", None, ()),
+        ("2,3", None, ("2", "3")),
+        ("3,1", None, ("3", "1")),
+        ("2,3", 1, ("2",)),
+        ("GPU-222", None, ("GPU-222",)),
+    ],
+)
+def test_the_machine_knows_its_gpus_by_the_names_that_cuda_was_given(
+    nvidia_smi: NvidiaSmi, monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int | None, expected: tuple[str]
+) -> None:
+    nvidia_smi(FOUR_GPUS)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine = detect_machine(gpus=gpus, cpu_ranks=2, memory_cap_bytes=None)
+    assert machine.visible_devices == expected
+    assert machine.device_ids == tuple(range(machine.ranks))
+    assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
+
+
+def test_a_mig_instance_is_a_gpu_with_the_memory_of_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows").write_text("NVIDIA A100-SXM4-80GB, 81920, 8.0, 0, GPU-000\n")
+    (tmp_path / "list").write_text(
+        "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-000)\n"
+        "  MIG 3g.40gb     Device  0: (UUID: MIG-aaa)\n  MIG 1g.10gb     Device  1: (UUID: MIG-bbb)\n"
+    )
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\n[ "$1" = -L ] && exec /bin/cat "{tmp_path}/list"\n/bin/cat "{tmp_path}/rows"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-bbb,MIG-aaa")
+    machine = detect_machine(gpus=None, cpu_ranks=2, memory_cap_bytes=None)
+    assert (machine.name, machine.ranks) == ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 1)
+    assert machine.visible_devices == ("MIG-bbb",)
+    assert 9.4 * GIB < machine.memory_bytes < 9.8 * GIB

@@ -175,3 +175,31 @@ def test_a_server_that_stops_answering_is_named_without_its_password() -> None:
 
 def test_an_error_without_words_is_named() -> None:
     assert "failed: TimeoutError; " in str(storage_fault(sqlalchemy.exc.DBAPIError("", {}, TimeoutError()), POSTGRESQL))
+
+
+MLFLOW = ("create table alembic_version(version_num)", "insert into alembic_version values('acf3f17fdcc7')")
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [*MLFLOW, "create table experiments(name)"],
+        MLFLOW,
+        ["create table songs(title)"],
+        ["create table songs(title)", "create table studies(study_id, study_name)"],
+    ],
+    ids=["MLflow", "a version of no Optuna", "songs", "songs beside studies"],
+)
+def test_the_database_of_another_program_is_refused_before_anything_is_made(
+    tmp_path: Path, statements: list[str]
+) -> None:
+    url = make_sqlite(tmp_path / "other.db", *statements)
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(UsageError, match=r"is another program's database \(it has a table \w+\); name another one$"):
+        open_storage(url)
+    assert (tmp_path / "other.db").read_bytes() == before
+
+
+def test_a_table_beside_optunas_own_is_left_alone(optunas: str) -> None:
+    make_sqlite(Path(optunas.removeprefix("sqlite:///")), "create table notes(text)")
+    assert optuna.get_all_study_names(open_storage(optunas)) == ["study"]

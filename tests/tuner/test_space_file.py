@@ -332,3 +332,17 @@ def test_two_spaces_at_once_are_refused(
     assert main(["--space", "space.toml", *hardware, *others]) == 2
     assert why in capsys.readouterr().err
     assert not (tmp_path / "autotuning_results").exists()
+
+
+@pytest.mark.parametrize("name", ["space.toml", "space.yaml"])
+def test_numbers_may_be_written_as_deepspeed_files_have_them(write: Write, name: str) -> None:
+    text = {
+        "space.toml": "constraints = ['bucket_elements <= 5e8']\n[search]\nbucket_elements = [5e8, 2e8]\n"
+        "micro_batch_size = [4.0]\n",
+        "space.yaml": "constraints: ['bucket_elements <= 5e8']\nsearch:\n  bucket_elements: [5e8, 2e8]\n"
+        "  micro_batch_size: [4.0]\n",
+    }[name]
+    found = configurations(write(text, name))
+    assert {config.bucket_elements for config in found if config.zero_stage} == {500_000_000, 200_000_000}
+    assert {config.micro_batch_size for config in found} == {4}
+    assert all(isinstance(config.micro_batch_size, int) for config in found)

@@ -55,10 +55,17 @@ def training_command(workload: Workload, machine: Machine, ds_config: Path, conf
 
 
 def local_launcher(machine: Machine) -> list[str]:
-    """DeepSpeed's launcher, with the options that have it use the ranks of a machine."""
+    """DeepSpeed's launcher, with the options that have it use the ranks of a machine.
+
+    It reads `--include` as the machine's own numbers, whatever CUDA_VISIBLE_DEVICES says, and knows no UUIDs: torchrun
+    leaves that variable to its ranks.
+    """
     if machine.device == "cpu":
         return ["deepspeed", "--num_gpus", str(machine.ranks)]
-    return ["deepspeed", "--include", "localhost:" + ",".join(str(index) for index in machine.device_ids)]
+    devices = machine.visible_devices or tuple(map(str, machine.device_ids))
+    if all(name.isdigit() for name in devices):
+        return ["deepspeed", "--include", f"localhost:{','.join(devices)}"]
+    return ["torchrun", "--standalone", "--nproc_per_node", str(machine.ranks)]
 
 
 def launch_line(summary: StudySummary, folder: ResultsFolder) -> str | None:
@@ -77,6 +84,8 @@ def shell_line(command: Sequence[str], machine: Machine) -> str:
     """
     settings = "PYTHONSAFEPATH=1 " if any(module in command for module in (TRAINING_MODULE, WITH_KNOBS)) else ""
     settings += f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"'
+    if machine.visible_devices and "--include" not in command:
+        settings += f" CUDA_VISIBLE_DEVICES={shlex.quote(','.join(machine.visible_devices))}"
     if machine.device == "cpu":
         settings += f" DS_ACCELERATOR=cpu LOCAL_SIZE={machine.ranks} OMP_NUM_THREADS={threads_per_rank(machine)}"
     return f"{settings} {shlex.join(command)}\n"

@@ -343,3 +343,25 @@ def test_a_command_trains_in_a_folder_whose_files_are_named_as_packages(tmp_path
     done = subprocess.run(["sh", "-c", line.strip() + steps], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert read(tmp_path / "done.json")["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "launcher"),
+    [
+        ((), "deepspeed --include localhost:0,1 "),
+        (("2", "3"), "deepspeed --include localhost:2,3 "),
+        (("GPU-aa", "GPU-bb"), "CUDA_VISIBLE_DEVICES=GPU-aa,GPU-bb torchrun --standalone --nproc_per_node 2 --module "),
+    ],
+)
+def test_a_command_names_the_gpus_that_the_trials_had(
+    machine: Machine, workload: HuggingFaceWorkload, visible: tuple[str, ...], launcher: str
+) -> None:
+    there = dataclasses.replace(machine, visible_devices=visible)
+    line = shell_line(training_command(workload, there, Path("ds.json"), PLAIN), there)
+    assert f" {launcher}" in line
+    assert ("CUDA_VISIBLE_DEVICES" in line) == ("torchrun" in launcher)
+
+
+def test_a_launcher_of_ones_own_is_given_the_gpus_by_their_variable(machine: Machine) -> None:
+    there = dataclasses.replace(machine, visible_devices=("2", "3"))
+    assert " CUDA_VISIBLE_DEVICES=2,3 torchrun train.py" in shell_line(["torchrun", "train.py"], there)
