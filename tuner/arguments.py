@@ -140,7 +140,10 @@ def tune_parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--dataset",
         metavar="FILES",
-        help="local text, JSON, CSV or Parquet files, or a hub id (default: synthetic tokens)",
+        help="local text, JSON, CSV, Parquet or Arrow files, a folder of them, or a hub id (default: synthetic tokens)",
+    )
+    work.add_argument(
+        "--text-column", metavar="NAME", help="column of --dataset to train on (default: found out, and said)"
     )
     work.add_argument(
         "--tokenizer",

@@ -47,7 +47,7 @@ NUMERICS = tuple(f"numerics:{field}" for field, knob in KNOBS.items() if knob.nu
 """Names of what can be allowed."""
 
 TRAINING_FIELDS = (
-    "model", "dtype", "seq_len", "dataset", "tokenizer", "pretrained", "ds_config",
+    "model", "dtype", "seq_len", "dataset", "text_column", "tokenizer", "pretrained", "ds_config",
     "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
 )  # fmt: skip
 """Fields that say what is trained and on what: of use only where something is trained."""
@@ -57,6 +57,7 @@ NOT_SCRIPT = (
     "dtype",
     "seq_len",
     "dataset",
+    "text_column",
     "tokenizer",
     "pretrained",
     "ds_config",
@@ -67,7 +68,7 @@ NOT_SCRIPT = (
 """Fields that a training script answers itself."""
 
 NOT_SIMULATED = (
-    "dataset", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
+    "dataset", "text_column", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
 )  # fmt: skip
 """Fields that only mean something where ranks train."""
 
@@ -87,6 +88,8 @@ class SearchRequest:
     seq_len: int | None = None
     dataset: str | None = None
     """Local files or a hub id; None for synthetic tokens."""
+    text_column: str | None = None
+    """Column of the dataset to train on; None to find out."""
     tokenizer: str | None = None
     pretrained: bool = False
     ds_config: Path | None = None

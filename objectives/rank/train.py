@@ -34,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gpt2-xl", help="as for ds-tune")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens a sample")
     parser.add_argument("--dataset", help="local files or a hub id; synthetic tokens without it")
+    parser.add_argument("--text-column", help="column of it to train on; found out without it")
     parser.add_argument("--tokenizer", help="folder or hub id; the model's own without it")
     parser.add_argument("--pretrained", action="store_true", help="load the model's weights")
     parser.add_argument(
@@ -100,6 +101,7 @@ def main() -> None:
         dtype=dtype_of(ds_config),
         pretrained=arguments.pretrained,
         dataset=arguments.dataset,
+        text_column=arguments.text_column,
         tokenizer=arguments.tokenizer,
     )
     model_config = load_config(workload)

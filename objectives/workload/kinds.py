@@ -46,6 +46,10 @@ class WorkloadKind(Protocol):
         """What is counted where samples differ in length, in words without a full stop; empty where they do not."""
 
     @property
+    def data_words(self) -> str:
+        """What of the data is trained on, in words without a full stop; empty where it is not ds-tune that reads it."""
+
+    @property
     def weights_are_loaded(self) -> bool:
         """Whether training begins from given weights, so that no shape of the model can change."""
 

@@ -274,10 +274,12 @@ def _gib(record: TrialRecord) -> str:
 
 
 def _environment(summary: StudySummary) -> str:
+    data = f"- data: {summary.workload.data_words}\n" if summary.workload.data_words else ""
     versions = "\n".join(f"- {name} ({version})" for name, version in summary.versions.items())
     return (
         "## Environment\n\n"
         f"- training: {summary.workload.description}\n"
+        f"{data}"
         f"- hardware: {summary.machine.description}\n"
         f"{versions}\n"
     )
