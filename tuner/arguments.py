@@ -146,6 +146,12 @@ def tune_parser() -> argparse.ArgumentParser:
         "--text-column", metavar="NAME", help="column of --dataset to train on (default: found out, and said)"
     )
     work.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="cut the samples of --dataset, joined, into full sequences, instead of padding each (default)",
+    )
+    work.add_argument(
         "--tokenizer",
         metavar="NAME",
         help="folder or hub id of the tokenizer for --dataset (default: the model's)",

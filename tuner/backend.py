@@ -111,6 +111,8 @@ def measured(request: TuneRequest, say: Callable[[str], None]) -> Backend:
     workload = with_first_look(workload, say)
     if workload.data is not None:
         notes.append(f"Data: {workload.data.words}.")
+        if workload.counting:
+            notes.append(f"{workload.counting}.")
 
     return Backend(
         machine=machine,
@@ -182,6 +184,7 @@ def workload_of(request: SearchRequest, device: str) -> HuggingFaceWorkload:
         pretrained=request.pretrained,
         dataset=_as_path(request.dataset) if request.dataset else None,
         text_column=request.text_column,
+        packing=request.packing,
         tokenizer=_as_path(request.tokenizer) if request.tokenizer else None,
         base_ds_config=load_base_ds_config(request.ds_config) if request.ds_config else {},
     )

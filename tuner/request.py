@@ -47,7 +47,7 @@ NUMERICS = tuple(f"numerics:{field}" for field, knob in KNOBS.items() if knob.nu
 """Names of what can be allowed."""
 
 TRAINING_FIELDS = (
-    "model", "dtype", "seq_len", "dataset", "text_column", "tokenizer", "pretrained", "ds_config",
+    "model", "dtype", "seq_len", "dataset", "text_column", "packing", "tokenizer", "pretrained", "ds_config",
     "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
 )  # fmt: skip
 """Fields that say what is trained and on what: of use only where something is trained."""
@@ -58,6 +58,7 @@ NOT_SCRIPT = (
     "seq_len",
     "dataset",
     "text_column",
+    "packing",
     "tokenizer",
     "pretrained",
     "ds_config",
@@ -68,7 +69,7 @@ NOT_SCRIPT = (
 """Fields that a training script answers itself."""
 
 NOT_SIMULATED = (
-    "dataset", "text_column", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
+    "dataset", "text_column", "packing", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
 )  # fmt: skip
 """Fields that only mean something where ranks train."""
 
@@ -90,6 +91,8 @@ class SearchRequest:
     """Local files or a hub id; None for synthetic tokens."""
     text_column: str | None = None
     """Column of the dataset to train on; None to find out."""
+    packing: bool = True
+    """Cut the joined samples into blocks, instead of padding them."""
     tokenizer: str | None = None
     pretrained: bool = False
     ds_config: Path | None = None
@@ -146,8 +149,9 @@ class SearchRequest:
         )
 
     def given(self, names: Sequence[str]) -> list[str]:
-        """Returns the named fields that were given, in backticks; none of them may have a default of its own."""
-        return [f"`{name}`" for name in names if not any(getattr(self, name) is each for each in (None, False, ()))]
+        """Returns the named fields that have another value than their default, in backticks."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [f"`{name}`" for name in names if getattr(self, name) != defaults[name]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,9 +49,19 @@ def _token_stream(samples: Samples, workload: HuggingFaceWorkload, vocab_size: i
 
 
 def batches(
-    blocks: datasets.Dataset, micro_batch_size: int, *, rank: int, ranks: int, pin: bool
+    blocks: datasets.Dataset,
+    micro_batch_size: int,
+    *,
+    rank: int,
+    ranks: int,
+    pin: bool,
+    collate_fn: Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of this rank's share, for ever: `input_ids` and `labels`, each (micro_batch_size, seq_len)."""
+    """Micro-batches of this rank's share, for ever: `input_ids` and `labels`, each (micro_batch_size, seq_len).
+
+    Args:
+        collate_fn: makes another micro-batch of rows; None for `collate`.
+    """
     needed = micro_batch_size * ranks
     if len(blocks) < needed:  # fewer blocks than one global micro-batch: use them several times
         copies = -(-needed // len(blocks))
@@ -65,7 +75,7 @@ def batches(
         sampler=sampler,
         drop_last=True,
         pin_memory=pin,
-        collate_fn=collate,
+        collate_fn=collate_fn or collate,
     )
     for epoch in itertools.count():
         sampler.set_epoch(epoch)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ds_tune.objectives.errors import DsTuneError, UsageError
 from ds_tune.objectives.rank.dataset import LOOKED_AT, open_samples
-from ds_tune.objectives.rank.tokens import Encoder
+from ds_tune.objectives.rank.tokens import MOST_SAMPLES, Encoder, sample_ids
 from ds_tune.objectives.workload.data_facts import DataFacts
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
@@ -38,7 +38,20 @@ def look_at(workload: HuggingFaceWorkload) -> DataFacts:
         words.append("read as bytes, without a tokenizer")
     if samples.split:
         words.append(samples.split)
-    return DataFacts(words="; ".join(words))
+    if workload.packing:
+        return DataFacts(words="; ".join(words))
+    lengths = [len(ids) for ids in sample_ids(workload, samples)]
+    if not lengths:
+        raise UsageError(f"`dataset={workload.dataset}` has no sample of two tokens or more")
+    words.append(f"samples padded to the longest of their micro-batch, cut at {workload.seq_len} tokens")
+    if len(lengths) == MOST_SAMPLES:
+        words.append(f"the first {MOST_SAMPLES} samples")
+    return DataFacts(
+        words="; ".join(words),
+        mean_tokens=sum(lengths) / len(lengths),
+        shortest_sample=min(lengths),
+        longest_sample=max(lengths),
+    )
 
 
 def main() -> None:

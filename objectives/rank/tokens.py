@@ -1,8 +1,11 @@
 """Tokens of samples: by the tokenizer, by its chat template, or as bytes where there is no tokenizer."""
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.rank.dataset import Samples, open_samples
 from ds_tune.objectives.rank.reading import Sample
 from ds_tune.objectives.rank.values import PARAGRAPH, Message
 from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload, model_config_path
@@ -68,6 +71,27 @@ class Encoder:
             return list(text.encode())
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
+
+
+MOST_SAMPLES = 4096
+"""Samples that are used where each has its own length: as many as tell how lengths are spread."""
+
+
+def sample_ids(workload: HuggingFaceWorkload, samples: Samples | None = None) -> Iterator[list[int]]:
+    """Token ids of the first samples of a dataset, each cut at `seq_len`; those without a target are passed over.
+
+    Args:
+        samples: those of the dataset, where it is open.
+
+    Raises:
+        UsageError: the dataset cannot be read.
+    """
+    if samples is None:
+        assert workload.dataset is not None
+        samples = open_samples(workload.dataset, workload.text_column)
+    encode: Callable[[Any], list[int]] = list if samples.reading.is_ids else Encoder(workload).encode
+    cut = (encode(sample)[: workload.seq_len] for sample in samples)
+    return itertools.islice((ids for ids in cut if len(ids) > 1), MOST_SAMPLES)
 
 
 def plain_chat(messages: list[Message]) -> str:

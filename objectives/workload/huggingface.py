@@ -59,6 +59,8 @@ class HuggingFaceWorkload:
     """Local text, JSON, CSV, Parquet or Arrow files (a folder or a glob), or a hub id; None means synthetic tokens."""
     text_column: str | None = None
     """Column of it to train on; None to find out."""
+    packing: bool = True
+    """Cut the joined samples into blocks of `seq_len` tokens, instead of padding each to the longest beside it."""
     data: DataFacts | None = None
     """What a look at it showed; None before, and of synthetic tokens."""
     tokenizer: str | None = None
@@ -71,15 +73,18 @@ class HuggingFaceWorkload:
 
     @property
     def tokens_per_sample(self) -> int:
-        return self.seq_len
+        # Of samples that differ the longest one: what memory is needed for, and an upper end of the time.
+        longest = None if self.data is None else self.data.longest_sample
+        return self.seq_len if longest is None else longest
 
     @property
     def counted_tokens_per_sample(self) -> float | None:
-        return self.seq_len
+        mean = None if self.data is None else self.data.mean_tokens
+        return self.seq_len if mean is None else mean
 
     @property
     def counting(self) -> str:
-        return ""
+        return "" if self.data is None else self.data.counting
 
     @property
     def data_words(self) -> str:
@@ -120,7 +125,8 @@ class HuggingFaceWorkload:
 
     @property
     def out_of_reach(self) -> frozenset[str]:
-        return frozenset()
+        # It would be compiled anew for each length.
+        return frozenset({"compile"}) if self.counting else frozenset()
 
     @property
     def parameter_counts(self) -> None:
@@ -150,6 +156,8 @@ class HuggingFaceWorkload:
             words += ["--dataset", self.dataset]
         if self.text_column is not None:
             words += ["--text-column", self.text_column]
+        if not self.packing:
+            words.append("--no-packing")
         if self.tokenizer is not None:
             words += ["--tokenizer", self.tokenizer]
         return [*words, "--pretrained"] if self.pretrained else words
@@ -183,6 +191,8 @@ def check_workload(workload: HuggingFaceWorkload) -> None:
         )
     if workload.text_column is not None and workload.dataset is None:
         raise UsageError(f"`text_column={workload.text_column}` is of `dataset`, and there is none; add it")
+    if not workload.packing and workload.dataset is None:
+        raise UsageError("`packing` is of the samples of `dataset`, and synthetic tokens have none; add it")
     is_local = workload.dataset is not None and not _HUB_ID.fullmatch(workload.dataset)
     if is_local and dataset_files(str(workload.dataset)).is_empty:
         raise UsageError(f"`dataset={workload.dataset}` is empty; name files with text or token ids in them")

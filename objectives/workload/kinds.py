@@ -35,7 +35,7 @@ class WorkloadKind(Protocol):
 
     @property
     def tokens_per_sample(self) -> int | None:
-        """Tokens that are computed for every sample; None where samples differ, or have no tokens."""
+        """Tokens that are computed for every sample, or the longest; None where that is not known, or it has none."""
 
     @property
     def counted_tokens_per_sample(self) -> float | None:
