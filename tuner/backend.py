@@ -184,7 +184,7 @@ def workload_of(request: SearchRequest, device: str) -> HuggingFaceWorkload:
         pretrained=request.pretrained,
         dataset=_as_path(request.dataset) if request.dataset else None,
         text_column=request.text_column,
-        packing=request.packing,
+        packing=request.packing is not False,
         tokenizer=_as_path(request.tokenizer) if request.tokenizer else None,
         base_ds_config=load_base_ds_config(request.ds_config) if request.ds_config else {},
     )

@@ -91,8 +91,8 @@ class SearchRequest:
     """Local files or a hub id; None for synthetic tokens."""
     text_column: str | None = None
     """Column of the dataset to train on; None to find out."""
-    packing: bool = True
-    """Cut the joined samples into blocks, instead of padding them."""
+    packing: bool | None = None
+    """Cut the joined samples into blocks (as None does), instead of padding them."""
     tokenizer: str | None = None
     pretrained: bool = False
     ds_config: Path | None = None
@@ -151,7 +151,8 @@ class SearchRequest:
     def given(self, names: Sequence[str]) -> list[str]:
         """Returns the named fields that have another value than their default, in backticks."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return [f"`{name}`" for name in names if getattr(self, name) != defaults[name]]
+        given = {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
+        return [f"`{name}=False`" if value is False else f"`{name}`" for name, value in given.items()]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -192,7 +192,7 @@ def check_workload(workload: HuggingFaceWorkload) -> None:
     if workload.text_column is not None and workload.dataset is None:
         raise UsageError(f"`text_column={workload.text_column}` is of `dataset`, and there is none; add it")
     if not workload.packing and workload.dataset is None:
-        raise UsageError("`packing` is of the samples of `dataset`, and synthetic tokens have none; add it")
+        raise UsageError("`packing=False` is of the samples of `dataset`, and synthetic tokens have none; add it")
     is_local = workload.dataset is not None and not _HUB_ID.fullmatch(workload.dataset)
     if is_local and dataset_files(str(workload.dataset)).is_empty:
         raise UsageError(f"`dataset={workload.dataset}` is empty; name files with text or token ids in them")
