@@ -140,7 +140,15 @@ def tune_parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--dataset",
         metavar="FILES",
-        help="local text, JSON, CSV or Parquet files, or a hub id (default: synthetic tokens)",
+        help="local text, JSON, CSV, Parquet or Arrow files, a folder of them, or a hub id (default: synthetic tokens)",
+    )
+    work.add_argument(
+        "--text-column", metavar="NAME", help="column of --dataset to train on (default: found out, and said)"
+    )
+    work.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        help="cut the samples of --dataset, joined, into full sequences, instead of padding each (default)",
     )
     work.add_argument(
         "--tokenizer",
@@ -273,6 +281,8 @@ def in_options(text: str) -> str:
         action = _options().get(field[1])
         if action is None:
             return field[0]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[field[2] == "False"]
         value = "" if field[2] is None or action.nargs == 0 else f" {field[2]}"
         return action.option_strings[-1] + value
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -19,6 +20,7 @@ from ds_tune.objectives.objective import Objective
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.recorded.replay import ReplayObjective
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
+from ds_tune.objectives.running.first_look import with_first_look
 from ds_tune.objectives.running.launcher import Launcher
 from ds_tune.objectives.running.launchers import DEFAULT_LAUNCHER, LAUNCHERS
 from ds_tune.objectives.timing.step_plan import PRECISE, StepPlan
@@ -83,8 +85,12 @@ class Backend:
     """Lines for the person before the study begins."""
 
 
-def measured(request: TuneRequest) -> Backend:
-    """Real training, in ranks on this machine."""
+def measured(request: TuneRequest, say: Callable[[str], None]) -> Backend:
+    """Real training, in ranks on this machine.
+
+    Args:
+        say: told in one line what takes a while.
+    """
     machine = detect_machine(
         gpus=request.gpus,
         cpu_ranks=request.ranks or DEFAULT_CPU_RANKS,
@@ -102,6 +108,11 @@ def measured(request: TuneRequest) -> Backend:
 
     if forgets_loss_scale(0, workload.dtype):
         notes.append(STAGE_0_LEFT_OUT)
+    workload = with_first_look(workload, say)
+    if workload.data is not None:
+        notes.append(f"Data: {workload.data.words}.")
+        if workload.counting:
+            notes.append(f"{workload.counting}.")
 
     return Backend(
         machine=machine,
@@ -172,6 +183,8 @@ def workload_of(request: SearchRequest, device: str) -> HuggingFaceWorkload:
         dtype=request.dtype or defaults.dtype,
         pretrained=request.pretrained,
         dataset=_as_path(request.dataset) if request.dataset else None,
+        text_column=request.text_column,
+        packing=request.packing is not False,
         tokenizer=_as_path(request.tokenizer) if request.tokenizer else None,
         base_ds_config=load_base_ds_config(request.ds_config) if request.ds_config else {},
     )
@@ -192,8 +205,11 @@ def imagined_workload(request: SearchRequest, hardware: Hardware) -> HuggingFace
 
 
 def _as_path(name: str) -> str:
-    """An existing file or folder by its absolute path, so that ranks and commands find it from anywhere."""
-    return str(Path(name).resolve()) if name not in SHIPPED_MODELS and Path(name).exists() else name
+    """An existing file or folder by its absolute path, so that ranks and commands find it from anywhere.
+
+    Links are not followed: in a hub's cache they lead to files without an ending.
+    """
+    return os.path.abspath(name) if name not in SHIPPED_MODELS and Path(name).exists() else name
 
 
 def simulated(request: TuneRequest, hardware: Hardware) -> Backend:

@@ -23,4 +23,4 @@ def backend_for(request: TuneRequest, say: Callable[[str], None]) -> Backend:
         return scripted(request, say)
     if request.hardware is not None:
         return simulated(request, parse_hardware(request.hardware, memory_cap_bytes=request.memory_cap_bytes))
-    return measured(request)
+    return measured(request, say)

@@ -47,7 +47,7 @@ NUMERICS = tuple(f"numerics:{field}" for field, knob in KNOBS.items() if knob.nu
 """Names of what can be allowed."""
 
 TRAINING_FIELDS = (
-    "model", "dtype", "seq_len", "dataset", "tokenizer", "pretrained", "ds_config",
+    "model", "dtype", "seq_len", "dataset", "text_column", "packing", "tokenizer", "pretrained", "ds_config",
     "gpus", "ranks", "memory_cap", "trial_timeout", "fresh_ranks", "hardware", "simulate",
 )  # fmt: skip
 """Fields that say what is trained and on what: of use only where something is trained."""
@@ -57,6 +57,8 @@ NOT_SCRIPT = (
     "dtype",
     "seq_len",
     "dataset",
+    "text_column",
+    "packing",
     "tokenizer",
     "pretrained",
     "ds_config",
@@ -67,7 +69,7 @@ NOT_SCRIPT = (
 """Fields that a training script answers itself."""
 
 NOT_SIMULATED = (
-    "dataset", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
+    "dataset", "text_column", "packing", "tokenizer", "pretrained", "gpus", "ranks", "trial_timeout", "fresh_ranks",
 )  # fmt: skip
 """Fields that only mean something where ranks train."""
 
@@ -87,6 +89,10 @@ class SearchRequest:
     seq_len: int | None = None
     dataset: str | None = None
     """Local files or a hub id; None for synthetic tokens."""
+    text_column: str | None = None
+    """Column of the dataset to train on; None to find out."""
+    packing: bool | None = None
+    """Cut the joined samples into blocks (as None does), instead of padding them."""
     tokenizer: str | None = None
     pretrained: bool = False
     ds_config: Path | None = None
@@ -143,8 +149,10 @@ class SearchRequest:
         )
 
     def given(self, names: Sequence[str]) -> list[str]:
-        """Returns the named fields that were given, in backticks; none of them may have a default of its own."""
-        return [f"`{name}`" for name in names if not any(getattr(self, name) is each for each in (None, False, ()))]
+        """Returns the named fields that have another value than their default, in backticks."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
+        return [f"`{name}=False`" if value is False else f"`{name}`" for name, value in given.items()]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

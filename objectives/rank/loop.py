@@ -24,12 +24,14 @@ class TrainingLoop:
         enter: Callable[[str], None] = lambda part: None,
         micro_step_done: Callable[[], None] = nothing,
         on_loss: Callable[[torch.Tensor], object] | None = None,
+        on_batch: Callable[[Batch], object] | None = None,
     ) -> None:
         """
         Args:
             enter: told which part of a micro-step begins: data, forward, backward or step.
             micro_step_done: told when a micro-step has ended.
             on_loss: given the loss of each micro-batch, on the device.
+            on_batch: given each micro-batch, on the host.
         """
         self._engine = engine
         self._micro_batches = micro_batches
@@ -37,6 +39,7 @@ class TrainingLoop:
         self._enter = enter
         self._micro_step_done = micro_step_done
         self._on_loss = on_loss
+        self._on_batch = on_batch
 
     def step(self, micro_steps: int | None = None) -> bool:
         """Takes one optimizer step.
@@ -58,7 +61,10 @@ class TrainingLoop:
 
     def _micro_step(self) -> None:
         self._enter("data")
-        batch = {key: tensor.to(self._device, non_blocking=True) for key, tensor in next(self._micro_batches).items()}
+        on_host = next(self._micro_batches)
+        if self._on_batch is not None:
+            self._on_batch(on_host)
+        batch = {key: tensor.to(self._device, non_blocking=True) for key, tensor in on_host.items()}
         self._enter("forward")
         loss = self._engine(**batch).loss
         if self._on_loss is not None:

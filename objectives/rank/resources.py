@@ -22,6 +22,8 @@ class RankResources:
     model_config: transformers.PretrainedConfig
     blocks: datasets.Dataset
     """Rows of `seq_len` tokens in the column `input_ids`."""
+    samples: datasets.Dataset | None = None
+    """Rows of their own lengths, which trials are fed in place of blocks; None where samples are packed."""
     device: torch.device
     meter: Meter
     peers: Peers

@@ -26,6 +26,7 @@ from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
 from ds_tune.objectives.rank.loop import TrainingLoop
 from ds_tune.objectives.rank.model import build_model, load_config
+from ds_tune.objectives.rank.padded import load_samples, padded_batches
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 
@@ -34,6 +35,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gpt2-xl", help="as for ds-tune")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens a sample")
     parser.add_argument("--dataset", help="local files or a hub id; synthetic tokens without it")
+    parser.add_argument("--text-column", help="column of it to train on; found out without it")
+    parser.add_argument(
+        "--no-packing", action="store_false", dest="packing", help="pad samples instead of joining them"
+    )
     parser.add_argument("--tokenizer", help="folder or hub id; the model's own without it")
     parser.add_argument("--pretrained", action="store_true", help="load the model's weights")
     parser.add_argument(
@@ -100,6 +105,8 @@ def main() -> None:
         dtype=dtype_of(ds_config),
         pretrained=arguments.pretrained,
         dataset=arguments.dataset,
+        text_column=arguments.text_column,
+        packing=arguments.packing,
         tokenizer=arguments.tokenizer,
     )
     model_config = load_config(workload)
@@ -107,9 +114,19 @@ def main() -> None:
     apply_to_model(model, arguments.knobs)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
     apply_to_engine(engine, arguments.knobs)
-    blocks = load_blocks(workload, model_config.get_text_config().vocab_size)
-    micro_batch_size = engine.train_micro_batch_size_per_gpu()
-    loader = batches(blocks, micro_batch_size, rank=rank, ranks=ranks, pin=device.type == "cuda")
+    vocab_size = model_config.get_text_config().vocab_size
+    size, pin = engine.train_micro_batch_size_per_gpu(), device.type == "cuda"
+    if workload.packing:
+        loader = batches(load_blocks(workload, vocab_size), size, rank=rank, ranks=ranks, pin=pin)
+    else:
+        loader = padded_batches(
+            load_samples(workload, vocab_size),
+            size,
+            engine.gradient_accumulation_steps(),
+            rank=rank,
+            ranks=ranks,
+            pin=pin,
+        )
 
     loop = TrainingLoop(engine, loader, device)
 

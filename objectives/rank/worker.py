@@ -24,6 +24,7 @@ from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.loss_curve import run_losses
 from ds_tune.objectives.rank.model import load_config
 from ds_tune.objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
+from ds_tune.objectives.rank.padded import load_samples
 from ds_tune.objectives.rank.process_wide import ProcessWide
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.resources import RankResources
@@ -66,6 +67,7 @@ class Worker:
             machine=self._machine,
             model_config=model_config,
             blocks=load_blocks(workload, model_config.get_text_config().vocab_size),
+            samples=None if workload.packing else load_samples(workload, model_config.get_text_config().vocab_size),
             device=device,
             meter=meter_for(device),
             peers=Peers(device),

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Self
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import Scalar
 from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload.data_facts import DataFacts
+from ds_tune.objectives.workload.dataset_files import dataset_files
 from ds_tune.objectives.workload.launch_words import knob_words
 from ds_tune.objectives.workload.model_sizes import check_sizes
 
@@ -54,7 +56,13 @@ class HuggingFaceWorkload:
     pretrained: bool = False
     """Load weights (from the hub or a local folder) instead of initialising them; speed is the same."""
     dataset: str | None = None
-    """Local text, JSON, CSV or Parquet files (a glob), or a hub id; None means synthetic tokens."""
+    """Local text, JSON, CSV, Parquet or Arrow files (a folder or a glob), or a hub id; None means synthetic tokens."""
+    text_column: str | None = None
+    """Column of it to train on; None to find out."""
+    packing: bool = True
+    """Cut the joined samples into blocks of `seq_len` tokens, instead of padding each to the longest beside it."""
+    data: DataFacts | None = None
+    """What a look at it showed; None before, and of synthetic tokens."""
     tokenizer: str | None = None
     base_ds_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The user's own DeepSpeed settings; `objectives.ds_config` lays each trial's over them."""
@@ -65,15 +73,22 @@ class HuggingFaceWorkload:
 
     @property
     def tokens_per_sample(self) -> int:
-        return self.seq_len
+        # Of samples that differ the longest one: what memory is needed for, and an upper end of the time.
+        longest = None if self.data is None else self.data.longest_sample
+        return self.seq_len if longest is None else longest
 
     @property
     def counted_tokens_per_sample(self) -> float | None:
-        return self.seq_len
+        mean = None if self.data is None else self.data.mean_tokens
+        return self.seq_len if mean is None else mean
 
     @property
     def counting(self) -> str:
-        return ""
+        return "" if self.data is None else self.data.counting
+
+    @property
+    def data_words(self) -> str:
+        return "" if self.data is None else self.data.words
 
     @property
     def weights_are_loaded(self) -> bool:
@@ -110,7 +125,8 @@ class HuggingFaceWorkload:
 
     @property
     def out_of_reach(self) -> frozenset[str]:
-        return frozenset()
+        # It would be compiled anew for each length.
+        return frozenset({"compile"}) if self.counting else frozenset()
 
     @property
     def parameter_counts(self) -> None:
@@ -138,6 +154,10 @@ class HuggingFaceWorkload:
         words = ["--module", TRAINING_MODULE, "--model", self.model, "--seq-len", str(self.seq_len)]
         if self.dataset is not None:
             words += ["--dataset", self.dataset]
+        if self.text_column is not None:
+            words += ["--text-column", self.text_column]
+        if not self.packing:
+            words.append("--no-packing")
         if self.tokenizer is not None:
             words += ["--tokenizer", self.tokenizer]
         return [*words, "--pretrained"] if self.pretrained else words
@@ -147,7 +167,10 @@ class HuggingFaceWorkload:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        return cls(**document)
+        fields = dict(document)
+        if fields.get("data") is not None:
+            fields["data"] = DataFacts(**fields["data"])
+        return cls(**fields)
 
 
 def check_workload(workload: HuggingFaceWorkload) -> None:
@@ -166,10 +189,13 @@ def check_workload(workload: HuggingFaceWorkload) -> None:
             f"`tokenizer={workload.tokenizer}` is for the text of `dataset`, and synthetic tokens have none; "
             "add `dataset` or leave out `tokenizer`"
         )
-    if workload.dataset is not None and not _HUB_ID.fullmatch(workload.dataset):
-        _, files = dataset_files(workload.dataset)
-        if all(Path(file).stat().st_size == 0 for file in files):
-            raise UsageError(f"`dataset={workload.dataset}` is empty; name files with text or token ids in them")
+    if workload.text_column is not None and workload.dataset is None:
+        raise UsageError(f"`text_column={workload.text_column}` is of `dataset`, and there is none; add it")
+    if not workload.packing and workload.dataset is None:
+        raise UsageError("`packing=False` is of the samples of `dataset`, and synthetic tokens have none; add it")
+    is_local = workload.dataset is not None and not _HUB_ID.fullmatch(workload.dataset)
+    if is_local and dataset_files(str(workload.dataset)).is_empty:
+        raise UsageError(f"`dataset={workload.dataset}` is empty; name files with text or token ids in them")
 
 
 def _check_model(workload: HuggingFaceWorkload) -> None:
@@ -221,35 +247,6 @@ def model_config_path(model: str) -> Path | None:
     if (path / "config.json").is_file():
         return path / "config.json"
     return None
-
-
-DATASET_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File endings and the builder of the `datasets` library that reads them."""
-
-
-def dataset_files(pattern: str) -> tuple[str, list[str]]:
-    """The `datasets` builder and the files that a local `dataset` names (a file, a folder or a glob).
-
-    Raises:
-        UsageError: nothing is there, or the files are of no kind, or of several.
-    """
-    path = Path(pattern)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in DATASET_LOADERS)
-    elif path.is_file():
-        files = [path]
-    else:
-        anchor = Path(path.anchor or ".")
-        files = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)))
-    if not files:
-        raise UsageError(f"`dataset={pattern}`: no such file, and no hub id (owner/name) either")
-    endings = {file.suffix for file in files}
-    if len(endings) > 1 or not endings <= set(DATASET_LOADERS):
-        kinds = ", ".join(DATASET_LOADERS)
-        raise UsageError(
-            f"`dataset={pattern}`: files must be all of one kind of {kinds} (found {', '.join(sorted(endings))})"
-        )
-    return DATASET_LOADERS[endings.pop()], [str(file.resolve()) for file in files]
 
 
 def load_base_ds_config(path: Path) -> dict[str, Any]:

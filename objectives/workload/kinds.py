@@ -35,7 +35,7 @@ class WorkloadKind(Protocol):
 
     @property
     def tokens_per_sample(self) -> int | None:
-        """Tokens that are computed for every sample; None where samples differ, or have no tokens."""
+        """Tokens that are computed for every sample, or the longest; None where that is not known, or it has none."""
 
     @property
     def counted_tokens_per_sample(self) -> float | None:
@@ -44,6 +44,10 @@ class WorkloadKind(Protocol):
     @property
     def counting(self) -> str:
         """What is counted where samples differ in length, in words without a full stop; empty where they do not."""
+
+    @property
+    def data_words(self) -> str:
+        """What of the data is trained on, in words without a full stop; empty where it is not ds-tune that reads it."""
 
     @property
     def weights_are_loaded(self) -> bool:

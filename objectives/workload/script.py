@@ -212,6 +212,10 @@ class ScriptWorkload:
         return self.known.counting
 
     @property
+    def data_words(self) -> str:
+        return ""
+
+    @property
     def weights_are_loaded(self) -> bool:
         return True  # whatever the script does about them, their shapes are its own
 

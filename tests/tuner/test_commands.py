@@ -37,6 +37,16 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "ds-config list": (["--ds-config", "list.json"], "--ds-config list.json must hold a JSON object"),
     "ds-config word": (["--ds-config", "word.json"], "--ds-config word.json: optimizer must be an object"),
     "tokens of nothing": (["--tokenizer", "t"], "--tokenizer t is for the text of --dataset, and synthetic tokens"),
+    "nested tokens": (
+        ["--dataset", "nested.jsonl"],
+        "nested.jsonl: column input_ids is a list of lists of integers, and token ids must be a list of integers",
+    ),
+    "no such column": (
+        ["--dataset", "nested.jsonl", "--text-column", "a"],
+        "--text-column a is no column of --dataset",
+    ),
+    "column of nothing": (["--text-column", "a"], "--text-column a is of --dataset, and there is none; add it"),
+    "padding of nothing": (["--no-packing"], "--no-packing is of the samples of --dataset, and synthetic tokens"),
     "no data": (["--dataset", "nothing.txt"], "nothing.txt is empty; name files with text or token ids in them"),
     "impossible model": (["--model", "seven.json"], "seven.json cannot be built: its n_embd of 768 cannot be divided"),
     "micro-batch": (["--max-micro-batch", "0"], "argument --max-micro-batch: 0 is not"),
@@ -123,6 +133,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "word.json").write_text('{"optimizer": "AdamW"}')
     (tmp_path / "seven.json").write_text('{"model_type": "gpt2", "n_head": 7}')
     (tmp_path / "nothing.txt").touch()
+    (tmp_path / "nested.jsonl").write_text('{"input_ids": [[1, 2]]}\n')
     return tmp_path
 
 

@@ -97,8 +97,8 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 WORDS = {
     "<class 'str'>": "a text", "str": "a text", "<class 'int'>": "a whole number", "int": "a whole number",
-    "float": "a number", "<class 'bool'>": "True or False", "<class 'pathlib.Path'>": "a path",
-    "pathlib.Path": "a path", "tuple[str, ...]": "a list of texts",
+    "float": "a number", "<class 'bool'>": "True or False", "bool": "True or False",
+    "<class 'pathlib.Path'>": "a path", "pathlib.Path": "a path", "tuple[str, ...]": "a list of texts",
 }  # fmt: skip
 """By a field's declared type."""
 

@@ -274,10 +274,12 @@ def _gib(record: TrialRecord) -> str:
 
 
 def _environment(summary: StudySummary) -> str:
+    data = f"- data: {summary.workload.data_words}\n" if summary.workload.data_words else ""
     versions = "\n".join(f"- {name} ({version})" for name, version in summary.versions.items())
     return (
         "## Environment\n\n"
         f"- training: {summary.workload.description}\n"
+        f"{data}"
         f"- hardware: {summary.machine.description}\n"
         f"{versions}\n"
     )
@@ -309,7 +311,7 @@ def _method(summary: StudySummary) -> str:
     if summary.workload.counting:
         text += (
             " Samples differ in length: each step counts for the tokens, padding apart, that it was fed on all ranks, "
-            "and a sample is as many of them as the samples of the first run had in the mean."
+            "and a sample is as many of them as the samples seen first had in the mean."
         )
     if summary.provenance is not Provenance.MEASURED:
         return f"{ORIGINS[summary.provenance]} What they stand for: {text[0].lower()}{text[1:]}"

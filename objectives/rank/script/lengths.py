@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ds_tune.objectives.rank.distributed import Peers
-from ds_tune.objectives.rank.script.micro_batch import MicroBatch
+from ds_tune.objectives.rank.micro_batch import MicroBatch
 
 
 class SeenLengths:

@@ -12,12 +12,12 @@ import torch
 from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
+from ds_tune.objectives.rank.fed import FedSteps
 from ds_tune.objectives.rank.knobs import checkpoints_activations, knobs_for
+from ds_tune.objectives.rank.micro_batch import MicroBatch
 from ds_tune.objectives.rank.progress import Progress
 from ds_tune.objectives.rank.result import timed_result
-from ds_tune.objectives.rank.script.fed import FedSteps
 from ds_tune.objectives.rank.script.lengths import SeenLengths
-from ds_tune.objectives.rank.script.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.settings import Settings, engine_dtype
 from ds_tune.objectives.rank.script.whole_steps import WholeSteps

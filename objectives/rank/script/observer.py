@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
+from ds_tune.objectives.rank.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.laid_on import is_to_train
-from ds_tune.objectives.rank.script.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.rank.script.settings import Settings
 

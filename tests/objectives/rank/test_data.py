@@ -93,7 +93,11 @@ def test_rows_without_text_are_passed_over(tmp_path: Path) -> None:
     ("name", "content", "sentence"),
     [
         ("short.txt", "abc\n", r"holds 3 tokens, too few for one block of `seq_len=8`$"),
-        ("numbers.jsonl", '{"a": 1, "b": 2}\n', r"neither a text nor an input_ids column \(it has a, b\)$"),
+        (
+            "numbers.jsonl",
+            '{"a": 1, "b": 2}\n',
+            r"neither text nor token ids to train on \(it has a: integer, b: integer\)$",
+        ),
         ("broken.jsonl", '{"text":\n', "cannot be read: "),
         ("empty.csv", "", "cannot be read: "),
     ],

@@ -11,7 +11,6 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.workload.huggingface import (
     HuggingFaceWorkload,
     check_workload,
-    dataset_files,
     load_base_ds_config,
     model_config_path,
 )
@@ -125,28 +124,6 @@ def test_a_tokenizer_is_for_a_dataset(tmp_path: Path) -> None:
     assert refusal(tokenizer="words").startswith(sentence)
     (tmp_path / "a.txt").write_text("Some text.\n")
     check_workload(dataclasses.replace(NANO, tokenizer="words", dataset=str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("ending", "builder"),
-    [(".txt", "text"), (".json", "json"), (".jsonl", "json"), (".csv", "csv"), (".parquet", "parquet")],
-)
-def test_a_dataset_s_ending_chooses_its_reader(tmp_path: Path, ending: str, builder: str) -> None:
-    file = tmp_path / f"part-0{ending}"
-    file.touch()
-    assert dataset_files(str(file)) == (builder, [str(file)])
-
-
-def test_a_dataset_may_be_a_file_a_folder_or_a_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [tmp_path / "data" / f"part-{number}.txt" for number in range(2)]
-    files[0].parent.mkdir()
-    for file in files:
-        file.touch()
-    (tmp_path / "data" / "README.md").touch()
-    both = ("text", [str(file) for file in files])
-    monkeypatch.chdir(tmp_path)
-    assert dataset_files("data/part-0.txt") == ("text", [str(files[0])])
-    assert dataset_files("data") == dataset_files("data/*.txt") == dataset_files(str(tmp_path / "*" / "*.txt")) == both
 
 
 def test_a_deepspeed_configuration_is_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from ds_tune.objectives.rank.script.micro_batch import MicroBatch
+from ds_tune.objectives.rank.micro_batch import MicroBatch
 from ds_tune.objectives.rank.script.observer import positional_names
 
 IDS = torch.ones(2, 5, dtype=torch.long)

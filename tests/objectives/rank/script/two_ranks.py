@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ds_tune.objectives.rank.distributed import Peers
-from ds_tune.objectives.rank.script.fed import FedSteps
-from ds_tune.objectives.rank.script.micro_batch import MicroBatch
+from ds_tune.objectives.rank.fed import FedSteps
+from ds_tune.objectives.rank.micro_batch import MicroBatch
 
 
 def tell(rank: int, folder: Path, steps: list[list[int]]) -> list[list[float]]:

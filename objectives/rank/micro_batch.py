@@ -1,4 +1,4 @@
-"""One micro-batch of a script: the tensors that it calls its engine with."""
+"""One micro-batch: the tensors that an engine is called with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

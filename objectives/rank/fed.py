@@ -1,9 +1,9 @@
-"""What a script's optimizer steps were fed: tokens, padding apart."""
+"""What the optimizer steps of a loop were fed where samples differ in length: tokens, padding apart."""
 
 import torch
 
 from ds_tune.objectives.rank.distributed import Peers
-from ds_tune.objectives.rank.script.micro_batch import MicroBatch
+from ds_tune.objectives.rank.micro_batch import MicroBatch
 
 
 class FedSteps:
