@@ -86,6 +86,7 @@ def search_space(
         machine=machine,
         restricted_to=restricted_to,
         own=own,
+        with_untuned=request.ds_config is not None,
     )
 
 
