@@ -49,7 +49,9 @@ STATED: dict[str, Any] = {
 
 PROGRAM = """
 import json, runpy, sys
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
+from ds_tune.objectives.rank.distributed import skip_unused_ops
+skip_unused_ops()
 for words in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(True)
     sys.argv = ["trainer.py", *words]
@@ -68,7 +70,7 @@ def learning_rates(runs: list[list[str]], folder: Path) -> list[list[float]]:
         "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1", "OMP_NUM_THREADS": "2", "RANK": "0", "LOCAL_RANK": "0",
         "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    common = ["--output_dir", "out", "--max_steps", "6", "--logging_steps", "1", "--save_strategy", "no",
+    common = ["--output_dir", "out", "--max_steps", "4", "--logging_steps", "1", "--save_strategy", "no",
               "--report_to", "none", "--samples", "64", "--use_cpu", "True", "--disable_tqdm", "True"]  # fmt: skip
     program = PROGRAM.replace("SCRIPT", repr(str(SCRIPT)))
     done = subprocess.run(
@@ -85,7 +87,7 @@ def learning_rates(runs: list[list[str]], folder: Path) -> list[list[float]]:
 @pytest.mark.slow
 def test_trainer_trains_with_it_as_with_the_person_s_own_file(tmp_path: Path) -> None:
     """Learning rate and warm-up are those of the own file, and transformers finds no value that is another."""
-    rate = ["--learning_rate", "3e-4", "--warmup_steps", "3"]
+    rate = ["--learning_rate", "3e-4", "--warmup_steps", "2"]
     runs = []
     for number, (document, own_words) in enumerate(
         [(OPEN, [*rate, "--per_device_train_batch_size", "8"]),
@@ -101,8 +103,8 @@ def test_trainer_trains_with_it_as_with_the_person_s_own_file(tmp_path: Path) ->
             ["--deepspeed", str(found), *(rate if document is OPEN else []), *words],
         ]
     own_open, found_open, own_stated, found_stated = learning_rates(runs, tmp_path)
-    assert len(own_open) == 6 and max(own_open) == pytest.approx(3e-4)
-    assert len(set(own_open[:3])) == 3  # it warms up
+    assert len(own_open) == 4 and max(own_open) == pytest.approx(3e-4)
+    assert len(set(own_open[:2])) == 2  # it warms up
     assert found_open == own_open
     assert found_stated == own_stated
 
