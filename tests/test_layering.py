@@ -31,6 +31,7 @@ SPELLS_OPTIONS = {
     Path("objectives/workload/huggingface.py"),
     Path("objectives/workload/launch_words.py"),
     Path("objectives/workload/script.py"),
+    Path("objectives/workload/trainer_file.py"),
 }
 NVIDIA_SMI = {"--query-gpu=name,memory.total,compute_cap,index,uuid", "--format=csv,noheader,nounits"}
 

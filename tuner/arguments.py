@@ -160,12 +160,14 @@ def tune_parser() -> argparse.ArgumentParser:
         "--ds-config",
         type=Path,
         metavar="FILE",
-        help="your DeepSpeed configuration; trials keep all of it that is not searched",
+        help="your DeepSpeed file: the yardstick, and trials keep all of it that is not searched",
     )
     script = parser.add_argument_group("a training script of your own", "its launch line comes last, behind --")
     script.add_argument("--explain", action="store_true", help="say what is recognised of it, and run no trial")
     script.add_argument(
-        "--free-batch", action="store_true", help="let the global batch change; the script's own is held otherwise"
+        "--free-batch",
+        action="store_true",
+        help="let the global batch change; the script's own, or that of --ds-config, is held otherwise",
     )
     script.add_argument(
         "--map",

@@ -8,11 +8,13 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ds_tune.objectives.cost_model.hardware import Hardware, machine_of
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.cost_model.simulated import SimulatedObjective
+from ds_tune.objectives.ds_document import precision_of
+from ds_tune.objectives.ds_file import DsFile, read_ds_file
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT, forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
@@ -29,12 +31,21 @@ from ds_tune.objectives.workload.huggingface import (
     SHIPPED_MODELS,
     HuggingFaceWorkload,
     check_workload,
-    load_base_ds_config,
 )
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.finals import Verification
 from ds_tune.tuner.limits import Limits
+from ds_tune.tuner.own_file import (
+    MODELS_OWN,
+    OwnConfiguration,
+    Precision,
+    file_notes,
+    lets_batch_go,
+    limits_around,
+    own_of,
+    precision_for,
+)
 from ds_tune.tuner.request import SearchRequest, TuneRequest
 
 
@@ -96,14 +107,17 @@ def measured(request: TuneRequest, say: Callable[[str], None]) -> Backend:
         cpu_ranks=request.ranks or DEFAULT_CPU_RANKS,
         memory_cap_bytes=request.memory_cap_bytes,
     )
-    workload = workload_of(request, machine.device)
-    notes = []
+    major = int((machine.compute_capability or "0").partition(".")[0])
+    job = job_of(request, machine.device, has_bf16=machine.device == "cpu" or major >= FIRST_WITH_BF16)
+    workload = job.workload
+    own = job.own(machine, request)
+    limits = job.limits(own, request, machine)
+    notes = job.notes(own, limits)
     if machine.device == "cpu":
-        if workload.dtype == "fp16":
-            raise UsageError("`dtype=fp16` needs a GPU: DeepSpeed on a CPU trains in fp32 or bf16")
-        notes.append(
+        notes.insert(
+            0,
             f"No GPU in use: real DeepSpeed on {machine.ranks} CPU ranks with {workload.title}; "
-            "what is fastest here need not be on a GPU."
+            "what is fastest here need not be on a GPU.",
         )
 
     if forgets_loss_scale(0, workload.dtype):
@@ -117,7 +131,8 @@ def measured(request: TuneRequest, say: Callable[[str], None]) -> Backend:
     return Backend(
         machine=machine,
         workload=workload,
-        limits=limits_of(request, machine),
+        limits=limits,
+        own=own.config,
         objectives=training_objectives(request, workload, machine, LAUNCHERS[DEFAULT_LAUNCHER]),
         verifies=True,
         notes=notes,
@@ -170,38 +185,96 @@ def limits_of(request: SearchRequest, machine: Machine) -> Limits:
     )
 
 
-def workload_of(request: SearchRequest, device: str) -> HuggingFaceWorkload:
+FIRST_WITH_BF16 = 8
+"""Compute capability of the first GPUs that have bf16, its major part."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training of a built-in model, and the file that it comes from."""
+
+    workload: HuggingFaceWorkload
+    precision: Precision
+    file: DsFile | None
+
+    def own(self, machine: Machine, request: SearchRequest) -> OwnConfiguration:
+        """The configuration that the file describes.
+
+        Raises:
+            UsageError: see `own_of`.
+        """
+        if self.file is None:
+            return OwnConfiguration(config=None, holds_batch=False)
+        return own_of(self.file, self.workload, machine, request)
+
+    def limits(self, own: OwnConfiguration, request: SearchRequest, machine: Machine) -> Limits:
+        """The batch sizes to search."""
+        limits = limits_of(request, machine)
+        if own.config is None:
+            return limits
+        return limits_around(own.config, limits, holds_batch=own.holds_batch and not lets_batch_go(request))
+
+    def notes(self, own: OwnConfiguration, limits: Limits) -> list[str]:
+        """What a person should know of it."""
+        if self.file is not None:
+            return file_notes(self.file, self.precision, own, limits)
+        from_model = self.precision.origin == MODELS_OWN
+        return [f"Precision: {self.precision.dtype}, from {MODELS_OWN}."] if from_model else []
+
+
+def job_of(request: SearchRequest, device: str, *, has_bf16: bool = True) -> Job:
     """The training job that a request describes, on a kind of device.
 
     Raises:
         UsageError: the model, the data or the precision cannot be what was meant.
     """
     defaults = DEFAULTS[device]
+    file = read_ds_file(request.ds_config) if request.ds_config else None
     workload = HuggingFaceWorkload(
         model=_as_path(request.model) if request.model else defaults.model,
         seq_len=request.seq_len or defaults.seq_len,
-        dtype=request.dtype or defaults.dtype,
+        dtype=request.dtype or defaults.dtype,  # until the model's configuration has been read
         pretrained=request.pretrained,
         dataset=_as_path(request.dataset) if request.dataset else None,
         text_column=request.text_column,
         packing=request.packing is not False,
         tokenizer=_as_path(request.tokenizer) if request.tokenizer else None,
-        base_ds_config=load_base_ds_config(request.ds_config) if request.ds_config else {},
+        base_ds_config=file.document if file else {},
     )
     check_workload(workload)
-    return workload
+    runs = {"fp32", *(["bf16"] if has_bf16 else []), *(["fp16"] if device == "cuda" else [])}
+    is_said = request.dtype is not None or precision_of(workload.base_ds_config) is not None
+    model = None if is_said else _configuration_of(workload)
+    precision = precision_for(request.dtype, workload.base_ds_config, model, defaults.dtype, runs=runs)
+    if device == "cpu" and precision.dtype == "fp16":
+        raise UsageError("`dtype=fp16` needs a GPU: DeepSpeed on a CPU trains in fp32 or bf16")
+    return Job(workload=dataclasses.replace(workload, dtype=precision.dtype), precision=precision, file=file)
+
+
+def _configuration_of(workload: HuggingFaceWorkload) -> Mapping[str, Any] | None:
+    """The model's configuration; None where it cannot be had, which whoever needs more of it will say."""
+    try:
+        return workload.model_document()
+    except UsageError:
+        return None
 
 
 def imagined_workload(request: SearchRequest, hardware: Hardware) -> HuggingFaceWorkload:
     """The training job that a request describes, on GPUs that need not be here.
 
     Raises:
-        UsageError: see `workload_of`; or the GPUs lack the precision.
+        UsageError: see `job_of`; or the GPUs lack the precision.
     """
-    workload = workload_of(request, hardware.device)
-    if workload.dtype == "bf16" and not hardware.accelerator.has_bf16:
+    return imagined_job(request, hardware).workload
+
+
+def imagined_job(request: SearchRequest, hardware: Hardware) -> Job:
+    """The job of `imagined_workload`, which see."""
+    has_bf16 = hardware.device == "cpu" or hardware.accelerator.has_bf16
+    job = job_of(request, hardware.device, has_bf16=has_bf16)
+    if job.workload.dtype == "bf16" and not has_bf16:
         raise UsageError(f"`dtype=bf16`: {hardware.accelerator.name} has no bf16; use fp16")
-    return workload
+    return job
 
 
 def _as_path(name: str) -> str:
@@ -215,9 +288,14 @@ def _as_path(name: str) -> str:
 def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     """The cost model's own figures, with errors and noise."""
     machine = machine_of(hardware)
-    workload = imagined_workload(request, hardware)
+    job = imagined_job(request, hardware)
+    workload, own = job.workload, job.own(machine, request)
+    limits = job.limits(own, request, machine)
     model = CostModel(workload, hardware)
-    notes = [f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run."]
+    notes = [
+        *job.notes(own, limits),
+        f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run.",
+    ]
     if hardware.nodes_words is not None:
         notes.append(hardware.nodes_words)
     if forgets_loss_scale(0, workload.dtype):
@@ -225,7 +303,8 @@ def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     return Backend(
         machine=machine,
         workload=workload,
-        limits=limits_of(request, machine),
+        limits=limits,
+        own=own.config,
         objectives=lambda results, notice, resources: (SimulatedObjective(model, machine, request.seed), None),
         # Another seed is another machine: its deviations from the formulas are drawn from it.
         recording=f"simulated machine {request.seed}",

@@ -35,6 +35,7 @@ from ds_tune.tuner.reports.verdict import (
     improvement_words,
     legend_words,
     standing_words,
+    untuned_words,
     verdict_lines,
 )
 from ds_tune.tuner.space import DIMENSIONS
@@ -187,6 +188,8 @@ class Console:
                 self.say(line)
             self.say(metric_line(summary))
             self.say(f"Speed-up over the baseline: {improvement_words(summary)}")
+            if (words := untuned_words(summary)) is not None:
+                self.say(f"Over untuned training: {words}")
             self._say_batch_difference(summary)
         for name, found in summary.numerics.items():
             self.say(numerics_words(name, found))

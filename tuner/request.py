@@ -198,7 +198,7 @@ class TuneRequest(SearchRequest):
     script: tuple[str, ...] = ()
     """The line that launches a training script of one's own, in place of a built-in model."""
     free_batch: bool = False
-    """Let the script's global batch change; it is held otherwise."""
+    """Let the global batch of the script, or of `ds_config`, change; it is held otherwise."""
     map: tuple[str, ...] = ()
     """Options of the script that follow a setting of DeepSpeed's, each as `key=option`; see `MAPPED_KEYS`."""
     simulate: bool = False
@@ -225,8 +225,14 @@ class TuneRequest(SearchRequest):
             raise UsageError(f"`gpus={shown(self.gpus)}`: a number of GPUs, or 0 for the CPU")
         if self.script:
             self._check_script()
-        elif refused := self.given(("free_batch", "map")):
-            raise UsageError(f"{refused[0]} is about a training script; put its launch line behind --")
+        elif self.map:
+            raise UsageError("`map` is about a training script; put its launch line behind --")
+        elif self.free_batch and self.ds_config is None:
+            raise UsageError(
+                "`free_batch` is about a training script or `ds_config`; put the script's launch line behind --"
+            )
+        if self.free_batch and self.global_batch is not None:
+            raise UsageError("`free_batch` does not go with `global_batch`; leave out one")
         if self.replay is not None:
             self._check_replay()
         elif self.simulate:
@@ -260,8 +266,6 @@ class TuneRequest(SearchRequest):
         _ = self.mapped  # is checked
         if refused := self.given(NOT_SCRIPT):
             raise UsageError(f"{', '.join(refused)}: the training script behind -- says that itself; leave it out")
-        if self.free_batch and self.global_batch is not None:
-            raise UsageError("`free_batch` does not go with `global_batch`; leave out one")
 
     def _check_replay(self) -> None:
         if refused := self.given(TRAINING_FIELDS):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_tune.objectives.ds_document import WRITTEN_BY_FILE, switched_off
+from ds_tune.objectives.ds_file import shared_samples
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.loss_scale import forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, Machine, detect_machine
@@ -19,9 +21,10 @@ from ds_tune.objectives.trial import KNOBS, TrialConfig
 from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload, read_ds_config
 from ds_tune.storage.layout import ResultsFolder
 from ds_tune.tuner.autotuning_block import with_autotuning_block
-from ds_tune.tuner.backend import DEFAULTS, Backend, MakeObjectives, Objectives, training_objectives
+from ds_tune.tuner.backend import Backend, MakeObjectives, Objectives, limits_of, training_objectives
 from ds_tune.tuner.first_run import FirstRun, first_run
 from ds_tune.tuner.limits import Limits
+from ds_tune.tuner.own_file import at_global_batch, lets_batch_go, limits_around
 from ds_tune.tuner.reports.markdown import duration_words
 from ds_tune.tuner.request import TuneRequest
 from ds_tune.tuner.space import Space, study_space
@@ -127,20 +130,21 @@ def _own(workload: ScriptWorkload, request: TuneRequest, machine: Machine) -> Tr
             "the gradients: set zero_optimization.stage to 1, or use bf16 "
             "(docs/log/2026-11-30-stage-0-fp16-loses-gradients.md)"
         )
-    accumulation = facts.gradient_accumulation_steps
-    if request.global_batch is not None:
-        accumulation, rest = divmod(request.global_batch, facts.micro_batch_size * machine.ranks)
-        if rest or not accumulation:
-            raise UsageError(
-                f"`global_batch={request.global_batch}` must be a multiple of the script's micro-batches, "
-                f"{facts.micro_batch_size} on each of {machine.ranks} ranks"
-            )
+    if (mistake := shared_samples(facts.ds_config)) is not None:
+        raise UsageError(f"The DeepSpeed configuration of {workload.title}: {mistake}")
     core = {
         "zero_stage": facts.zero_stage,
         "micro_batch_size": facts.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": facts.gradient_accumulation_steps,
     }
-    return TrialConfig.from_json({**core, **workload.own_knobs})
+    # On a CPU an offload to the host is no other place.
+    knobs = {
+        field: value
+        for field, value in workload.own_knobs.items()
+        if machine.device == "cuda" or field not in WRITTEN_BY_FILE
+    }
+    own = TrialConfig.from_json({**core, **knobs})
+    return at_global_batch(own, request.global_batch, machine.ranks, whose="script's")
 
 
 def _limits(request: TuneRequest, own: TrialConfig, machine: Machine) -> Limits:
@@ -148,19 +152,7 @@ def _limits(request: TuneRequest, own: TrialConfig, machine: Machine) -> Limits:
 
     Its global batch is its training: it is held, unless it may go.
     """
-    defaults, samples = DEFAULTS[machine.device], own.global_batch_size(machine.ranks)
-    limits = request.limits(
-        machine.ranks,
-        max_micro_batch=defaults.max_micro_batch,
-        max_global_batch=defaults.max_samples_per_rank * machine.ranks,
-    )
-    is_free = request.free_batch or request.max_global_batch is not None
-    return dataclasses.replace(
-        limits,
-        max_micro_batch=max(limits.max_micro_batch, own.micro_batch_size),
-        max_global_batch=max(limits.max_global_batch, samples),
-        global_batch=None if is_free else samples,
-    )
+    return limits_around(own, limits_of(request, machine), holds_batch=not lets_batch_go(request))
 
 
 def _of_micro_batch(
@@ -212,5 +204,7 @@ def _notes(
             "first run, is in each trial."
         )
     held = f"The global batch is held at {limits.global_batch}; `free_batch` lets it go." if limits.global_batch else ""
+    if off := switched_off(facts.ds_config):
+        lines.append(f"Off in trials, kept in what is exported: {', '.join(off)}.")
     lines.append(f"Left out of trials: checkpoints, trackers, uploads and evaluation. {held}".strip())
     return lines

@@ -15,6 +15,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from ds_tune.objectives.cost_model.knob_context import knob_context_of
+from ds_tune.objectives.ds_document import WRITTEN_BY_FILE
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext, Scalar
 from ds_tune.objectives.machine import Machine
@@ -77,7 +78,7 @@ PRESETS = ("core", "speed", "full")
 def knob_choices(
     preset: str, context: KnobContext, allowed: Collection[str] = (), own: TrialConfig | None = None
 ) -> dict[str, tuple[Scalar, ...]]:
-    """Values of each knob in a preset, off among them; one that is not searched stays as the person has it.
+    """Values of each knob in a preset, off among them; one of the model that is not searched stays.
 
     See `dimensions_of` for the arguments.
     """
@@ -89,7 +90,9 @@ def knob_choices(
         if field in context.out_of_reach:
             values = ()
         kept = knob.off if own is None else getattr(own, field)
-        found[field] = tuple(dict.fromkeys((knob.off, kept, *values))) if values else (kept,)
+        # What DeepSpeed's file says may go, too: an offload that is not needed costs the most of all settings.
+        is_searched = bool(values) or field in WRITTEN_BY_FILE
+        found[field] = tuple(dict.fromkeys((knob.off, kept, *values))) if is_searched else (kept,)
     return found
 
 
@@ -190,9 +193,11 @@ class Space:
         context: KnobContext | None = None,
         restricted_to: Sequence[TrialConfig] | None = None,
         own: TrialConfig | None = None,
+        with_untuned: bool = False,
     ) -> None:
         """
         Args:
+            with_untuned: the untuned configuration is to run beside a person's own.
             context: what decides, besides the configuration, which knobs have a meaning.
             restricted_to: where given, nothing else is ever proposed; of these, what keeps to the limits.
             own: the configuration that a person trains with today: the first of the baselines.
@@ -201,7 +206,7 @@ class Space:
             UsageError: no configuration is left.
         """
         limits.check()
-        self.limits, self.own = limits, own
+        self.limits, self.own, self._with_untuned = limits, own, with_untuned
         self.context = context or KnobContext(ranks=limits.ranks)
         self.restricted_to = (
             None if restricted_to is None else tuple(config for config in restricted_to if limits.allow(config))
@@ -251,7 +256,10 @@ class Space:
         """Whether every knob that is on does something, so that no two configurations are the same."""
         on = {field: kind[field] for field in KNOBS if field in kind and kind[field] != KNOBS[field].off}
         knobs = {field: KNOBS[field] for field in on if KNOBS[field].numerics is None}
-        unusual = sum(on[field] not in knob.usual(self.context) for field, knob in knobs.items())
+        unusual = sum(
+            on[field] not in (*knob.usual(self.context), getattr(self.own, field, knob.off))
+            for field, knob in knobs.items()
+        )
         return unusual <= MAX_UNUSUAL_KNOBS and all(has_meaning(field, kind, self.context) for field in on)
 
     def _kind(self, config: TrialConfig) -> tuple[Any, ...]:
@@ -293,7 +301,8 @@ class Space:
         """
         if self.own is not None:
             smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
-            return (self.own, *sorted(smallest, key=lambda config: -config.zero_stage))
+            second = [] if self.untuned is None else [self.untuned]
+            return tuple(dict.fromkeys([self.own, *second, *sorted(smallest, key=lambda config: -config.zero_stage)]))
         if self.restricted_to is not None:
             smallest = [next(group) for _, group in itertools.groupby(self.legal, key=self._kind)]
             return tuple(sorted(smallest, key=lambda config: (self._knobs_on(config), config.zero_stage)))
@@ -303,6 +312,16 @@ class Space:
             for stage in zero_stages(self.context)
         )
         return (*untuned, *self._most_saving())
+
+    @property
+    def untuned(self) -> TrialConfig | None:
+        """The untuned configuration that runs beside a person's own; None where that is it, or none is to."""
+        if self.own is None or not self._with_untuned or self.restricted_to is not None:
+            return None
+        accumulation = (self.limits.global_batch or self.limits.ranks) // self.limits.ranks
+        stage = zero_stages(self.context)[0]
+        untuned = TrialConfig(zero_stage=stage, micro_batch_size=1, gradient_accumulation_steps=accumulation)
+        return None if untuned == self.own else untuned
 
     def _most_saving(self) -> tuple[TrialConfig, ...]:
         """The smallest configurations with as many memory-saving knobs as any has, and no others."""
@@ -368,6 +387,7 @@ def study_space(
     machine: Machine,
     restricted_to: Sequence[TrialConfig] | None = None,
     own: TrialConfig | None = None,
+    with_untuned: bool = False,
 ) -> Space:
     """The space of a study; configurations that it is restricted to have their own knobs, whatever the preset.
 
@@ -377,4 +397,5 @@ def study_space(
     if restricted_to is not None:
         return Space(limits, restricted_to=restricted_to, own=own)
     context = knob_context_of(workload, machine)
-    return Space(limits, dimensions_of(preset, context, allowed, own), context=context, own=own)
+    dimensions = dimensions_of(preset, context, allowed, own)
+    return Space(limits, dimensions, context=context, own=own, with_untuned=with_untuned)

@@ -98,6 +98,7 @@ def search_space(
         machine=machine,
         restricted_to=restricted_to,
         own=own,
+        with_untuned=request.ds_config is not None,
     )
     if recorded is not None:
         return Rescue(space=space)

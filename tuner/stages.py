@@ -1,7 +1,8 @@
-"""ZeRO stages at which a person's script fails by itself: what is left of them is not proposed.
+"""ZeRO stages that DeepSpeed or a person's script refuses: what is left of them is not proposed.
 
-Accelerate's `accumulate` is refused where DeepSpeed partitions gradients; a model whose `_init_weights` looks into its
-parameters fails where they are partitioned as they are made.
+Some settings and optimizers are for some stages only (`prescale_gradients` for 0 and 1); Accelerate's `accumulate` is
+refused where DeepSpeed partitions gradients; a model whose `_init_weights` looks into its parameters fails where they
+are partitioned as they are made.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,35 @@ from ds_tune.tuner.space import Space
 
 
 def stages_left_out(space: Space, trials: Sequence[FrozenTrial]) -> dict[int, str]:
-    """The stages that are left out after these trials, and what the script raised there."""
-    if space.own is None:
-        return {}
+    """The stages that are left out after these trials, and why: a part of a sentence."""
     ended = (record_of(trial) for trial in trials if trial.state.is_finished())
-    return failing_stages([record for record in ended if record is not None], own_stage=space.own.zero_stage)
+    records = [record for record in ended if record is not None]
+    own = None if space.own is None else space.own.zero_stage
+    refused = {stage: f"DeepSpeed refuses it there: {text}" for stage, text in refused_stages(records).items()}
+    failing = {} if own is None else failing_stages(records, own_stage=own)
+    return refused | {stage: f"the script fails there ({text})" for stage, text in failing.items()}
+
+
+def refused_stages(records: Sequence[TrialRecord]) -> dict[int, str]:
+    """Stages at which DeepSpeed refuses the configuration, and in which words.
+
+    It has trained nothing there; or has refused twice alike where it has. What a script raises is none of this.
+    """
+    found = {}
+    for stage in {record.config.zero_stage for record in records}:
+        of_stage = [record for record in records if record.config.zero_stage == stage]
+        said = [text for record in of_stage if (text := _refusal(record))]
+        repeated = [text for text in said if said.count(text) > 1]
+        if decisive := repeated if any(record.counts for record in of_stage) else said:
+            found[stage] = decisive[0]
+    return found
+
+
+def _refusal(record: TrialRecord) -> str:
+    """DeepSpeed's words where it refused a configuration of a built-in training."""
+    failure = record.outcome
+    is_refusal = isinstance(failure, Failure) and failure.kind is FailureKind.INVALID_CONFIG and not failure.raised
+    return failure.message if is_refusal and isinstance(failure, Failure) else ""
 
 
 def failing_stages(records: Sequence[TrialRecord], *, own_stage: int) -> dict[int, str]:

@@ -34,6 +34,8 @@ from ds_tune.tuner.stopping import StopSignals
 MAX_FAILURES_IN_A_ROW = 3
 """Crashes and timeouts say nothing about a configuration; so many of them say something about the machine."""
 
+FEWEST_WITH_UNTUNED = 4
+"""Trials of a study that compares with untuned training beside a person's own configuration."""
 
 OBJECTIVE = "samples_per_second, end to end"
 
@@ -146,12 +148,13 @@ class Study:
             self._observer.trial_finished(record, store.summary())
             known, left_out = left_out, stages_left_out(self._space, store.trials())
             for stage in left_out.keys() - known.keys():
-                self._observer.say(f"Stage {stage} left out: the script fails there ({left_out[stage]}).")
+                self._observer.say(f"Stage {stage} left out: {left_out[stage].removesuffix('.')}.")
             if record.state is not TrialState.FAILED:
                 failures_in_a_row = 0
             elif record.config.zero_stage not in left_out:
                 failures_in_a_row += 1
-            check_failure(record, failures_in_a_row, own=self._space.own)
+            is_everywhere = left_out.keys() >= {config.zero_stage for config in self._space.legal}
+            check_failure(record, failures_in_a_row, own=self._space.own, is_everywhere=is_everywhere)
 
     def _run_trial(self, store: StudyStore, summary: StudySummary) -> TrialRecord:
         spec, machine = self._spec, self._spec.backend.machine
@@ -191,10 +194,16 @@ class Study:
         Returns:
             Why there is nothing to search, if not even the smallest configuration fits.
         """
-        if summary.baseline is not None or store.has_waiting():
+        if store.has_waiting():
+            return None
+        if summary.baseline is not None:
+            self._queue_untuned(store, summary)
             return None
         tried = {record.config.name: record for record in summary.records}
+        left_out = stages_left_out(self._space, store.trials())
         for config in self._sampler.baselines(store.trials()):
+            if config.zero_stage in left_out:
+                continue
             record = tried.get(config.name)
             if record is None:
                 store.enqueue(self._space.params(config), Source.BASELINE)
@@ -211,6 +220,16 @@ class Study:
             hint = f"; {self._spec.hint}"
         return f"not even {smallest} fits, in any ZeRO stage{hint}"
 
+    def _queue_untuned(self, store: StudyStore, summary: StudySummary) -> None:
+        """Has untuned training run beside a person's own configuration, where trials are left for a search."""
+        untuned = self._space.untuned
+        names = {record.config.name for record in summary.records}
+        if untuned is None or untuned.name in names or summary.trials_total < FEWEST_WITH_UNTUNED:
+            return
+        left_out = stages_left_out(self._space, store.trials())
+        if untuned.zero_stage not in left_out and untuned in self._sampler.baselines(store.trials()):
+            store.enqueue(self._space.params(untuned), Source.BASELINE)
+
     def _settled(self, store: StudyStore) -> str | None:
         """Why no further trial is worth its time; None to go on, and where trials were asked for by `more`."""
         if store.has_waiting() or self._spec.request.more is not None:
@@ -223,21 +242,25 @@ class Study:
         return "every configuration of the space has been tried"
 
 
-def check_failure(record: TrialRecord, failures_in_a_row: int, *, own: TrialConfig | None = None) -> None:
+def check_failure(
+    record: TrialRecord, failures_in_a_row: int, *, own: TrialConfig | None = None, is_everywhere: bool = False
+) -> None:
     """Ends a study whose trials fail for reasons that searching on cannot mend.
 
     Args:
-        own: the configuration that a person's script trains with today.
+        own: the configuration that a person trains with today.
+        is_everywhere: no ZeRO stage is left at which anything could be tried.
 
     Raises:
-        UsageError: DeepSpeed refused the configuration; as only the user's own file can be at fault, all would be. Not
-            so of a script at other stages than its own: it may do there what DeepSpeed has no way to do.
+        UsageError: DeepSpeed refused the configuration at every stage, or a script's at its own; as only the user's own
+            file can be at fault, all would be.
         EnvironmentFault: too many trials in a row crashed or hung.
     """
     if not isinstance(record.outcome, Failure):
         return
-    is_elsewhere = own is not None and record.config.zero_stage != own.zero_stage and bool(record.outcome.raised)
-    if record.outcome.kind is FailureKind.INVALID_CONFIG and not is_elsewhere:
+    is_of_script = own is not None and record.config.zero_stage == own.zero_stage and bool(record.outcome.raised)
+    is_over = is_of_script or is_everywhere or failures_in_a_row >= MAX_FAILURES_IN_A_ROW
+    if record.outcome.kind is FailureKind.INVALID_CONFIG and is_over:
         raise UsageError(f"DeepSpeed refuses the configuration, correct `ds_config`: {record.outcome.message}")
     if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
         raise EnvironmentFault(

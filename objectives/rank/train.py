@@ -21,6 +21,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_tune.objectives.ds_config import dtype_of
+from ds_tune.objectives.ds_file import parsed
 from ds_tune.objectives.rank.data import batches, load_blocks
 from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
@@ -74,7 +75,7 @@ def load_ds_config(argument: str | None) -> dict[str, Any]:
     is_file = os.path.isfile(argument)  # unlike Path.is_file it bears a name as long as an encoded configuration
     try:
         text = Path(argument).read_text() if is_file else base64.b64decode(argument, b"-_", validate=True).decode()
-        document = json.loads(text)
+        document = parsed(text)
     except OSError as error:
         raise ValueError(f"--deepspeed_config {argument} cannot be read ({error.strerror})") from error
     except ValueError as error:

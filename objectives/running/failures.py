@@ -38,6 +38,12 @@ _PEER_GONE_TEXT = re.compile(
 # What DeepSpeed and pydantic raise for a configuration that no machine could run.
 _INVALID_CONFIG_TYPES = frozenset({"ValidationError", "DeepSpeedConfigError", "JSONDecodeError"})
 
+# How Python says that an optimizer or a scheduler has other parameters than the configuration names, or is none.
+_REFUSED_ARGUMENT_TEXT = re.compile(
+    r"got an unexpected keyword argument|missing \d+ required (?:positional|keyword)"
+    r"|module 'torch\.optim\S*' has no attribute"
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception, or one that it was raised from, says that memory ran out."""
@@ -57,6 +63,7 @@ def kind_of_exception(error: BaseException, phase: str) -> FailureKind:
     refused = {kind.__name__ for kind in type(error).__mro__} & _INVALID_CONFIG_TYPES
     # DeepSpeed checks what its pydantic models cannot with bare asserts: settings that exclude each other.
     refused |= {"assert"} if isinstance(error, AssertionError | ValueError) and "deepspeed" in _origin(error) else set()
+    refused |= {"argument"} if _REFUSED_ARGUMENT_TEXT.search(str(error)) else set()
     if phase == "config" or (phase == "engine" and refused):
         return FailureKind.INVALID_CONFIG
     return FailureKind.CRASH

@@ -17,6 +17,7 @@ from ds_tune.objectives.workload.data_facts import DataFacts
 from ds_tune.objectives.workload.dataset_files import dataset_files
 from ds_tune.objectives.workload.launch_words import knob_words
 from ds_tune.objectives.workload.model_sizes import check_sizes
+from ds_tune.objectives.workload.trainer_file import TRAINER_FILE, has_open_values, trainer_file, trainer_words
 
 DTYPES = ("fp16", "bf16", "fp32")
 
@@ -40,6 +41,9 @@ SHIPPED_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Model configurations that come with ds-tune, so that no hub is needed; keys not named are transformers'."""
+
+CHECKPOINTING = ("activation_checkpointing", 1)
+"""Knob that the Trainer has an argument for."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -141,13 +145,27 @@ class HuggingFaceWorkload:
         return [*words, *knob_words(config.model_knobs), "--deepspeed", "--deepspeed_config", str(ds_config)]
 
     def extra_files(self, config: TrialConfig) -> dict[str, str]:
-        return {}
+        if not has_open_values(self.base_ds_config):
+            return {}
+        document = trainer_file(self.base_ds_config, config, self.dtype)
+        return {TRAINER_FILE: json.dumps(document, indent=2) + "\n"}
 
     def by_hand(self, config: TrialConfig) -> list[str]:
         return []
 
     def in_code(self, config: TrialConfig) -> list[str]:
-        return []
+        if not has_open_values(self.base_ds_config):
+            return []
+        words = " ".join(trainer_words(self.base_ds_config, config, self.dtype))
+        lines = [f'For the Trainer {TRAINER_FILE} is your file with its "auto", which goes with {words}.']
+        every = config.activation_checkpointing
+        if knobs := {field: value for field, value in config.model_knobs.items() if (field, every) != CHECKPOINTING}:
+            call = ", ".join(f"{field}={value!r}" for field, value in knobs.items())
+            lines.append(
+                "There, `from ds_tune.objectives import apply_knobs` and "
+                f"`apply_knobs(model, {call})` go before the Trainer is made."
+            )
+        return lines
 
     def _training_words(self) -> list[str]:
         """Program and arguments that train it under DeepSpeed's launcher."""
@@ -247,56 +265,3 @@ def model_config_path(model: str) -> Path | None:
     if (path / "config.json").is_file():
         return path / "config.json"
     return None
-
-
-def load_base_ds_config(path: Path) -> dict[str, Any]:
-    """Reads the user's DeepSpeed configuration for `ds_config`.
-
-    Raises:
-        UsageError: the file is missing, is no JSON, or is no DeepSpeed configuration.
-    """
-    try:
-        document = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"`ds_config={path}` cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"`ds_config={path}` is not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise UsageError(f"`ds_config={path}` must hold a JSON object")
-    if (mistake := _mistake_in(document)) is not None:
-        raise UsageError(f"`ds_config={path}`: {mistake}")
-    return document
-
-
-MOST_ELEMENTS = 2**63
-"""More than any bucket has; beyond, a number is a slip or an infinity."""
-
-
-def _mistake_in(document: Mapping[str, Any]) -> str | None:
-    """A setting that is of another type than it must be, among those that ds-tune itself reads or writes into.
-
-    The rest is DeepSpeed's to judge. A value `"auto"` is as good as none: `objectives.ds_config` leaves it out.
-    """
-    for section in ("zero_optimization", "optimizer", "fp16", "bf16"):
-        if not isinstance(_stated(document, section, {}), dict):
-            return f"{section} must be an object"
-    zero, optimizer = _stated(document, "zero_optimization", {}), _stated(document, "optimizer", None)
-    if not isinstance(_stated(zero, "offload_optimizer", {}), dict | None):
-        return "zero_optimization.offload_optimizer must be an object"
-    bucket = _stated(zero, "reduce_bucket_size", 0)
-    if isinstance(bucket, int | float) and not 0 <= bucket < MOST_ELEMENTS:
-        return f"zero_optimization.reduce_bucket_size must be a number of elements, not {bucket}"
-    if optimizer is not None:
-        if not isinstance(_stated(optimizer, "type", None), str):
-            return 'optimizer.type must be the name of an optimizer, such as "AdamW"'
-        if not isinstance(_stated(optimizer, "params", {}), dict):
-            return "optimizer.params must be an object"
-    clipping = _stated(document, "gradient_clipping", 0)
-    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not clipping >= 0:
-        return "gradient_clipping must be a number from 0 on"
-    return None
-
-
-def _stated(document: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = document.get(key, default)
-    return default if value == "auto" else value

@@ -4,11 +4,12 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from ds_tune.objectives.ds_document import knobs_of
+from ds_tune.objectives.ds_file import parsed
 from ds_tune.objectives.knobs import Scalar
 from ds_tune.objectives.trial import KNOBS, TrialConfig
 from ds_tune.objectives.workload.accelerate_launcher import (
@@ -233,7 +234,10 @@ class ScriptWorkload:
 
     @property
     def own_knobs(self) -> Mapping[str, Scalar]:
-        return {"activation_checkpointing": 1} if self.known.checkpoints_activations else {}
+        facts = self.known
+        knobs = knobs_of(facts.ds_config, zero_stage=facts.zero_stage)
+        own = {field: value for field, value in knobs.items() if field not in self.out_of_reach}
+        return {"activation_checkpointing": 1, **own} if facts.checkpoints_activations else own
 
     @property
     def out_of_reach(self) -> frozenset[str]:
@@ -388,7 +392,7 @@ WITH_KNOBS = "ds_tune.objectives.rank.script.with_knobs"
 def read_ds_config(path: Path) -> dict[str, Any] | None:
     """The DeepSpeed configuration in a file; None where there is no such file, or something else in it."""
     try:
-        document = json.loads(path.read_text())
+        document = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) and DS_CONFIG_KEYS & set(document) else None

@@ -34,6 +34,7 @@ from ds_tune.tuner import backend, cli, study
 
 ANSWERS = (
     "formula", "stage 0 does not fit", "nothing fits", "crash", "first crashes", "invalid", "hang",
+    "stages 2 and 3 are refused", "stage 0 is refused",
     "stage 2 is fastest", "stage 2 is fastest and wrong", "stage 2 is fastest and cannot be compared",
 )  # fmt: skip
 
@@ -93,6 +94,9 @@ class AnalyticObjective:
     def _outcome(self, config: TrialConfig) -> Outcome:
         if self._answer == "invalid":
             return self._failure(config, FailureKind.INVALID_CONFIG, "rank 0 in engine: ValidationError: bad key")
+        refused = {"stages 2 and 3 are refused": (2, 3), "stage 0 is refused": (0,)}.get(self._answer, ())
+        if config.zero_stage in refused:
+            return self._failure(config, FailureKind.INVALID_CONFIG, "rank 0 in engine: AssertionError: not here")
         if self._answer == "crash" or (self._answer == "first crashes" and self._runs == 1):
             return self._failure(config, FailureKind.CRASH, "rank 1 was killed by SIGSEGV in forward")
         peak_bytes = peak_memory_bytes(config)

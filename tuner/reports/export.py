@@ -216,7 +216,9 @@ def export(report: Report, folder: ResultsFolder) -> list[Path]:
         for path in (folder.optimal_config, folder.optimal_command):
             path.unlink(missing_ok=True)
         return written
-    optimal = deepspeed_config(best.config, summary.workload, ranks=best.machine.ranks, device=best.machine.device)
+    optimal = deepspeed_config(
+        best.config, summary.workload, ranks=best.machine.ranks, device=best.machine.device, exported=True
+    )
     write_json(folder.optimal_config, optimal)
     extra = summary.workload.extra_files(best.config)
     for name, text in extra.items():

@@ -13,7 +13,7 @@ from ds_tune.objectives.words import counted
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows, metric_values
 from ds_tune.tuner.reports.report import Report
-from ds_tune.tuner.reports.verdict import improvement_words, standing_words, verdict_lines
+from ds_tune.tuner.reports.verdict import improvement_words, standing_words, untuned_words, verdict_lines
 
 ORIGINS = {
     Provenance.SIMULATED: "All figures are **simulated**: a cost model gave them, with noise; nothing was run.",
@@ -292,6 +292,8 @@ def _bullets(summary: StudySummary) -> str:
         f"- Number of experiments: {len(summary.records)}",
         f"- Throughput improvement over baseline: {improvement_words(summary)}",
     ]
+    if (words := untuned_words(summary)) is not None:
+        lines.append(f"- Throughput improvement over untuned training: {words}")
     if summary.verification:
         lines.append(f"- Verification, in fresh processes: {duration_words(summary.verification_seconds)}")
     if summary.state.value == "unfinished":

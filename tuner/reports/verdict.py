@@ -2,7 +2,7 @@
 
 from ds_tune.objectives.trial import Provenance
 from ds_tune.storage.finalists import LEVEL
-from ds_tune.storage.records import AfterSearch, StudySummary, TrialRecord, TrialState
+from ds_tune.storage.records import AfterSearch, Source, StudySummary, TrialRecord, TrialState
 from ds_tune.storage.verdict import Verdict
 
 WINNER, LEADS, FASTEST = "★ winner", "★ best so far", "★ fastest of the search"
@@ -70,6 +70,21 @@ def improvement_words(summary: StudySummary) -> str:
     verified = [summary.verified(record) for record in (summary.best, summary.baseline) if record is not None]
     search = " in the search" if summary.verification and None in verified else ""
     return summary.provenance.mark(f"{words}{search} (95% interval {low:.2f}–{high:.2f})")
+
+
+def untuned_words(summary: StudySummary) -> str | None:
+    """The best trial's rate over that of untuned training, in the search, in one phrase.
+
+    None where that did not run beside a person's own configuration, which is the baseline.
+    """
+    best, baseline = summary.best, summary.baseline
+    complete = [record for record in summary.records if record.state is TrialState.COMPLETE]
+    others = [record for record in complete if record.source is Source.BASELINE and record is not baseline]
+    untuned = others[0] if others else None
+    if best is None or untuned is None or not best.samples_per_second or not untuned.samples_per_second:
+        return None
+    factor = best.samples_per_second / untuned.samples_per_second
+    return summary.provenance.mark(f"{factor:.2f}× in the search ({untuned.config.name})")
 
 
 def verdict_lines(summary: StudySummary) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from ds_tune.objectives.ds_file import load_base_ds_config
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.workload.huggingface import (
     HuggingFaceWorkload,
     check_workload,
-    load_base_ds_config,
     model_config_path,
 )
 from ds_tune.objectives.workload.kinds import workload_from_json
