@@ -28,6 +28,7 @@ from ds_tune.objectives.workload.huggingface import (
     HuggingFaceWorkload,
     check_workload,
     load_base_ds_config,
+    trained_instead,
 )
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
@@ -102,6 +103,8 @@ def measured(request: TuneRequest) -> Backend:
 
     if forgets_loss_scale(0, workload.dtype):
         notes.append(STAGE_0_LEFT_OUT)
+    if (instead := trained_instead(workload)) is not None:
+        notes.append(instead)
 
     return Backend(
         machine=machine,
@@ -204,6 +207,8 @@ def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
     notes = [f"Simulated: a cost model of {hardware.name} answers, with errors and noise; nothing is run."]
     if forgets_loss_scale(0, workload.dtype):
         notes.append(STAGE_0_LEFT_OUT)
+    if (instead := trained_instead(workload)) is not None:
+        notes.append(instead)
     return Backend(
         machine=machine,
         workload=workload,
