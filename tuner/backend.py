@@ -31,6 +31,7 @@ from ds_tune.objectives.workload.huggingface import (
     SHIPPED_MODELS,
     HuggingFaceWorkload,
     check_workload,
+    trained_instead,
 )
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.storage.layout import ResultsFolder
@@ -127,6 +128,8 @@ def measured(request: TuneRequest, say: Callable[[str], None]) -> Backend:
         notes.append(f"Data: {workload.data.words}.")
         if workload.counting:
             notes.append(f"{workload.counting}.")
+    if (instead := trained_instead(workload)) is not None:
+        notes.append(instead)
 
     return Backend(
         machine=machine,
@@ -300,6 +303,8 @@ def simulated(request: TuneRequest, hardware: Hardware) -> Backend:
         notes.append(hardware.nodes_words)
     if forgets_loss_scale(0, workload.dtype):
         notes.append(STAGE_0_LEFT_OUT)
+    if (instead := trained_instead(workload)) is not None:
+        notes.append(instead)
     return Backend(
         machine=machine,
         workload=workload,

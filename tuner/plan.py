@@ -15,10 +15,12 @@ from ds_tune.objectives.cost_model.model import CostModel, Prediction
 from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT, forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload, trained_instead
 from ds_tune.objectives.workload.kinds import Workload
 from ds_tune.tuner.arguments import in_options
 from ds_tune.tuner.backend import imagined_workload, limits_of
 from ds_tune.tuner.proposer import Proposer
+from ds_tune.tuner.reports.model import parameters_words
 from ds_tune.tuner.request import PlanRequest
 from ds_tune.tuner.space import Space
 from ds_tune.tuner.spec import search_space
@@ -84,7 +86,11 @@ class Plan:
     workload: Workload
     hardware: Hardware
     parameters: int
+    active_parameters: int | None
+    """Those that one token is multiplied with, where they are fewer: among experts."""
     is_exact: bool
+    trained_instead: str | None
+    """The sentence of `trained_instead`."""
     fitting: Sequence[PlanRow]
     """Configurations that are likely to fit, the fastest first."""
     refused: Sequence[PlanRow]
@@ -102,6 +108,8 @@ class Plan:
             "hardware": self.hardware.name,
             "capacity_bytes": self.hardware.capacity_bytes,
             "model_parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            "model_parameters_are_exact": self.is_exact,
             "configurations": self.configurations,
             "added": self.said,
             "hint": self.hint,
@@ -166,7 +174,9 @@ def make_plan(model: CostModel, space: Space, *, best: int, each_accumulation: b
         workload=model.workload,
         hardware=model.hardware,
         parameters=model.architecture.parameters,
+        active_parameters=model.architecture.active_parameters,
         is_exact=model.architecture.is_exact,
+        trained_instead=trained_instead(model.workload) if isinstance(model.workload, HuggingFaceWorkload) else None,
         fitting=[row(number) for number in order[:best]],
         refused=[row(smallest[kind]) for kind in sorted(smallest)],
         configurations=len(grid),
@@ -185,10 +195,10 @@ def _size(config: TrialConfig) -> tuple[int, int]:
 def print_plan(plan: Plan, console: rich.console.Console) -> None:
     """The plan as two tables."""
     capacity = plan.hardware.capacity_bytes / GIB
-    exactly = "" if plan.is_exact else "about "
+    words = parameters_words(plan.parameters, plan.active_parameters, is_exact=plan.is_exact)
     console.print(
         f"{plan.workload.description} on {plan.hardware.name} ({capacity:.1f} GiB a rank), "
-        f"{exactly}{plan.parameters / 1e6:.0f}M parameters; {plan.configurations} configurations. "
+        f"{words}; {plan.configurations} configurations. "
         "Every figure is predicted.",
         soft_wrap=True,
     )
@@ -198,6 +208,8 @@ def print_plan(plan: Plan, console: rich.console.Console) -> None:
         console.print(STAGE_0_LEFT_OUT, soft_wrap=True)
     if plan.said is not None:
         console.print(plan.said, soft_wrap=True)
+    if plan.trained_instead is not None:
+        console.print(plan.trained_instead, soft_wrap=True)
     if plan.fitting:
         console.print(_speed_table(plan.fitting))
         console.print(_memory_table("Their memory a rank, GiB", plan.fitting))

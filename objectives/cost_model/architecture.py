@@ -1,7 +1,7 @@
 """`Architecture`: a model's sizes and parameter count from its Hugging Face configuration, without building it.
 
-Counts are exact for the families in `FAMILIES` (the tests compare them with the real models) and a close guess for any
-other decoder or encoder of the usual shape.
+Counts of the families in `FAMILIES` are from formulas (the tests compare them with the real models), all others from
+the model as transformers builds it (`ModelFacts`). Where neither can be had they are a guess for the usual shape.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.workload.kinds import Workload
+from ds_tune.objectives.workload.model_facts import ModelFacts
 from ds_tune.objectives.workload.model_sizes import (
     BERT_LIKE,
     FAMILIES,
@@ -46,8 +47,12 @@ class Architecture:
     """Columns of DeBERTa's scores by relative position, both directions together; 0 for other attention.
     There is no fused kernel for them."""
     parameters: int
+    parameters_per_token: int
+    """Parameters that one token is multiplied with: the experts that it goes to, and a shared layer each time."""
     block_parameters: int
     """Parameters of one transformer block."""
+    block_matrices: int
+    """Weights of a block that are no vectors: of attention, one or three and the output's, and of the MLP."""
     is_masked: bool
     """Trained on masked tokens, by a head that is more than one projection."""
     is_exact: bool
@@ -62,32 +67,36 @@ class Architecture:
         return self.parameters - self.frozen_parameters
 
     @property
+    def active_parameters(self) -> int | None:
+        """Parameters that one token is multiplied with, where they are fewer: among experts; else None."""
+        return self.parameters_per_token if self.parameters_per_token < self.parameters else None
+
+    @property
     def is_frozen(self) -> bool:
         """Whether the matrices of its blocks are not trained: nothing is kept for their gradients."""
         return self.frozen_parameters > self.layers * self.block_parameters / 2
 
-    @property
-    def block_matrices(self) -> int:
-        """Weights of a block that are no vectors: of attention, one or three and the output's, and of the MLP."""
-        return (1 if self.model_type in FUSED_ATTENTION else 3) + 1 + (3 if self.gated_mlp else 2)
-
     def enlarged(self, multiple: int) -> "Architecture":
         """With the vocabulary rounded up; the embedding and the projection are taken to be one tied matrix."""
-        more = -self.vocabulary % multiple
+        rows = -self.vocabulary % multiple
+        more = rows * self.hidden
         return dataclasses.replace(
-            self, vocabulary=self.vocabulary + more, parameters=self.parameters + more * self.hidden
+            self,
+            vocabulary=self.vocabulary + rows,
+            parameters=self.parameters + more,
+            parameters_per_token=self.parameters_per_token + more,
         )
 
     def flops_per_sample(self, seq_len: int) -> float:
         """Model FLOPs of a sample's forward and backward pass: s × (4N + 2T + 12·L·H·Q·s).
 
-        N parameters of which T are trained (6N where all are), L layers, H heads of dimension Q, s
-        positions (Chowdhery et al. 2022, PaLM, appendix B).
+        N parameters that a token is multiplied with, of which T are trained (6N where all are), L layers, H heads of
+        dimension Q, s positions (Chowdhery et al. 2022, PaLM, appendix B).
 
         A rank computes the same of the model it has built (`rank.model.flops_per_sample`): measured figures rest on the
         real N also where the one here is a guess (`is_exact`).
         """
-        products = 4 * self.parameters + 2 * self.trained_parameters
+        products = 6 * self.parameters_per_token - 2 * self.frozen_parameters
         return float(seq_len * (products + 12 * self.layers * self.heads * self.head_dim * seq_len))
 
 
@@ -100,16 +109,28 @@ def architecture_of(workload: Workload) -> Architecture:
     document = workload.model_document()
     if document is None:
         raise UsageError(f"the sizes of {workload.title} are not known")
-    architecture = architecture_from_config(document, workload.title)
+    facts = workload.model_facts()
+    architecture = architecture_from_config(document, workload.title) if facts is None else architecture_of_facts(facts)
     if (counted := workload.parameter_counts) is None:
         return architecture
     return dataclasses.replace(
         architecture,
         parameters=counted.parameters,
+        parameters_per_token=counted.parameters,
         frozen_parameters=counted.parameters - counted.trainable,
         adapter_inputs=counted.adapter_inputs,
         is_exact=True,
     )
+
+
+def architecture_of_facts(facts: ModelFacts) -> Architecture:
+    """The architecture of a model that has been built."""
+    sizes = {
+        field.name: getattr(facts, field.name)
+        for field in dataclasses.fields(Architecture)
+        if hasattr(facts, field.name)
+    }
+    return Architecture(**sizes, is_exact=True)
 
 
 def architecture_from_config(document: Mapping[str, Any], model: str) -> Architecture:
@@ -159,9 +180,11 @@ def architecture_from_config(document: Mapping[str, Any], model: str) -> Archite
         unfused_activation=activation == "gelu_new",
         rms_norm=gated,
         dropout=_has_dropout(config, model_type),
-        relative_columns=_relative_columns(config, size("positions", 1)) if model_type.startswith("deberta") else 0,
+        relative_columns=relative_columns(config, size("positions", 1)) if model_type.startswith("deberta") else 0,
         parameters=layers * block + outside,
+        parameters_per_token=layers * block + outside,
         block_parameters=block,
+        block_matrices=(1 if model_type in FUSED_ATTENTION else 3) + 1 + (3 if gated else 2),
         is_masked=model_type in (*BERT_LIKE, "distilbert", "deberta-v2"),
         is_exact=model_type in FAMILIES,
     )
@@ -179,7 +202,8 @@ def _relative_span(config: Mapping[str, Any], positions: int) -> int:
     return int(buckets if buckets > 0 else reach if reach > 0 else positions)
 
 
-def _relative_columns(config: Mapping[str, Any], positions: int) -> int:
+def relative_columns(config: Mapping[str, Any], positions: int) -> int:
+    """Columns of DeBERTa's scores by relative position, both directions together."""
     if not config.get("relative_attention", False):
         return 0
     return 2 * _relative_span(config, positions) * len({"c2p", "p2c"}.intersection(config.get("pos_att_type") or []))

@@ -91,8 +91,8 @@ class StepInputs:
 
     @property
     def projection_share(self) -> float:
-        """Fraction of the parameters, and so of the FLOPs, that is the output projection."""
-        return self.architecture.vocabulary * self.architecture.hidden / self.architecture.parameters
+        """Fraction of what a token is multiplied with, and so of the FLOPs, that is the output projection."""
+        return self.architecture.vocabulary * self.architecture.hidden / self.architecture.parameters_per_token
 
     @property
     def shard(self) -> float:

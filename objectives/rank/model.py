@@ -7,56 +7,15 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 
 from ds_tune.objectives.ds_config import dtype_of
-from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload, model_config_path
-from ds_tune.objectives.workload.model_sizes import check_sizes
+from ds_tune.objectives.rank.describe import build_empty, multiplied
+from ds_tune.objectives.rank.experts import leaf_classes
+from ds_tune.objectives.rank.model_config import attention_sizes, head_of, model_class
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.objectives.workload.model_sizes import FAMILIES
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def load_config(workload: HuggingFaceWorkload) -> transformers.PretrainedConfig:
-    """The model's configuration: shipped, from a local file or folder, or from the hub.
-
-    Raises:
-        UsageError: it cannot be had, or the model is of no kind that is trained here.
-    """
-    try:
-        if workload.model in SHIPPED_MODELS and not workload.pretrained:
-            fields = dict(SHIPPED_MODELS[workload.model])
-            config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        else:
-            path = model_config_path(workload.model)
-            config = transformers.AutoConfig.from_pretrained(str(path) if path else workload.model)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        said = " ".join(str(error).splitlines()[:2])
-        raise UsageError(f"`model={workload.model}` cannot be loaded: {said}") from error
-    check_sizes(config.to_dict(), workload.model)
-    model_class(config)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and workload.seq_len > limit:
-        raise UsageError(f"{workload.model} takes at most {limit} positions; `seq_len={workload.seq_len}` is too long")
-    config.use_cache = False  # the key-value cache is for generation; in training it only costs memory
-    return config
-
-
-def model_class(config: transformers.PretrainedConfig) -> Any:
-    """The `Auto` class that trains this kind of model: causal where it can be, masked where it says so.
-
-    Raises:
-        UsageError: the model has neither head.
-    """
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
-    architectures = config.architectures or []
-    says_masked = any(name.endswith("ForMaskedLM") for name in architectures)
-    if type(config) in causal and not says_masked:
-        return transformers.AutoModelForCausalLM
-    if type(config) in masked:
-        return transformers.AutoModelForMaskedLM
-    raise UsageError(f"models of type {config.model_type} have no language-model head that transformers can train")
 
 
 def build_model(
@@ -89,6 +48,8 @@ def build_model(
     if not workload.pretrained:
         initialize_weights(model)
         model.tie_weights()
+    if ds_config["zero_optimization"]["stage"] == 3 and (leaves := leaf_classes(model)):
+        deepspeed.utils.set_z3_leaf_modules(model, leaves)
     trained: torch.nn.Module = model.train()
     return trained
 
@@ -132,10 +93,24 @@ def flops_per_sample(config: transformers.PretrainedConfig, parameters: int, seq
     """Model FLOPs of one sample's forward and backward pass, as `Architecture.flops_per_sample` has them.
 
     The attention term is left out where the configuration does not say its layers and width.
+
+    Args:
+        parameters: all that the model has, also those that a token is not multiplied with.
     """
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", 0) or 0
-    hidden = getattr(text, "hidden_size", 0) or 0
-    heads = getattr(text, "num_attention_heads", 0) or 1
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    return float(seq_len * (6 * parameters + 12 * layers * heads * head_dim * seq_len))
+    layers, heads, head_dim = attention_sizes(config)
+    per_token = parameters + _more_per_token(config)
+    return float(seq_len * (6 * per_token + 12 * layers * heads * head_dim * seq_len))
+
+
+_MORE: dict[str, int] = {}
+
+
+def _more_per_token(config: transformers.PretrainedConfig) -> int:
+    """Parameters that a token is multiplied with more than the model has; fewer, thus below 0, among experts."""
+    if config.model_type in FAMILIES:
+        return 0
+    key = config.to_json_string(use_diff=False)
+    if key not in _MORE:
+        model = build_empty(config, head_of(config))
+        _MORE[key] = round(sum(multiplied(model, config).values())) - count_parameters(model)
+    return _MORE[key]

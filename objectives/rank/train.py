@@ -26,7 +26,8 @@ from ds_tune.objectives.rank.data import batches, load_blocks
 from ds_tune.objectives.rank.distributed import skip_unused_ops
 from ds_tune.objectives.rank.knobs import apply_to_engine, apply_to_model, configure_model, parse_knobs
 from ds_tune.objectives.rank.loop import TrainingLoop
-from ds_tune.objectives.rank.model import build_model, load_config
+from ds_tune.objectives.rank.model import build_model
+from ds_tune.objectives.rank.model_config import load_config
 from ds_tune.objectives.rank.padded import load_samples, padded_batches
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 

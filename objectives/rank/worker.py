@@ -22,7 +22,7 @@ from ds_tune.objectives.rank.distributed import Peers, connect_ranks
 from ds_tune.objectives.rank.engine import EngineSlot
 from ds_tune.objectives.rank.logs import log_to
 from ds_tune.objectives.rank.loss_curve import run_losses
-from ds_tune.objectives.rank.model import load_config
+from ds_tune.objectives.rank.model_config import load_config
 from ds_tune.objectives.rank.ops import import_muon, load_optimizer_op, optimizer_op
 from ds_tune.objectives.rank.padded import load_samples
 from ds_tune.objectives.rank.process_wide import ProcessWide

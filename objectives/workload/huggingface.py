@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,14 @@ from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.data_facts import DataFacts
 from ds_tune.objectives.workload.dataset_files import dataset_files
 from ds_tune.objectives.workload.launch_words import knob_words
-from ds_tune.objectives.workload.model_sizes import check_sizes
+from ds_tune.objectives.workload.model_facts import ModelFacts, facts_of
+from ds_tune.objectives.workload.model_sizes import (
+    check_length,
+    check_sizes,
+    is_counted_by_formula,
+    stated_sizes,
+    usable_positions,
+)
 from ds_tune.objectives.workload.trainer_file import TRAINER_FILE, has_open_values, trainer_file, trainer_words
 
 DTYPES = ("fp16", "bf16", "fp32")
@@ -112,8 +120,21 @@ class HuggingFaceWorkload:
         if self.model in SHIPPED_MODELS:
             return SHIPPED_MODELS[self.model]
         path = model_config_path(self.model)
-        document: Mapping[str, Any] = _from_hub(self.model) if path is None else json.loads(path.read_text())
+        if path is not None:
+            local: Mapping[str, Any] = json.loads(path.read_text())
+            return local
+        document, said = _from_hub(self.model)
+        if document is None:
+            raise UsageError(
+                f"`model={self.model}`: its config.json cannot be had from the hub ({said}); name a local folder"
+            )
         return document
+
+    def model_facts(self) -> ModelFacts | None:
+        document = self.model_document()
+        if self.model in SHIPPED_MODELS or is_counted_by_formula(document):
+            return None
+        return facts_of(document, self.model)
 
     @property
     def ds_config_is_whole(self) -> bool:
@@ -219,9 +240,7 @@ def check_workload(workload: HuggingFaceWorkload) -> None:
 def _check_model(workload: HuggingFaceWorkload) -> None:
     model = workload.model
     if model in SHIPPED_MODELS:
-        limit = SHIPPED_MODELS[model].get("n_positions", 1024)
-        if workload.seq_len > limit:
-            raise UsageError(f"{model} takes at most {limit} positions; `seq_len={workload.seq_len}` is too long")
+        check_length(SHIPPED_MODELS[model].get("n_positions", 1024), workload.seq_len, model)
         return
     path = model_config_path(model)
     if path is None:
@@ -234,27 +253,63 @@ def _check_model(workload: HuggingFaceWorkload) -> None:
             raise UsageError(
                 f"`model={model}` is neither a file, a folder nor a hub id (owner/name); shipped models: {known}"
             )
+        document, _ = _from_hub(model)
+        if document is not None:  # else the ranks say what is wrong, where they cannot have it either
+            _check_configuration(document, workload)
         return
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"`model={model}`: {path} cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not ("model_type" in config or config.get("auto_map")):
         raise UsageError(f"`model={model}`: {path} is no Hugging Face configuration (it has no model_type)")
-    check_sizes(config, model)
+    _check_configuration(config, workload)
 
 
-def _from_hub(model: str) -> Any:
+def _check_configuration(config: Mapping[str, Any], workload: HuggingFaceWorkload) -> None:
+    """
+    Raises:
+        UsageError: it is of no model that is trained here, or of one that takes fewer tokens.
+    """
+    check_sizes(config, workload.model)
+    facts = workload.model_facts()
+    if facts is not None:
+        check_length(facts.positions, workload.seq_len, workload.model)
+    elif is_counted_by_formula(config):
+        sizes = stated_sizes(config)
+        stated = sizes.get("max_position_embeddings", sizes.get("n_positions"))
+        limit = usable_positions(config["model_type"], stated, sizes.get("pad_token_id"))
+        check_length(limit, workload.seq_len, workload.model)
+
+
+def trained_instead(workload: HuggingFaceWorkload) -> str | None:
+    """The sentence that says what is trained, where the configuration names something else; None where it does not.
+
+    Raises:
+        UsageError: the model cannot be trained here.
+    """
+    try:
+        facts = workload.model_facts()
+    except UsageError:
+        if _HUB_ID.fullmatch(workload.model) and not Path(workload.model).exists():
+            return None  # the ranks say what is wrong
+        raise
+    if facts is None or facts.named_class is None:
+        return None
+    named = facts.named_class
+    return f"Trained is {facts.trained_class}: the configuration names {named}, whose head is not trained here."
+
+
+@functools.lru_cache
+def _from_hub(model: str) -> tuple[Mapping[str, Any] | None, str]:
+    """The configuration on the hub, or None and why it cannot be had."""
     # Imported late: it takes a third of a second, and only hub ids need it.
     import huggingface_hub
 
     try:
-        return json.loads(open(huggingface_hub.hf_hub_download(model, "config.json")).read())
+        return json.loads(Path(huggingface_hub.hf_hub_download(model, "config.json")).read_text()), ""
     except Exception as error:  # the library raises a dozen kinds, for network, login and missing files
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"`model={model}`: its config.json cannot be had from the hub ({said}); name a local folder"
-        ) from error
+        return None, str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def model_config_path(model: str) -> Path | None:

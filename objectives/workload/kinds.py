@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeAlias
 from ds_tune.objectives.knobs import Scalar
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.objectives.workload.model_facts import ModelFacts
 from ds_tune.objectives.workload.parameter_counts import ParameterCounts
 from ds_tune.objectives.workload.script import ScriptWorkload
 
@@ -104,6 +105,13 @@ class WorkloadKind(Protocol):
 
         Raises:
             UsageError: it cannot be had here.
+        """
+
+    def model_facts(self) -> ModelFacts | None:
+        """What its model is like as transformers builds it; None where only its configuration tells.
+
+        Raises:
+            UsageError: its configuration cannot be had here, or it is of no model that is trained.
         """
 
     def to_json(self) -> dict[str, Any]:

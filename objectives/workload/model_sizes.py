@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {"vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
              "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2},
     "roberta": {"vocab_size": 50265, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2},
+                "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 1},
     "distilbert": {"vocab_size": 30522, "dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12,
                    "max_position_embeddings": 512},
     "deberta-v2": {"vocab_size": 128100, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 24,
@@ -38,6 +38,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Families whose parameters are counted exactly, with what transformers fills in where a configuration leaves out a
 key that matters to the count."""
+
+FAMILY_HEADS = {
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
+    "distilbert": "DistilBertForMaskedLM", "deberta-v2": "DebertaV2ForMaskedLM",
+}  # fmt: skip
+"""Class of each of these families whose parameters are counted."""
+
+POSITIONS_BEGIN_AFTER_PADDING = (
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+"""Types whose first token has the position after that of padding, so that fewer tokens have one."""
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 BERT_LIKE = ("bert", "roberta")
@@ -49,6 +63,36 @@ def text_configuration(document: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part about the language model, where a configuration has several."""
     text = document.get("text_config")
     return text if isinstance(text, Mapping) and text else document
+
+
+def is_counted_by_formula(document: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of a family that is counted exactly, and of the class that is counted."""
+    family = document.get("model_type")
+    named = document.get("architectures") or [FAMILY_HEADS.get(str(family))]
+    return family in FAMILIES and named == [FAMILY_HEADS[family]] and "text_config" not in document
+
+
+def usable_positions(model_type: str, limit: Any, padding: Any) -> int | None:
+    """Tokens that a sample may have; None where there is no limit.
+
+    Args:
+        limit: positions that the configuration says; XLNet has -1 for no limit.
+        padding: its `pad_token_id`.
+    """
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    if model_type == "prophetnet":
+        return limit - int(padding or 0) - 2  # its second stream looks one further ahead
+    return limit - int(padding or 0) - 1 if model_type in POSITIONS_BEGIN_AFTER_PADDING else limit
+
+
+def check_length(limit: int | None, seq_len: int, model: str) -> None:
+    """
+    Raises:
+        UsageError: a sample is longer than the model takes.
+    """
+    if limit is not None and seq_len > limit:
+        raise UsageError(f"{model} takes at most {limit} positions; `seq_len={seq_len}` is too long")
 
 
 def stated_sizes(document: Mapping[str, Any]) -> dict[str, Any]:

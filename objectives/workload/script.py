@@ -20,6 +20,7 @@ from ds_tune.objectives.workload.accelerate_launcher import (
     tuned_yaml,
 )
 from ds_tune.objectives.workload.launch_words import knob_words, module_option
+from ds_tune.objectives.workload.model_facts import ModelFacts
 from ds_tune.objectives.workload.parameter_counts import ParameterCounts
 
 MICRO_BATCH_FLAGS = (
@@ -323,6 +324,9 @@ class ScriptWorkload:
 
     def model_document(self) -> Mapping[str, Any] | None:
         return self.known.model
+
+    def model_facts(self) -> ModelFacts | None:
+        return None
 
     @property
     def parameter_counts(self) -> ParameterCounts:

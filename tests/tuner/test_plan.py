@@ -254,13 +254,13 @@ def test_a_models_own_configuration_is_enough(document: Callable[..., Plan], fol
     assert str(folder / "llama") in found["workload"]
 
 
-def test_a_family_that_is_not_known_is_a_guess_and_said_to_be(plan: Run, folder: Path) -> None:
+def test_a_family_that_transformers_does_not_have_is_refused_as_ranks_refuse_it(plan: Run, folder: Path) -> None:
     config = {"model_type": "new", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 4}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    status, output, _ = plan("--hardware", "H100", "--model", "config.json", "--max-global-batch", "8")
-    assert status == 0
-    assert ", about 0M parameters; " in output.splitlines()[0]
+    status, output, error = plan("--hardware", "H100", "--model", "config.json", "--max-global-batch", "8")
+    assert (status, output) == (2, "")
+    assert "config.json cannot be loaded: " in error and "model type `new`" in error
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from ds_tune.objectives.trial import KNOBS, Measurement, Provenance
 from ds_tune.objectives.words import counted
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.metrics import metric_line, metric_rows, metric_values
+from ds_tune.tuner.reports.model import model_words
 from ds_tune.tuner.reports.report import Report
 from ds_tune.tuner.reports.verdict import improvement_words, standing_words, untuned_words, verdict_lines
 
@@ -275,11 +276,13 @@ def _gib(record: TrialRecord) -> str:
 
 def _environment(summary: StudySummary) -> str:
     data = f"- data: {summary.workload.data_words}\n" if summary.workload.data_words else ""
+    model = "" if (words := model_words(summary)) is None else f"- model: {words}\n"
     versions = "\n".join(f"- {name} ({version})" for name, version in summary.versions.items())
     return (
         "## Environment\n\n"
         f"- training: {summary.workload.description}\n"
         f"{data}"
+        f"{model}"
         f"- hardware: {summary.machine.description}\n"
         f"{versions}\n"
     )

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.rank.model import build_model, count_parameters, flops_per_sample, load_config, model_class
+from ds_tune.objectives.rank.model import build_model, count_parameters, flops_per_sample
+from ds_tune.objectives.rank.model_config import load_config, model_class
 from ds_tune.objectives.workload.huggingface import SHIPPED_MODELS, HuggingFaceWorkload
 
 NANO = HuggingFaceWorkload(model="gpt2-nano", seq_len=32, dtype="fp32")
