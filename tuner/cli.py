@@ -34,7 +34,7 @@ from ds_tune.tuner.arguments import (
 )
 from ds_tune.tuner.backends import backend_for
 from ds_tune.tuner.compare_arguments import compare_parser, compare_request
-from ds_tune.tuner.comparison.command import run_comparison
+from ds_tune.tuner.comparison.command import Ending, run_comparison
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.output import output
 from ds_tune.tuner.plan import plan_of, print_plan
@@ -111,8 +111,13 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Runs or resumes a comparison."""
-    is_done = run_comparison(compare_request(arguments), quiet=arguments.quiet, as_json=arguments.json)
-    return EXIT_FOUND if is_done else EXIT_INTERRUPTED
+    ending = run_comparison(compare_request(arguments), quiet=arguments.quiet, as_json=arguments.json)
+    return {
+        Ending.COMPLETE: EXIT_FOUND,
+        Ending.NOTHING_RUNS: EXIT_NOTHING_FITS,
+        Ending.INTERRUPTED: EXIT_INTERRUPTED,
+        Ending.LEFT_OUT: EXIT_ERROR,
+    }[ending]
 
 
 def report(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """The command's work: opens the comparison, runs what is left, writes and shows what was found."""
 
 import contextlib
+import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from ds_tune.tuner.comparison.tables import (
     comparison_markdown,
     figure_cells,
     reason_lines,
+    warning_lines,
 )
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.observer import Observer
@@ -67,15 +69,22 @@ class ComparisonFolder:
         return [self.markdown, self.csv, self.document]
 
 
-def run_comparison(request: CompareRequest, *, quiet: bool, as_json: bool) -> bool:
-    """Runs or resumes a comparison.
+class Ending(enum.Enum):
+    """How a comparison's run ended."""
 
-    Returns:
-        Whether it is done; the same command goes on otherwise.
+    COMPLETE = enum.auto()
+    NOTHING_RUNS = enum.auto()
+    """Complete, and no row trains anything."""
+    INTERRUPTED = enum.auto()
+    LEFT_OUT = enum.auto()
+    """Something could not be had, and its reason was said; the same command tries it again."""
+
+
+def run_comparison(request: CompareRequest, *, quiet: bool, as_json: bool) -> Ending:
+    """Runs or resumes a comparison.
 
     Raises:
         UsageError, EnvironmentFault: it cannot be done as asked.
-        KeyboardInterrupt: interrupted before anything was compared.
     """
     printed = output(stderr=as_json)
     console = Console(printed, quiet=quiet)
@@ -114,10 +123,13 @@ def run_comparison(request: CompareRequest, *, quiet: bool, as_json: bool) -> bo
             console.say(f"  {path}", whole=True)
     if as_json:
         print(json.dumps(comparison_document(figures), indent=2))
-    if stop.requested and not figures.is_complete:
+    if figures.is_complete:
+        return Ending.COMPLETE if any(row.rate for row in figures.rows) else Ending.NOTHING_RUNS
+    if stop.requested:
         console.say("Interrupted; the same command goes on from here.")
-        return False
-    return True
+        return Ending.INTERRUPTED
+    console.say("Not complete; the same command tries the rest again.")
+    return Ending.LEFT_OUT
 
 
 def _show(figures: Figures, console: Console, show: object) -> None:
@@ -139,3 +151,5 @@ def _show(figures: Figures, console: Console, show: object) -> None:
     for batch in figures.request.batches:
         for line in reason_lines(figures, batch):
             console.say(line)
+    for line in warning_lines(figures):
+        console.say(line)

@@ -133,7 +133,7 @@ def _row(
             row=row,
             search=search,
             is_runnable=False if over else None,
-            reason=fault_of(of, row, batch) if over else "not searched yet",
+            reason=fault_of(of, row, batch) if over else of.ledger.fault(of.model, row, batch) or "not searched yet",
         )
     runs, rate = of.ledger.measured(of.model, choice.key), rates.get(choice.key)
     context = metric_context(of.workload, of.machine, choice.search.flops_per_sample)

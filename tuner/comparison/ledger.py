@@ -13,9 +13,9 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.files import write_atomically
 from ds_tune.objectives.trial import Measurement, Outcome, TrialConfig, outcome_from_json
 from ds_tune.storage.identity import differences
-from ds_tune.tuner.comparison.rows import Row
+from ds_tune.tuner.comparison.rows import Batch, Row
 
-SWEPT, VERIFIED, BATCH = "swept", "verified", "one_batch"
+SWEPT, VERIFIED, BATCH, FAULTS = "swept", "verified", "one_batch", "faults"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +94,17 @@ class Ledger:
         self._of(model)[BATCH] = samples
         self._write()
 
+    def fault(self, model: str, row: Row, batch: Batch) -> str | None:
+        """Why a row's study could not go on when it was last tried; None where it could."""
+        found = self._of(model).get(FAULTS, {}).get(f"{row.value}/{batch.value}")
+        return None if found is None else str(found)
+
+    def set_fault(self, model: str, row: Row, batch: Batch, fault: str | None) -> None:
+        """Stores why a row's study cannot go on, or that it can."""
+        if fault != self.fault(model, row, batch):
+            self._of(model).setdefault(FAULTS, {})[f"{row.value}/{batch.value}"] = fault
+            self._write()
+
     def verified(self, model: str) -> dict[str, dict[int, Outcome]]:
         """Runs in fresh processes: by the choice's key, then by round."""
         return {
@@ -112,7 +123,7 @@ class Ledger:
         return [outcome for _, outcome in sorted(rounds.items()) if isinstance(outcome, Measurement)]
 
     def _of(self, model: str) -> dict[str, Any]:
-        empty: dict[str, Any] = {SWEPT: {}, BATCH: None, VERIFIED: {}}
+        empty: dict[str, Any] = {SWEPT: {}, BATCH: None, VERIFIED: {}, FAULTS: {}}
         found: dict[str, Any] = self._document["models"].setdefault(model, empty)
         return found
 

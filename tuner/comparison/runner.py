@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ds_tune.objectives.cost_model.knob_context import knob_context_of
-from ds_tune.objectives.errors import UsageError
+from ds_tune.objectives.errors import EnvironmentFault, UsageError
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import Launcher
@@ -227,7 +227,7 @@ class Runner:
         """Until all is done, or it is told to stop.
 
         Raises:
-            UsageError, EnvironmentFault: see `run_study`.
+            UsageError: see `run_study`.
             StopNow: told to stop at once; everything finished is stored.
         """
         with LAUNCHERS[DEFAULT_LAUNCHER](self._of.machine) as launcher:
@@ -321,12 +321,19 @@ class Runner:
         request = of.request.study(of.model, row, batch, of.one_batch)
         backend = measured(request)
         spec = make_spec(request, dataclasses.replace(backend, notes=self._new(backend.notes)))
+        fault: str | None = None
         with storage_faults(spec.storage_url):
             try:
                 with self._make_observer() as observer:
                     run_study(spec, observer, self._stop)
+            except EnvironmentFault as error:  # one row that cannot be had leaves the others
+                fault = str(error).splitlines()[0].rstrip(":;")
+                self._say(f"{of.model}: {row.words} left out: {fault}")
             finally:
                 of.study_ran(row, batch)
+            of.ledger.set_fault(of.model, row, batch, fault)
+            if fault is not None:
+                return
             export(Report.of(StudyStore.load(spec.storage_url, request.study).summary()), spec.results)
 
     def _new(self, notes: Sequence[str]) -> list[str]:

@@ -153,3 +153,11 @@ def test_csv_has_a_line_a_row_with_the_figures_of_the_document(comparison: Make,
     assert float(lines[0]["samples_per_second"]) == rows[0]["samples_per_second"]
     assert float(lines[0]["over_vanilla"]) == 1.0
     assert (lines[0]["micro_batch_size"], lines[1]["micro_batch_size"]) == ("2", "")
+
+
+def test_study_that_could_not_go_on_is_told_with_its_reason_and_is_tried_again(comparison: Make) -> None:
+    comparison().ledger.set_fault("gpt2-nano", Row.CORE, Batch.FREE, "the last 3 trials failed")
+    of = comparison()
+    core = of_row(figures_of(of.request, [of]), Row.CORE)
+    assert (core.is_runnable, core.reason) == (None, "the last 3 trials failed")
+    assert not of.is_searched(Row.CORE, Batch.FREE)
