@@ -22,6 +22,7 @@ TESTS = sorted(path.relative_to(CHECKOUT) for path in (CHECKOUT / "tests").rglob
 SPELLS_OPTIONS = {
     Path("tuner/cli.py"),
     Path("tuner/arguments.py"),
+    Path("tuner/compare_arguments.py"),
     Path("tuner/__main__.py"),
     Path("objectives/rank/script/with_knobs.py"),
     Path("objectives/rank/train.py"),

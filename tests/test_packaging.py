@@ -40,7 +40,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> No
     installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {path for package in PACKAGES for path in (CHECKOUT / package).rglob("*.py")}
     markers = {f"{package}/py.typed" for package in PACKAGES}
-    data = markers | {"tuner/reports/study.schema.json"}
+    data = markers | {"tuner/reports/study.schema.json", "tuner/comparison/comparison.schema.json"}
     assert installed == {f"ds_tune/{name}" for name in {str(path.relative_to(CHECKOUT)) for path in modules} | data}
 
 

@@ -33,7 +33,7 @@ from ds_tune.tuner.request import (
 from ds_tune.tuner.space import PRESETS
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, ending usage errors in one sentence as all of ds-tune's do, and taking no empty values."""
 
     def __init__(self, **settings: Any) -> None:
@@ -93,12 +93,12 @@ MOST_CHARACTERS = 25
 
 
 def tune_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="tune",
         description="Finds the fastest DeepSpeed configuration for a model on this machine by training with it.",
         usage="tune [options] [-- train.py ...]",
-        epilog="Other commands: tune plan, tune report, tune export, tune run, tune dashboard (each with --help). "
-        "The same command again resumes a study. Exit status: 0 found, 1 error, 2 usage, 3 nothing fits, "
+        epilog="Other commands: tune plan, tune compare, tune report, tune export, tune run, tune dashboard (each with "
+        "--help). The same command again resumes a study. Exit status: 0 found, 1 error, 2 usage, 3 nothing fits, "
         "130 interrupted and resumable.",
     )
     study = parser.add_argument_group("study")
@@ -136,7 +136,7 @@ def tune_parser() -> argparse.ArgumentParser:
         help="what is maximised; all order configurations alike (default %(default)s)",
     )
     work = parser.add_argument_group("what is trained")
-    _add_model_options(work)
+    add_model_options(work)
     work.add_argument(
         "--dataset",
         metavar="FILES",
@@ -188,7 +188,7 @@ def tune_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"ranks to start on the CPU (default {DEFAULT_CPU_RANKS})",
     )
-    _add_memory_cap(machine)
+    add_memory_cap(machine)
     machine.add_argument(
         "--trial-timeout",
         type=positive,
@@ -214,11 +214,11 @@ def tune_parser() -> argparse.ArgumentParser:
         "--simulate", action="store_true", help="train nothing: answer from the cost model, for --hardware"
     )
     _add_hardware(machine)
-    _add_output_options(parser)
+    add_output_options(parser)
     return parser
 
 
-def _add_model_options(group: argparse._ActionsContainer) -> None:
+def add_model_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--model",
         help=f"{', '.join(SHIPPED_MODELS)}, a folder or config.json, or a hub id (default gpt2-xl; on CPU gpt2-nano)",
@@ -259,7 +259,7 @@ def _add_space_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--global-batch", type=positive, metavar="B", help="search at exactly this mbs × gas × ranks")
 
 
-def _add_memory_cap(group: argparse._ActionsContainer) -> None:
+def add_memory_cap(group: argparse._ActionsContainer) -> None:
     group.add_argument("--memory-cap", metavar="SIZE", help="most memory a rank may have, such as 24GiB")
 
 
@@ -267,7 +267,7 @@ def _add_hardware(group: argparse._ActionsContainer) -> None:
     group.add_argument("--hardware", metavar="GPUS", help="imagined GPUs, such as 16xV100-32GB (see tune plan --help)")
 
 
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
+def add_output_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON document; everything else goes to stderr")
     output.add_argument("--quiet", action="store_true", help="show errors only")
@@ -335,7 +335,7 @@ def _fields(request: type[SearchRequest], arguments: argparse.Namespace) -> dict
 
 
 def _stored_study_parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"tune {command}", description=description)
+    parser = Parser(prog=f"tune {command}", description=description)
     parser.add_argument(
         "--results",
         type=Path,
@@ -351,26 +351,26 @@ def _stored_study_parser(command: str, description: str) -> argparse.ArgumentPar
 
 
 def plan_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="tune plan",
         description="Predicts what would fit and how fast it would be, without a GPU.",
         epilog=f"Known GPUs: {', '.join(CATALOGUE)}; a number before them, as in 8xH100, for several in one machine.",
     )
-    _add_model_options(parser.add_argument_group("what is trained"))
+    add_model_options(parser.add_argument_group("what is trained"))
     _add_space_options(parser)
     machine = parser.add_argument_group("machine")
     _add_hardware(machine)
-    _add_memory_cap(machine)
+    add_memory_cap(machine)
     parser.add_argument(
         "--best", type=positive, default=12, metavar="N", help="configurations to show (default %(default)s)"
     )
-    _add_output_options(parser)
+    add_output_options(parser)
     return parser
 
 
 def report_parser() -> argparse.ArgumentParser:
     parser = _stored_study_parser("report", "Prints the report of a study again, from its storage alone.")
-    _add_output_options(parser)
+    add_output_options(parser)
     return parser
 
 

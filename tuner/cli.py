@@ -1,4 +1,5 @@
-"""The commands: `tune` (which is meant when none is named), `plan`, `report`, `export`, `run` and `dashboard`."""
+"""The commands: `tune` (which is meant when none is named), `plan`, `compare`, `report`, `export`, `run` and
+`dashboard`."""
 
 import argparse
 import contextlib
@@ -33,6 +34,8 @@ from ds_tune.tuner.arguments import (
     tune_request,
 )
 from ds_tune.tuner.backends import backend_for
+from ds_tune.tuner.compare_arguments import compare_parser, compare_request
+from ds_tune.tuner.comparison.command import Ending, run_comparison
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.output import output, replace_what_is_lacking
 from ds_tune.tuner.plan import plan_of, print_plan
@@ -105,6 +108,17 @@ def plan(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print_plan(found, output())
     return EXIT_FOUND if found.fitting else EXIT_NOTHING_FITS
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Runs or resumes a comparison."""
+    ending = run_comparison(compare_request(arguments), quiet=arguments.quiet, as_json=arguments.json)
+    return {
+        Ending.COMPLETE: EXIT_FOUND,
+        Ending.NOTHING_RUNS: EXIT_NOTHING_FITS,
+        Ending.INTERRUPTED: EXIT_INTERRUPTED,
+        Ending.LEFT_OUT: EXIT_ERROR,
+    }[ending]
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -180,6 +194,7 @@ def _print_document(arguments: argparse.Namespace, found: Report) -> None:
 COMMANDS = {
     "tune": (tune_parser, tune),
     "plan": (plan_parser, plan),
+    "compare": (compare_parser, compare),
     "report": (report_parser, report),
     "export": (export_parser, export_again),
     "run": (run_parser, launch),

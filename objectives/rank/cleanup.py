@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
+from ds_tune.objectives.rank.engine import Destroyable
 
-def release_trial(engine: deepspeed.DeepSpeedEngine | None) -> None:
+
+def release_trial(engine: Destroyable | None) -> None:
     """Destroys a trial's engine and frees its memory, on the device and on the host.
 
     The caller must hold no other reference to the engine, its model or an exception that passed through them.

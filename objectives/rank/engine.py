@@ -1,7 +1,7 @@
 """The model of a configuration in its DeepSpeed engine."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 
@@ -14,6 +14,12 @@ from ds_tune.objectives.timing.deadlines import BUILD_SECONDS, predicted_step_se
 from ds_tune.objectives.trial import TrialConfig
 
 
+class Destroyable(Protocol):
+    """An engine that gives back what it holds."""
+
+    def destroy(self) -> object: ...
+
+
 class EngineSlot:
     """Place of a trial's engine: filled as soon as the engine exists, emptied by whoever releases it.
 
@@ -21,9 +27,9 @@ class EngineSlot:
     """
 
     def __init__(self) -> None:
-        self.engine: deepspeed.DeepSpeedEngine | None = None
+        self.engine: Destroyable | None = None
 
-    def take(self) -> deepspeed.DeepSpeedEngine | None:
+    def take(self) -> Destroyable | None:
         """Returns the engine, and holds it no longer."""
         engine, self.engine = self.engine, None
         return engine
@@ -51,9 +57,10 @@ def build_engine(
     apply_to_model(model, in_model)
     parameters = count_parameters(model)
     progress.announce("engine", seconds=BUILD_SECONDS["engine"])
-    slot.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
-    apply_to_engine(slot.engine, in_model)
-    return slot.engine, parameters
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
+    slot.engine = engine
+    apply_to_engine(engine, in_model)
+    return engine, parameters
 
 
 def predict_step_seconds(

@@ -1,11 +1,29 @@
 """The training loop of built-in models: optimizer steps, back to back, as a person's own loop would take them."""
 
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
-import deepspeed
 import torch
 
 Batch = dict[str, torch.Tensor]
+
+
+class TrainingEngine(Protocol):
+    """Members of DeepSpeed's engine that a loop uses."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that fp16 overflow skipped."""
+
+    def __call__(self, **batch: torch.Tensor) -> Any: ...
+
+    def backward(self, loss: torch.Tensor) -> object: ...
+
+    def step(self) -> object: ...
+
+    def gradient_accumulation_steps(self) -> int: ...
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> object: ...
 
 
 def nothing() -> None:
@@ -17,7 +35,7 @@ class TrainingLoop:
 
     def __init__(
         self,
-        engine: deepspeed.DeepSpeedEngine,
+        engine: TrainingEngine,
         micro_batches: Iterator[Batch],
         device: torch.device,
         *,

@@ -8,10 +8,11 @@ import torch
 
 from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.rank.data import collate
-from ds_tune.objectives.rank.engine import EngineSlot, build_engine, predict_step_seconds
+from ds_tune.objectives.rank.engine import EngineSlot, predict_step_seconds
 from ds_tune.objectives.rank.loop import TrainingLoop
 from ds_tune.objectives.rank.resources import RankResources
 from ds_tune.objectives.rank.session import MAX_SKIPPED_STEPS, OverflowedError
+from ds_tune.objectives.rank.trainers import BUILDERS
 from ds_tune.objectives.running.protocol import Losses
 from ds_tune.objectives.timing.deadlines import warmup_deadline
 from ds_tune.objectives.trial import TrialConfig
@@ -24,7 +25,7 @@ def run_losses(command: Losses, rank: RankResources, slot: EngineSlot) -> LossCu
         OverflowedError: the loss scale never settled.
     """
     config = command.config
-    engine, parameters = build_engine(config, rank, slot, knobs={"dropout": "none"})
+    engine, parameters = BUILDERS[rank.trainer](config, rank, slot, knobs={"dropout": "none"})
     predicted = predict_step_seconds(config, rank, parameters, command.seconds_per_sample)
     rank.progress.announce("numerics", seconds=warmup_deadline(predicted, command.steps, config.compile))
     ranks = torch.distributed.get_world_size()

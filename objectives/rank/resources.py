@@ -10,6 +10,7 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.rank.device import Meter
 from ds_tune.objectives.rank.distributed import Peers
 from ds_tune.objectives.rank.progress import Progress
+from ds_tune.objectives.running.protocol import DEEPSPEED
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 
 
@@ -28,3 +29,5 @@ class RankResources:
     meter: Meter
     peers: Peers
     progress: Progress
+    trainer: str = DEEPSPEED
+    """See `RankContext`."""

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
-import deepspeed
 import torch
 
 from ds_tune.objectives.rank.data import batches
-from ds_tune.objectives.rank.engine import EngineSlot, build_engine, predict_step_seconds
+from ds_tune.objectives.rank.engine import EngineSlot, predict_step_seconds
 from ds_tune.objectives.rank.fed import FedSteps
 from ds_tune.objectives.rank.loop import Batch, TrainingLoop
 from ds_tune.objectives.rank.micro_batch import MicroBatch
@@ -16,7 +16,8 @@ from ds_tune.objectives.rank.padded import padded_batches
 from ds_tune.objectives.rank.resources import RankResources
 from ds_tune.objectives.rank.result import timed_result
 from ds_tune.objectives.rank.session import TimingSession
-from ds_tune.objectives.running.protocol import RankResult, Time
+from ds_tune.objectives.rank.trainers import BUILDERS
+from ds_tune.objectives.running.protocol import DEEPSPEED, RankResult, Time
 from ds_tune.objectives.timing.schedule import TIMED, Timing
 from ds_tune.objectives.trial import TrialConfig
 
@@ -25,7 +26,7 @@ def run_trial(command: Time, rank: RankResources, slot: EngineSlot) -> RankResul
     """Trains with one configuration and times it."""
     started = time.perf_counter()
     config, meter = command.config, rank.meter
-    engine, parameters = build_engine(config, rank, slot)
+    engine, parameters = BUILDERS[rank.trainer](config, rank, slot)
     rank.progress.enter("data")
     micro_batches = micro_batches_of(config, rank)
     fed = None if rank.samples is None else fed_steps(config, rank)
@@ -57,7 +58,12 @@ def run_trial(command: Time, rank: RankResources, slot: EngineSlot) -> RankResul
     deepspeed_timer: DeepSpeedTimer | None = None
     goes_on = True
     while goes_on:
-        if deepspeed_timer is None and session.phase == TIMED and session.micro_steps == gas:
+        if (
+            deepspeed_timer is None
+            and rank.trainer == DEEPSPEED
+            and session.phase == TIMED
+            and session.micro_steps == gas
+        ):
             deepspeed_timer = DeepSpeedTimer(engine)
         skipped = loop.step(session.micro_steps)
         if fed is not None:
@@ -99,7 +105,7 @@ def fed_steps(config: TrialConfig, rank: RankResources) -> FedSteps:
 class DeepSpeedTimer:
     """Throughput of the whole steps from now on by DeepSpeed's own ThroughputTimer."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+    def __init__(self, engine: Any) -> None:
         self._timer = engine.tput_timer
         # Its first steps are not in its seconds, and those of a warm-up may have fewer samples than it thinks.
         self._steps_before = max(self._timer.global_step_count, self._timer.start_step)

@@ -31,6 +31,7 @@ from ds_tune.objectives.rank.resources import RankResources
 from ds_tune.objectives.rank.training import run_trial
 from ds_tune.objectives.running.failures import first_sentence, kind_of_exception
 from ds_tune.objectives.running.protocol import (
+    DEEPSPEED,
     Failed,
     Finished,
     Losses,
@@ -72,20 +73,26 @@ class Worker:
             meter=meter_for(device),
             peers=Peers(device),
             progress=progress,
+            trainer=context.trainer,
         )
         connect_ranks(device)
-        configs = context.optimizers or (ANY_CONFIG,)
-        of_each_op = {optimizer_op(ds_config): ds_config for ds_config in map(self._ds_config, configs)}
-        for number, ds_config in enumerate(of_each_op.values()):
-            load_optimizer_op(ds_config, progress.notice, is_required=number == 0)
-        import_muon(self._ds_config(ANY_CONFIG))
-        zero3_release.install()
+        if context.trainer == DEEPSPEED:
+            self._prepare_deepspeed(context)
         self._process_wide = ProcessWide()
         # What the imports made stays: a trial's collection of garbage need not walk half a million objects each time.
         gc.collect()
         gc.freeze()
         cap_memory(self._machine)
         self._held_after_first: dict[str, int] | None = None
+
+    def _prepare_deepspeed(self, context: RankContext) -> None:
+        progress = self._resources.progress
+        configs = context.optimizers or (ANY_CONFIG,)
+        of_each_op = {optimizer_op(ds_config): ds_config for ds_config in map(self._ds_config, configs)}
+        for number, ds_config in enumerate(of_each_op.values()):
+            load_optimizer_op(ds_config, progress.notice, is_required=number == 0)
+        import_muon(self._ds_config(ANY_CONFIG))
+        zero3_release.install()
 
     def _ds_config(self, config: TrialConfig) -> dict[str, Any]:
         machine = self._machine

@@ -12,7 +12,7 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.numerics import STEPS, LossCurve
 from ds_tune.objectives.objective import OnPhase
 from ds_tune.objectives.running.launcher import Launcher
-from ds_tune.objectives.running.protocol import Learn, Losses, RankContext, RankResult, Time
+from ds_tune.objectives.running.protocol import DEEPSPEED, Learn, Losses, RankContext, RankResult, Time
 from ds_tune.objectives.running.rank_group import RankGroup, ignore
 from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.timing.step_plan import StepPlan
@@ -38,6 +38,7 @@ class DeepSpeedObjective:
         trial_seconds: float,
         plan: StepPlan | None = None,
         fresh_ranks: bool = False,
+        trainer: str = DEEPSPEED,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
@@ -45,13 +46,14 @@ class DeepSpeedObjective:
             log_folder: where the ranks' output goes until a trial has its own folder.
             trial_seconds: a trial that has not ended by then is killed, its process start not counted.
             fresh_ranks: give every trial processes of its own.
+            trainer: see `RankContext`.
             notice: told in one line when ranks have to be replaced, and why.
         """
         self._machine = machine
         self._launcher = launcher
         self._log_folder = log_folder
         self._trial_seconds = trial_seconds
-        self._context = RankContext(workload=workload, machine=machine)
+        self._context = RankContext(workload=workload, machine=machine, trainer=trainer)
         self.plan = plan or StepPlan()
         """How long a trial is timed; another one may be set between trials."""
         self._fresh_ranks = fresh_ranks

@@ -20,6 +20,10 @@ from ds_tune.objectives.trial import Failure, TrialConfig
 from ds_tune.objectives.workload.kinds import Workload, workload_from_json
 from ds_tune.objectives.workload.script import ScriptFacts
 
+DEEPSPEED = "deepspeed"
+VANILLA = "vanilla"
+"""Trainer without DeepSpeed, to compare with: of a configuration it has the batch sizes, and nothing else."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankContext:
@@ -29,12 +33,15 @@ class RankContext:
     machine: Machine
     optimizers: tuple[TrialConfig, ...] = ()
     """Configurations whose optimizers are compiled before the first trial; without any, the default one."""
+    trainer: str = DEEPSPEED
+    """Trainer of the model: `DEEPSPEED` or `VANILLA`."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "workload": self.workload.to_json(),
             "machine": self.machine.to_json(),
             "optimizers": [config.to_json() for config in self.optimizers],
+            "trainer": self.trainer,
         }
 
     @classmethod
@@ -43,6 +50,7 @@ class RankContext:
             workload=workload_from_json(document["workload"]),
             machine=Machine.from_json(document["machine"]),
             optimizers=tuple(TrialConfig.from_json(config) for config in document["optimizers"]),
+            trainer=document["trainer"],
         )
 
 

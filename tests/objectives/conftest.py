@@ -25,6 +25,7 @@ from ds_tune.objectives.running.local_launcher import (
     LocalRankProcesses,
     group_environment,
 )
+from ds_tune.objectives.running.protocol import DEEPSPEED
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Outcome, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
@@ -294,6 +295,7 @@ def objective(
         fresh_ranks: bool = False,
         notice: Callable[[str], None] = lambda text: None,
         imports: bool = False,
+        trainer: str = DEEPSPEED,
     ) -> DeepSpeedObjective:
         launcher = LocalLauncher(machine) if imports else SharingLauncher(machine, fork_servers)
         made.append(
@@ -305,6 +307,7 @@ def objective(
                 trial_seconds=trial_seconds,
                 plan=plan,
                 fresh_ranks=fresh_ranks,
+                trainer=trainer,
                 notice=notice,
             )
         )
