@@ -354,7 +354,8 @@ def plan_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tune plan",
         description="Predicts what would fit and how fast it would be, without a GPU.",
-        epilog=f"Known GPUs: {', '.join(CATALOGUE)}; a number before them, as in 8xH100, for several in one machine.",
+        epilog=f"Known GPUs: {', '.join(CATALOGUE)}; a number before them, as in 8xH100, for several, "
+        "two for nodes and the GPUs of each, as in 8x8xH100; also machines of clouds, such as p4d.24xlarge.",
     )
     add_model_options(parser.add_argument_group("what is trained"))
     _add_space_options(parser)
@@ -362,7 +363,10 @@ def plan_parser() -> argparse.ArgumentParser:
     _add_hardware(machine)
     add_memory_cap(machine)
     parser.add_argument(
-        "--best", type=positive, default=12, metavar="N", help="configurations to show (default %(default)s)"
+        "--best", type=positive, default=6, metavar="N", help="configurations to show (default %(default)s)"
+    )
+    parser.add_argument(
+        "--details", action="store_true", help="also show what takes the memory, and what does not fit, kind by kind"
     )
     add_output_options(parser)
     return parser

@@ -106,7 +106,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     elif not arguments.quiet:
-        print_plan(found, output())
+        print_plan(found, output(), details=arguments.details)
     return EXIT_FOUND if found.fitting else EXIT_NOTHING_FITS
 
 

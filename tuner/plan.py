@@ -12,6 +12,7 @@ from ds_tune.objectives.cost_model.forecast import Forecast
 from ds_tune.objectives.cost_model.hardware import Hardware, hardware_of, machine_of, parse_hardware
 from ds_tune.objectives.cost_model.memory_calibration import usable_bytes
 from ds_tune.objectives.cost_model.model import CostModel, Prediction
+from ds_tune.objectives.cost_model.recorded_errors import recorded_error
 from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT, forgets_loss_scale
 from ds_tune.objectives.machine import DEFAULT_CPU_RANKS, GIB, detect_machine
 from ds_tune.objectives.trial import TrialConfig
@@ -151,11 +152,13 @@ def make_plan(model: CostModel, space: Space, *, best: int, each_accumulation: b
     rates, memory = proposer.beliefs([])
 
     def row(number: int) -> PlanRow:
-        return PlanRow(
-            config=grid.configs[number],
-            forecast=proposer.forecast(number, rates, memory),
-            prediction=model.predict(grid.configs[number]),
-        )
+        forecast, prediction = proposer.forecast(number, rates, memory), model.predict(grid.configs[number])
+        error = recorded_error(model.hardware, prediction.step.bottleneck)
+        if error is not None:
+            rate = forecast.samples_per_second
+            interval = (rate * math.exp(-error), rate * math.exp(error))
+            forecast = dataclasses.replace(forecast, samples_per_second_ci95=interval)
+        return PlanRow(config=grid.configs[number], forecast=forecast, prediction=prediction)
 
     fits = memory.fits >= CERTAIN_ENOUGH
     order = sorted((int(number) for number in fits.nonzero()[0]), key=lambda number: -rates.mean[number])
@@ -192,8 +195,12 @@ def _size(config: TrialConfig) -> tuple[int, int]:
     return config.micro_batch_size, config.gradient_accumulation_steps
 
 
-def print_plan(plan: Plan, console: rich.console.Console) -> None:
-    """The plan as two tables."""
+def print_plan(plan: Plan, console: rich.console.Console, *, details: bool = False) -> None:
+    """The plan: what fits, the fastest first, and in one line what does not.
+
+    Args:
+        details: the memory of each, too, and of what does not fit.
+    """
     capacity = plan.hardware.capacity_bytes / GIB
     words = parameters_words(plan.parameters, plan.active_parameters, is_exact=plan.is_exact)
     console.print(
@@ -212,23 +219,39 @@ def print_plan(plan: Plan, console: rich.console.Console) -> None:
         console.print(plan.trained_instead, soft_wrap=True)
     if plan.fitting:
         console.print(_speed_table(plan.fitting))
-        console.print(_memory_table("Their memory a rank, GiB", plan.fitting))
+        if details:
+            console.print(_memory_table("Their memory a rank, GiB", plan.fitting))
     else:
         hint = f" {plan.hint[0].upper()}{plan.hint[1:]}." if plan.hint else ""
         console.print(in_options(f"Nothing is predicted to fit, not even one sample a rank.{hint}"), soft_wrap=True)
-    if plan.refused:
+    if plan.refused and not details:
+        nearest = min(plan.refused, key=lambda row: row.forecast.peak_memory_bytes)
+        if not plan.fitting:
+            console.print(f"{nearest.config.name} {nearest.reason(plan.hardware)}.", soft_wrap=True)
+        kinds = "1 kind" if len(plan.refused) == 1 else f"{len(plan.refused)} kinds"
+        console.print(
+            f"{kinds} of configurations do not fit with larger micro-batches, or at all; --details lists them "
+            "and all memory.",
+            soft_wrap=True,
+        )
+    if plan.refused and details:
         console.print(_memory_table("Does not fit: the smallest micro-batch of each kind, GiB", plan.refused))
         for row in plan.refused:
             console.print(f"{row.config.name} {row.reason(plan.hardware)}", soft_wrap=True)
 
 
 def _speed_table(rows: Sequence[PlanRow]) -> rich.table.Table:
-    table = rich.table.Table(title="Predicted to fit, the fastest first", title_justify="left", box=rich.box.SIMPLE)
+    table = rich.table.Table(
+        title="Predicted to fit, the fastest first (fits: how probable that is)",
+        title_justify="left",
+        box=rich.box.SIMPLE,
+    )
     table.add_column("configuration", no_wrap=True)
     table.add_column("global batch", justify="right")
     table.add_column("samples/s (95%)", justify="right", no_wrap=True)
     table.add_column("bound by")
-    table.add_column("fits", justify="right")
+    table.add_column("peak GiB", justify="right")
+    table.add_column("fits", justify="right", no_wrap=True)
     for row in rows:
         low, high = row.forecast.samples_per_second_ci95
         table.add_row(
@@ -236,6 +259,7 @@ def _speed_table(rows: Sequence[PlanRow]) -> rich.table.Table:
             str(row.prediction.step.samples),
             f"{_short(row.forecast.samples_per_second)} ({_short(low)}–{_short(high)})",
             row.prediction.step.bottleneck,
+            f"{row.forecast.peak_memory_bytes / GIB:.1f}",
             f"{row.forecast.probability_of_fitting:.0%}",
         )
     return table

@@ -159,7 +159,7 @@ class SearchRequest:
 class PlanRequest(SearchRequest):
     """Request to predict without running anything."""
 
-    best: int = 12
+    best: int = 6
     """Configurations to show."""
 
     def __post_init__(self) -> None:

@@ -149,7 +149,7 @@ def test_the_table_shows_the_same_configurations_as_the_document(plan: Run, docu
     # One gas for each micro-batch, so that nothing is left out of the table as all but the same.
     same_batch = ["--hardware", "16xV100-32GB", "--global-batch", "96", "--best", "4"]
     found = document(*same_batch)
-    _, output, _ = plan(*same_batch)
+    _, output, _ = plan(*same_batch, "--details")
     speeds, memory, refused = re.split(
         "Their memory a rank|Does not fit: the smallest micro-batch of each kind", output
     )
@@ -173,7 +173,7 @@ def test_the_table_shows_of_each_micro_batch_the_best_accumulation_only(plan: Ru
 
 
 def test_plan_names_the_largest_parts_of_memory_where_a_stage_does_not_fit(plan: Run) -> None:
-    _, output, _ = plan("--hardware", "1xRTX4090")
+    _, output, _ = plan("--hardware", "1xRTX4090", "--details")
     assert re.search(
         r"z1_gas1_tmbspg1 needs 3\d\.\d GiB, of these 17\.4 GiB of optimizer states and \d+\.\d GiB of the optimizer "
         r"step's copies, and fragmentation leaves it about 19\.8",
@@ -214,7 +214,7 @@ def test_under_a_cap_less_fits(document: Callable[..., Plan]) -> None:
 
 def test_nothing_fits(plan: Run, document: Callable[..., Plan]) -> None:
     large = ["--hardware", "1xT4", "--model", LLAMA_8B, "--seq-len", "2048"]
-    status, output, error = plan(*large)
+    status, output, error = plan(*large, "--details")
     assert (status, error) == (3, "")
     assert "Nothing is predicted to fit, not even one sample a rank. With all that saves memory it would take" in output
     assert "ZeRO stage 0 is left out: in fp16 DeepSpeed" in output
@@ -229,7 +229,24 @@ def test_nothing_fits(plan: Run, document: Callable[..., Plan]) -> None:
 def test_everything_fits(plan: Run, document: Callable[..., Plan]) -> None:
     small = ["--hardware", "H100", "--model", "gpt2-nano", "--seq-len", "128", "--max-global-batch", "8"]
     assert document(*small)["not_fitting"] == []
-    assert "Does not fit" not in plan(*small)[1]
+    assert "do not fit" not in plan(*small)[1]
+
+
+@pytest.mark.parametrize("hardware", HARDWARE)
+def test_a_plan_is_short_unless_its_details_are_asked_for(plan: Run, hardware: str) -> None:
+    short = plan("--hardware", hardware, "--preset", "full")[1].splitlines()
+    assert len(short) <= 16
+    assert len(table_rows("\n".join(short))) == 6
+    assert len(plan("--hardware", hardware, "--preset", "full", "--details")[1].splitlines()) > 3 * len(short)
+
+
+def test_intervals_of_recorded_gpus_are_as_narrow_as_their_recorded_errors(document: Callable[..., Plan]) -> None:
+    for row in document("--hardware", "2xH200")["fitting"]:
+        low, high = row["predicted_samples_per_second_ci95"]
+        assert row["bottleneck"] == "compute" and high / low < 1.3
+    for row in document("--hardware", "2xA100-80GB")["fitting"]:
+        low, high = row["predicted_samples_per_second_ci95"]
+        assert high / low > 3
 
 
 @pytest.mark.parametrize("hardware", [*CATALOGUE, "2xh200", "16 x V100-32GB", "4×L4", "NVIDIA GeForce RTX 5090"])
