@@ -78,7 +78,8 @@ def _open(name: str) -> tuple[datasets.Dataset, str]:
         said = str(reason).strip().splitlines() or [f"{type(reason).__name__} in its reader; is it empty?"]
         if "corresponds to no data" in said[0]:
             raise UsageError(f"`dataset={name}` has no rows") from error
-        raise UsageError(f"`dataset={name}` cannot be read: {said[0]}") from error
+        hint = "; save it as UTF-8" if isinstance(reason, UnicodeDecodeError) else ""
+        raise UsageError(f"`dataset={name}` cannot be read: {said[0]}{hint}") from error
 
 
 def _first_values(rows: datasets.Dataset) -> dict[str, Any]:

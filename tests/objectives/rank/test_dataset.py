@@ -137,6 +137,12 @@ def test_file_without_a_row_is_refused(tmp_path: Path, name: str, content: bytes
         open_samples(str(tmp_path / name), None)
 
 
+def test_text_in_another_encoding_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_bytes("Häfen".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"cannot be read: 'utf-8' codec .*; save it as UTF-8$"):
+        open_samples(str(tmp_path / "d.txt"), None)
+
+
 def test_saved_dataset_without_a_row_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UsageError, match=r"has no rows$"):

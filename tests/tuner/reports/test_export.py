@@ -171,9 +171,13 @@ def test_commands_start_deepspeed_with_a_file(exported: ResultsFolder) -> None:
 
 
 def test_a_command_names_all_of_the_workload(machine: Machine) -> None:
-    workload = HuggingFaceWorkload(model="m", seq_len=64, dtype="bf16", dataset="d.txt", tokenizer="t", pretrained=True)
+    workload = HuggingFaceWorkload(
+        model="m", seq_len=64, dtype="bf16", dataset="d.txt", text_column="c", packing=False, tokenizer="t",
+        pretrained=True,
+    )  # fmt: skip
     command = training_command(workload, machine, Path("ds.json"), PLAIN)
-    options = ["--model", "m", "--seq-len", "64", "--dataset", "d.txt", "--tokenizer", "t", "--pretrained"]
+    options = ["--model", "m", "--seq-len", "64", "--dataset", "d.txt", "--text-column", "c", "--no-packing"]
+    options += ["--tokenizer", "t", "--pretrained"]
     assert command[command.index("--model") : command.index("--deepspeed")] == options
 
 
