@@ -133,7 +133,7 @@ def overlaid(
 
 def dtype_of(document: Mapping[str, Any]) -> str:
     """The precision that a DeepSpeed configuration trains in: `fp16`, `bf16` or `fp32`."""
-    return next((name for name in ("fp16", "bf16") if document.get(name, {}).get("enabled")), "fp32")
+    return next((name for name in ("fp16", "bf16") if (document.get(name) or {}).get("enabled")), "fp32")
 
 
 def _set_precision(document: dict[str, Any], dtype: str) -> None:

@@ -223,7 +223,11 @@ def add_model_options(group: argparse._ActionsContainer) -> None:
         "--model",
         help=f"{', '.join(SHIPPED_MODELS)}, a folder or config.json, or a hub id (default gpt2-xl; on CPU gpt2-nano)",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="precision (default fp16; on CPU fp32)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision (default: that of --ds-config, else the model's, else fp16, on CPU fp32)",
+    )
     group.add_argument("--seq-len", type=positive, metavar="S", help="tokens a sample (default 1024; on CPU 128)")
 
 

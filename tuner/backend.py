@@ -108,8 +108,9 @@ def measured(request: TuneRequest, say: Callable[[str], None]) -> Backend:
         cpu_ranks=request.ranks or DEFAULT_CPU_RANKS,
         memory_cap_bytes=request.memory_cap_bytes,
     )
-    major = int((machine.compute_capability or "0").partition(".")[0])
-    job = job_of(request, machine.device, has_bf16=machine.device == "cpu" or major >= FIRST_WITH_BF16)
+    capability = machine.compute_capability
+    has_bf16 = capability is None or int(capability.partition(".")[0]) >= FIRST_WITH_BF16
+    job = job_of(request, machine.device, has_bf16=has_bf16)
     workload = job.workload
     own = job.own(machine, request)
     limits = job.limits(own, request, machine)

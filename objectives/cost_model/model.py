@@ -1,7 +1,7 @@
 """`CostModel`: predicted bytes and seconds of configurations, for one workload on one hardware."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -68,7 +68,8 @@ class CostModel:
         self._attention = attention
         self._memory_constants = memory_constants
         self._step_constants = step_constants
-        zero = workload.base_ds_config.get("zero_optimization") or {}
+        zero = workload.base_ds_config.get("zero_optimization")
+        zero = zero if isinstance(zero, Mapping) else {}  # "auto", or the old form: true
         default = CPU_BUCKET_ELEMENTS if hardware.device == "cpu" else DEFAULT_BUCKET_ELEMENTS
         bucket = zero.get("reduce_bucket_size", default)
         self._bucket_elements = int(bucket) if isinstance(bucket, int | float) else default

@@ -249,6 +249,8 @@ class ScriptWorkload:
             beyond.add("compile")  # it would be compiled anew for each length
         if "optimizer" not in facts.ds_config:
             beyond |= OPTIMIZER_KNOBS
+        if self._launcher_decides:  # the launcher's own file says where things are offloaded to
+            beyond |= set(knobs_of(facts.ds_config, zero_stage=facts.zero_stage))
         return frozenset(beyond)
 
     def laid_on(self, config: TrialConfig) -> dict[str, Scalar]:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,21 @@ def test_configuration_that_every_stage_refuses_is_the_user_s_to_correct(
     assert "DeepSpeed refuses the configuration, correct --ds-config: rank 0 in engine: Validation" in done.stderr
     stages = [record.config.zero_stage for record in summary_in(tmp_path).records]
     assert sorted(stages) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_prescaled_gradients_are_trained_at_the_stages_that_have_them(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"prescale_gradients": True}))
+    (tmp_path / "space.toml").write_text(
+        "[fixed]\nmicro_batch_size = 1\ngradient_accumulation_steps = 1\n[search]\nzero_stage = [0, 2]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ds_tune.tuner", "--gpus", "0", "--ranks", "2", "--seq-len", "16", "--trials", "2",
+         "--no-verify", "--ds-config", "ds.json", "--space", "space.toml", "--sampler", "grid"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Stage 2 left out: DeepSpeed refuses it there: rank 0 in engine: AssertionError" in done.stdout
+    optimal = json.loads((tmp_path / "autotuning_results" / "ds_config_optimal.json").read_text())
+    assert optimal["zero_optimization"]["stage"] == 0
+    assert optimal["prescale_gradients"] is True

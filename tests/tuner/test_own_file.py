@@ -1,12 +1,17 @@
 """The configuration that a person's DeepSpeed file describes, and its precision."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
+from ds_tune.objectives.cost_model.hardware import parse_hardware
+from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.ds_file import DsFile
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
+from ds_tune.objectives.trial import TrialConfig
+from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.tuner.own_file import own_configuration, precision_for
 
 GPU, CPU = {"fp16", "bf16", "fp32"}, {"bf16", "fp32"}
@@ -43,6 +48,19 @@ def test_own_configuration_is_what_the_file_says_and_the_rest_is_untuned(
 @pytest.mark.parametrize("document", [{}, {"gradient_clipping": 0.5}, {"zero_optimization": {"overlap_comm": True}}])
 def test_file_that_says_nothing_of_what_is_searched_has_no_configuration(document: dict[str, Any]) -> None:
     assert own(document).config is None
+
+
+@pytest.mark.parametrize("zero", ["auto", True, {"stage": "auto", "reduce_bucket_size": "auto"}], ids=str)
+def test_cost_model_takes_what_the_file_leaves_open(zero: Any) -> None:
+    workload = HuggingFaceWorkload(
+        model="gpt2-nano", seq_len=32, dtype="bf16", base_ds_config={"zero_optimization": zero}
+    )
+    open_zero, untold = (
+        CostModel(each, parse_hardware("2xH200"))
+        for each in (workload, dataclasses.replace(workload, base_ds_config={}))
+    )
+    config = TrialConfig(zero_stage=2, micro_batch_size=1, gradient_accumulation_steps=1)
+    assert open_zero.predict(config) == untold.predict(config)
 
 
 def test_offload_is_no_knob_on_a_cpu() -> None:

@@ -1,5 +1,6 @@
 """What a script trains with today is always part of what is searched, and comes first."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from ds_tune.objectives.cost_model.hardware import hardware_of
 from ds_tune.objectives.cost_model.prior import FlatPrior
+from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import TrialConfig
@@ -64,6 +66,44 @@ def test_own_configuration_is_legal_and_the_first_baseline(fields: dict[str, Any
 def test_a_global_batch_that_the_script_cannot_have_is_refused() -> None:
     with pytest.raises(UsageError, match="must be a multiple of the script's micro-batches, 100 on each of 2 ranks"):
         own_and_limits(script(), global_batch=300)
+
+
+OFFLOADED = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+
+
+def test_offload_of_the_script_s_file_is_its_own_knob_and_may_go() -> None:
+    workload = script(ds_config=OFFLOADED)
+    own, limits = own_and_limits(workload)
+    assert own.offload_optimizer == "cpu"
+    space = study_space(limits, preset="core", allowed=(), workload=workload, machine=MACHINE, own=own)
+    assert {config.offload_optimizer for config in space.legal} == {"off", "cpu"}
+    assert {config.zero_stage for config in space.legal} == {0, 1, 2, 3}
+    without = dataclasses.replace(own, offload_optimizer="off")
+    laid, bare = (deepspeed_config(config, workload, ranks=2, device="cuda") for config in (own, without))
+    assert laid["zero_optimization"] == OFFLOADED["zero_optimization"]
+    assert bare["zero_optimization"] == {"stage": 3}
+
+
+def test_offload_of_a_script_with_an_optimizer_of_its_own_stays_in_every_trial() -> None:
+    workload = script(ds_config={"zero_optimization": OFFLOADED["zero_optimization"]})
+    own, _ = own_and_limits(workload)
+    assert own.knobs_on == {}
+    laid = deepspeed_config(own, workload, ranks=2, device="cuda")
+    assert laid["zero_optimization"] == OFFLOADED["zero_optimization"]
+
+
+def test_monitors_of_the_script_s_file_are_off_in_trials_and_kept_in_the_export() -> None:
+    workload = script(ds_config={"wandb": {"enabled": True}, "wall_clock_breakdown": True, "steps_per_print": 5})
+    own, _ = own_and_limits(workload)
+    laid = deepspeed_config(own, workload, ranks=2, device="cuda")
+    assert not {"wandb", "wall_clock_breakdown"} & set(laid) and laid["steps_per_print"] > 10**6
+    exported = deepspeed_config(own, workload, ranks=2, device="cuda", exported=True)
+    assert exported.items() >= workload.base_ds_config.items()
+
+
+def test_script_whose_ranks_share_samples_is_refused() -> None:
+    with pytest.raises(UsageError, match="sequence_parallel_size has ranks share samples"):
+        own_and_limits(script(ds_config={"sequence_parallel_size": 2}))
 
 
 def test_a_script_that_loses_its_gradients_is_told_so() -> None:

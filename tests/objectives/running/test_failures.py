@@ -56,6 +56,20 @@ def test_value_error_in_the_config_phase_is_an_invalid_config_failure() -> None:
     assert kind_of_exception(ValueError("stage must be 0 to 3"), "config") == FailureKind.INVALID_CONFIG
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("AdamW.__init__() got an unexpected keyword argument 'bias_correction'"),
+        TypeError("WarmupDecayLR.__init__() missing 1 required positional argument: 'total_num_steps'"),
+        AttributeError("module 'torch.optim' has no attribute 'AdamX'"),
+    ],
+    ids=str,
+)
+def test_parameter_that_an_optimizer_or_scheduler_lacks_is_an_invalid_config_failure(error: Exception) -> None:
+    assert kind_of_exception(error, "engine") == FailureKind.INVALID_CONFIG
+    assert kind_of_exception(error, "forward") == FailureKind.CRASH
+
+
 def test_running_out_of_memory_while_the_configuration_is_read_is_still_that() -> None:
     assert kind_of_exception(MemoryError(), "config") == FailureKind.OUT_OF_MEMORY
 
