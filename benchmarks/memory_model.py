@@ -31,9 +31,10 @@ from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.recorded.recording import Recording, read_recording
 from ds_tune.objectives.trial import Measurement, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.tuner.dimensions import dimensions_of
 from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.proposer import Proposer
-from ds_tune.tuner.space import Space, dimensions_of
+from ds_tune.tuner.space import Space
 
 TRIALS = 20
 

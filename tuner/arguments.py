@@ -18,6 +18,7 @@ from ds_tune.objectives.words import plain
 from ds_tune.objectives.workload.huggingface import DTYPES, SHIPPED_MODELS
 from ds_tune.storage.layout import DEFAULT_RESULTS
 from ds_tune.storage.urls import masked
+from ds_tune.tuner.dimensions import PRESETS
 from ds_tune.tuner.request import (
     DEFAULT_SAMPLER,
     DEFAULT_STUDY,
@@ -30,7 +31,6 @@ from ds_tune.tuner.request import (
     TuneRequest,
     as_fields,
 )
-from ds_tune.tuner.space import PRESETS
 
 
 class Parser(argparse.ArgumentParser):

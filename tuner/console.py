@@ -18,6 +18,7 @@ from ds_tune.objectives.trial import Failure, FailureKind, Measurement, Outcome,
 from ds_tune.objectives.words import counted
 from ds_tune.storage.records import StudySummary, TrialRecord, TrialState
 from ds_tune.tuner.arguments import in_options
+from ds_tune.tuner.dimensions import DIMENSIONS
 from ds_tune.tuner.reports.markdown import (
     duration_words,
     figure_words,
@@ -38,7 +39,6 @@ from ds_tune.tuner.reports.verdict import (
     untuned_words,
     verdict_lines,
 )
-from ds_tune.tuner.space import DIMENSIONS
 from ds_tune.tuner.time_left import RunsLeft
 
 _STYLES = {TrialState.COMPLETE: "green", TrialState.PRUNED: "yellow", TrialState.FAILED: "red"}

@@ -15,7 +15,8 @@ from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launcher import Launcher
 from ds_tune.objectives.trial import Failure, FailureKind
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 from ds_tune.storage.layout import ResultsFolder
 
 FIRST_RUN_SECONDS = 1800.0

@@ -22,8 +22,8 @@ from ds_tune.objectives.words import plain, shown
 from ds_tune.objectives.workload.huggingface import DTYPES
 from ds_tune.objectives.workload.script import MAPPED_KEYS
 from ds_tune.storage.layout import DEFAULT_RESULTS
+from ds_tune.tuner.dimensions import PRESETS
 from ds_tune.tuner.limits import Limits
-from ds_tune.tuner.space import PRESETS
 
 DEFAULT_STUDY = "ds-tune"
 DEFAULT_TRIALS = 9

@@ -12,8 +12,9 @@ from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import KNOBS, TrialConfig, has_meaning
 from ds_tune.objectives.workload.kinds import Workload
+from ds_tune.tuner.dimensions import knob_choices, knob_dimension, stage_and_batch_dimensions, zero_stages
 from ds_tune.tuner.proposer import Proposer
-from ds_tune.tuner.space import Space, knob_choices, knob_dimension, stage_and_batch_dimensions, zero_stages
+from ds_tune.tuner.space import Space
 
 LIKELY = 0.5
 """A configuration is said to fit when that is likelier than not, as in a plan."""

@@ -1,124 +1,26 @@
-"""Search space: one `Dimension` a field of `TrialConfig`, and the legal configurations they span.
+"""Search space: the legal configurations that the dimensions of a study span."""
 
-Knobs, their values and their conditions are declared in `objectives.trial`; a preset chooses among them.
-"""
-
-import dataclasses
 import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 
 from ds_tune.objectives.cost_model.knob_context import knob_context_of
-from ds_tune.objectives.ds_document import WRITTEN_BY_FILE
 from ds_tune.objectives.errors import UsageError
-from ds_tune.objectives.knobs import KnobContext, Scalar
+from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.machine import Machine
 from ds_tune.objectives.trial import KNOBS, TrialConfig, has_meaning
 from ds_tune.objectives.workload.kinds import Workload
+from ds_tune.tuner.dimensions import DIMENSIONS, Dimension, dimensions_of, largest_micro_batch, values_of, zero_stages
 from ds_tune.tuner.limits import Limits
-
-ZERO_STAGES = (0, 1, 2, 3)
-
-
-def zero_stages(context: KnobContext) -> tuple[int, ...]:
-    """The ZeRO stages worth a trial: all at which DeepSpeed trains."""
-    return ZERO_STAGES if context.stage_0_trains else ZERO_STAGES[1:]
-
 
 BATCH_FIELDS = ("micro_batch_size", "gradient_accumulation_steps")
 """The two knobs whose product is bounded; what one may be depends on the other."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Dimension:
-    """One searched field of `TrialConfig`."""
-
-    field: str
-    """Its name in Optuna, too."""
-    short: str
-    """Its column's heading."""
-    distribution: Callable[[Limits], BaseDistribution]
-    off: Scalar | None = None
-    """The value that leaves it alone; a space where it has no other value does not have the dimension."""
-
-    def among(self, limits: Limits, configs: Sequence[TrialConfig]) -> BaseDistribution:
-        """Its distribution where only these configurations may be proposed."""
-        found = {getattr(config, self.field) for config in configs}
-        match self.distribution(limits):
-            case IntDistribution(log=log):
-                return IntDistribution(min(found), max(found), log=log)
-            case _ if self.off is not None and not isinstance(self.off, int):
-                return CategoricalDistribution(sorted(found, key=lambda value: (value != self.off, value)))
-            case _:
-                return CategoricalDistribution(sorted(found))
-
-
-def knob_dimension(field: str, choices: Sequence[Scalar]) -> Dimension:
-    """The dimension of a knob that has one of these values."""
-    distribution = CategoricalDistribution(tuple(choices))
-    return Dimension(
-        field=field, short=KNOBS[field].short, distribution=lambda limits: distribution, off=KNOBS[field].off
-    )
-
-
-def _stage_dimension(stages: Sequence[int]) -> Dimension:
-    distribution = CategoricalDistribution(tuple(stages))
-    return Dimension(field="zero_stage", short="stage", distribution=lambda limits: distribution)
-
-
-PRESETS = ("core", "speed", "full")
-
-
-def knob_choices(
-    preset: str, context: KnobContext, allowed: Collection[str] = (), own: TrialConfig | None = None
-) -> dict[str, tuple[Scalar, ...]]:
-    """Values of each knob in a preset, off among them; one of the model that is not searched stays.
-
-    See `dimensions_of` for the arguments.
-    """
-    found: dict[str, tuple[Scalar, ...]] = {}
-    for field, knob in KNOBS.items():
-        values = {"core": (), "speed": knob.usual(context), "full": knob.values}[preset]
-        if knob.numerics is not None:
-            values = knob.values if field in allowed else ()
-        if field in context.out_of_reach:
-            values = ()
-        kept = knob.off if own is None else getattr(own, field)
-        # What DeepSpeed's file says may go, too: an offload that is not needed costs the most of all settings.
-        is_searched = bool(values) or field in WRITTEN_BY_FILE
-        found[field] = tuple(dict.fromkeys((knob.off, kept, *values))) if is_searched else (kept,)
-    return found
-
-
-def dimensions_of(
-    preset: str,
-    context: KnobContext | None = None,
-    allowed: Collection[str] = (),
-    own: TrialConfig | None = None,
-) -> tuple[Dimension, ...]:
-    """The dimensions of a preset.
-
-    Args:
-        preset: `core` (stage, mbs, gas), `speed` (and what usually pays) or `full` (all that keeps the numbers).
-        context: decides what usually pays.
-        allowed: knobs that change the numbers training produces, and are to be searched all the same.
-        own: the configuration that a person trains with today.
-    """
-    context = context or KnobContext()
-    choices = knob_choices(preset, context, allowed, own)
-    knobs = [knob_dimension(field, values) for field, values in choices.items()]
-    return (*stage_and_batch_dimensions(context), *knobs)
-
-
-def stage_and_batch_dimensions(context: KnobContext) -> tuple[Dimension, ...]:
-    """The three dimensions that every space has."""
-    return (_stage_dimension(zero_stages(context)), *DIMENSIONS[1:3])
 
 
 COARSE_MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128)
@@ -138,48 +40,12 @@ MAX_UNUSUAL_KNOBS = 1
 each other, and all of their combinations would be millions."""
 
 
-def _values(field: str, distribution: BaseDistribution) -> Sequence[Any]:
-    match distribution:
-        case CategoricalDistribution(choices=choices):
-            return list(choices)
-        case IntDistribution(low=low, high=high):
-            return range(low, high + 1)
-        case other:
-            raise TypeError(f"{field}: a {type(other).__name__} cannot be enumerated")
-
-
 def _thinned(largest: int, step: float) -> list[int]:
     """Every size up to `EVERY_SIZE_TO`, then each the step larger than the one before, and the largest."""
     sizes = list(range(1, min(largest, EVERY_SIZE_TO) + 1))
     while sizes[-1] < largest:
         sizes.append(min(math.ceil(sizes[-1] * step), largest))
     return sizes
-
-
-def _largest_micro_batch(limits: Limits) -> int:
-    return min(limits.max_micro_batch, (limits.global_batch or limits.max_global_batch) // limits.ranks)
-
-
-def _largest_accumulation(limits: Limits) -> int:
-    return (limits.global_batch or limits.max_global_batch) // limits.ranks
-
-
-DIMENSIONS = (
-    _stage_dimension(ZERO_STAGES),
-    Dimension(
-        field="micro_batch_size",
-        short="mbs",
-        distribution=lambda limits: IntDistribution(1, _largest_micro_batch(limits), log=True),
-    ),
-    Dimension(
-        field="gradient_accumulation_steps",
-        short="gas",
-        distribution=lambda limits: IntDistribution(1, _largest_accumulation(limits), log=True),
-    ),
-    *(knob_dimension(field, (knob.off,)) for field, knob in KNOBS.items()),
-)
-"""Dimensions of the preset `core`: the knobs are left alone, unless a study is restricted to configurations that have
-them."""
 
 
 class Space:
@@ -224,7 +90,7 @@ class Space:
                 if self.restricted_to is None
                 else dimension.among(limits, self.restricted_to)
             )
-            if dimension.off is None or list(_values(dimension.field, distribution)) != [dimension.off]:
+            if dimension.off is None or list(values_of(dimension.field, distribution)) != [dimension.off]:
                 self.dimensions += (dimension,)
                 self.distributions[dimension.field] = distribution
 
@@ -247,7 +113,7 @@ class Space:
         """Every combination of these fields that has a meaning, built field by field: their product may be huge."""
         kinds: list[dict[str, Any]] = [{}]
         for field in fields:
-            values = _values(field, self.distributions[field])
+            values = values_of(field, self.distributions[field])
             kinds = [{**kind, field: value} for kind in kinds for value in values]
             kinds = [kind for kind in kinds if self._has_meaning(kind)]
         return kinds
@@ -273,7 +139,7 @@ class Space:
     def _batch_sizes(self) -> Iterator[tuple[int, int]]:
         """Every (micro_batch_size, gradient_accumulation_steps) within the limits."""
         limits = self.limits
-        largest = _largest_micro_batch(limits)
+        largest = largest_micro_batch(limits)
         if limits.global_batch is not None:
             samples = limits.global_batch // limits.ranks
             yield from ((size, samples // size) for size in range(1, largest + 1) if samples % size == 0)

@@ -28,8 +28,9 @@ from ds_tune.objectives.knobs import KnobContext, Scalar, whole_number
 from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig, has_meaning
 from ds_tune.tuner.conditions import Condition
+from ds_tune.tuner.dimensions import ZERO_STAGES, knob_choices, zero_stages
 from ds_tune.tuner.limits import Limits
-from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES, ZERO_STAGES, knob_choices, zero_stages
+from ds_tune.tuner.space import BATCH_FIELDS, COARSE_MICRO_BATCHES
 
 FIELDS = (*CORE_FIELDS, *KNOBS)
 PRESETS_TO_EXTEND = ("core", "speed")

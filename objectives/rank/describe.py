@@ -5,6 +5,7 @@ Standard input is a configuration in transformers' JSON form. The last line of s
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import sys
@@ -24,6 +25,7 @@ from ds_tune.objectives.rank.model_config import (
     attention_sizes,
     head_of,
     read_config,
+    stated_number,
     usable_length,
 )
 from ds_tune.objectives.workload.model_facts import ModelFacts
@@ -52,9 +54,9 @@ def describe(config: transformers.PretrainedConfig) -> ModelFacts:
     model = build_empty(config, head)
     text = config.get_text_config()
     layers, heads, head_dim = attention_sizes(config)
-    hidden = getattr(text, "hidden_size", 0) or model.get_input_embeddings().weight.shape[-1]
-    vocabulary = getattr(text, "vocab_size", 0) or model.get_input_embeddings().weight.shape[0]
-    key_value_heads = getattr(text, "num_key_value_heads", None)
+    hidden = stated_number(text, "hidden_size") or model.get_input_embeddings().weight.shape[-1]
+    vocabulary = stated_number(text, "vocab_size") or model.get_input_embeddings().weight.shape[0]
+    key_value_heads = stated_number(text, "num_key_value_heads") or heads
     blocks = repeated_blocks(model)
     per_token = multiplied(model, config)
     shares = routed_shares(model, config)
@@ -62,11 +64,11 @@ def describe(config: transformers.PretrainedConfig) -> ModelFacts:
     inner = [name for name, _ in last.named_modules()] + [name for name, _ in last.named_parameters()]
     is_gated = any(part in GATES for name in inner for part in name.split("."))
     classes = {type(module).__name__ for module in model.modules()}
-    intermediate = getattr(text, "intermediate_size", None)
-    if shares or not isinstance(intermediate, int) or intermediate < 1:
+    intermediate = stated_number(text, "intermediate_size")
+    if shares or not intermediate:
         in_blocks = {id(each): each for block in blocks for each in block.parameters()}
         mean = sum(per_token[each] for each in in_blocks) / max(layers, 1)
-        attention = (2 * heads + 2 * (key_value_heads or heads)) * head_dim * hidden
+        attention = (2 * heads + 2 * key_value_heads) * head_dim * hidden
         intermediate = max(round((mean - attention) / ((3 if is_gated else 2) * hidden)), 1)
     return ModelFacts(
         model_type=text.model_type,
@@ -81,7 +83,7 @@ def describe(config: transformers.PretrainedConfig) -> ModelFacts:
         layers=max(layers, 1),
         hidden=hidden,
         heads=heads,
-        key_value_heads=key_value_heads if isinstance(key_value_heads, int) and key_value_heads > 0 else heads,
+        key_value_heads=key_value_heads,
         head_dim=head_dim,
         intermediate=intermediate,
         vocabulary=vocabulary,
@@ -89,7 +91,7 @@ def describe(config: transformers.PretrainedConfig) -> ModelFacts:
         unfused_activation="NewGELUActivation" in classes,
         rms_norm=any("RMSNorm" in name for name in classes),
         dropout=any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()),
-        relative_columns=relative_columns(text.to_dict(), getattr(text, "max_position_embeddings", 1) or 1)
+        relative_columns=relative_columns(text.to_dict(), stated_number(text, "max_position_embeddings") or 1)
         if text.model_type.startswith("deberta")
         else 0,
     )
@@ -103,7 +105,8 @@ def build_empty(config: transformers.PretrainedConfig, head: Head) -> Any:
     """
     try:
         with torch.device("meta"):
-            return head.auto_class.from_config(config, trust_remote_code=False)
+            # Decoders that are built alone write into their configuration that they are.
+            return head.auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # whatever a model's constructor says of its sizes
         said = " ".join(str(error).split()) or type(error).__name__
         raise Refusal(f" cannot be built by transformers: {said.split('. ')[0]}") from error

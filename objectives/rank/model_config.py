@@ -156,18 +156,23 @@ def attention_sizes(config: transformers.PretrainedConfig) -> tuple[int, int, in
     """(layers, heads, dimension of a head) as they are used in training; 0 for what there is not."""
     text = config.get_text_config()
     alone = "decoder_" if getattr(text, "is_encoder_decoder", False) else ""  # a decoder that is trained alone
-    layers = _number(text, f"{alone}layers" if alone else "", "num_hidden_layers", "n_layer", "num_layers")
-    heads = _number(text, f"{alone}attention_heads" if alone else "", "num_attention_heads", "n_head", "num_heads")
-    hidden = _number(text, "hidden_size", "d_model")
+    layers = stated_number(text, f"{alone}layers" if alone else "", "num_hidden_layers", "n_layer", "num_layers")
+    heads = stated_number(
+        text, f"{alone}attention_heads" if alone else "", "num_attention_heads", "n_head", "num_heads"
+    )
+    hidden = stated_number(text, "hidden_size", "d_model")
     if not heads:
         return layers, 0, 0
-    return layers, heads, _number(text, "qk_head_dim", "head_dim") or hidden // heads
+    return layers, heads, stated_number(text, "qk_head_dim", "head_dim") or hidden // heads
 
 
-def _number(config: transformers.PretrainedConfig, *names: str) -> int:
+def stated_number(config: transformers.PretrainedConfig, *names: str) -> int:
     """The first of a configuration's numbers with these names; 0 where it has none. Of one a layer the largest."""
     for name in names:
-        value = getattr(config, name, None) if name else None
+        try:
+            value = getattr(config, name, None) if name else None
+        except RuntimeError:  # it differs from layer to layer, as Gemma 4's
+            value = None
         if isinstance(value, list | tuple) and value and all(isinstance(each, int) for each in value):
             value = max(value)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:

@@ -18,7 +18,7 @@ from ds_tune.objectives.timing.intervals import throughput
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, Measurement, Outcome, Provenance, TrialConfig
 from ds_tune.objectives.workload.kinds import Workload
-from ds_tune.objectives.workload.script import ScriptFacts
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 Result = TypeVar("Result", list[RankResult], list[LossCurve], list[ScriptFacts])
 

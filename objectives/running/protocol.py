@@ -18,7 +18,7 @@ from ds_tune.objectives.timing.step_parts import StepParts
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Failure, TrialConfig
 from ds_tune.objectives.workload.kinds import Workload, workload_from_json
-from ds_tune.objectives.workload.script import ScriptFacts
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 DEEPSPEED = "deepspeed"
 VANILLA = "vanilla"

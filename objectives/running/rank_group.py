@@ -39,7 +39,7 @@ from ds_tune.objectives.running.protocol import (
     encode,
 )
 from ds_tune.objectives.trial import Failure, FailureKind
-from ds_tune.objectives.workload.script import ScriptFacts
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 START_SECONDS = 180.0
 """A rank that has not said it is ready by then never will: imports take 4 to 16 s, rendezvous 2 s."""

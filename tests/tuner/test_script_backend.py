@@ -12,7 +12,8 @@ from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB, Machine
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 from ds_tune.tuner import script_backend
 from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.request import TuneRequest

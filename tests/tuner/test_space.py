@@ -11,8 +11,9 @@ from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.knobs import KnobContext
 from ds_tune.objectives.trial import CORE_FIELDS, KNOBS, TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
+from ds_tune.tuner.dimensions import PRESETS, dimensions_of
 from ds_tune.tuner.limits import Limits
-from ds_tune.tuner.space import PRESETS, Space, dimensions_of
+from ds_tune.tuner.space import Space
 
 
 def limits(**changes: int) -> Limits:

@@ -34,11 +34,11 @@ from ds_tune.tuner.comparison.rows import (
     workload_of_row,
 )
 from ds_tune.tuner.comparison.sweep import Sweep, failure_words, fastest_first
+from ds_tune.tuner.dimensions import zero_stages
 from ds_tune.tuner.limits import Limits
 from ds_tune.tuner.observer import Observer
 from ds_tune.tuner.reports.export import export
 from ds_tune.tuner.reports.report import Report
-from ds_tune.tuner.space import zero_stages
 from ds_tune.tuner.spec import make_spec
 from ds_tune.tuner.stopping import StopSignals
 from ds_tune.tuner.study import run_study

@@ -15,7 +15,7 @@ from ds_tune.objectives.rank.script.listeners import Listening
 from ds_tune.objectives.rank.script.observer import Observer
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.rank.script.settings import Settings
-from ds_tune.objectives.workload.script import TRAINER
+from ds_tune.objectives.workload.script_facts import TRAINER
 
 ACCUMULATIONS_WITHOUT_A_STEP = 4
 """Times the gradient accumulation: a script that fed so many micro-batches without a step waits for its data to end."""

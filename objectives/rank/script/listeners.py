@@ -26,7 +26,7 @@ from ds_tune.objectives.running.protocol import Losses, Time
 from ds_tune.objectives.timing.deadlines import warmup_deadline
 from ds_tune.objectives.timing.schedule import Timing
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 LEARNED_STEPS = 2
 """Optimizer steps that the facts are learned from: the second one is past what only a first one does."""

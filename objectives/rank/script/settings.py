@@ -16,7 +16,7 @@ import transformers
 from ds_tune.objectives.ds_config import dtype_of, overlaid
 from ds_tune.objectives.rank.script.replaced import around
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.script import ACCELERATE, PLAIN, TRAINER
+from ds_tune.objectives.workload.script_facts import ACCELERATE, PLAIN, TRAINER
 
 
 class Settings:

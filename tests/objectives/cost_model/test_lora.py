@@ -10,7 +10,8 @@ from ds_tune.objectives.cost_model.architecture import architecture_of
 from ds_tune.objectives.cost_model.hardware import parse_hardware
 from ds_tune.objectives.cost_model.model import CostModel
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 DATA = Path(__file__).parents[3] / "benchmarks/data/scripts"
 TRIALS = list(csv.DictReader((DATA / "1xH200.lora-8b.csv").open()))

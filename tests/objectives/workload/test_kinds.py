@@ -8,7 +8,8 @@ import pytest
 from ds_tune.objectives.trial import TrialConfig
 from ds_tune.objectives.workload.huggingface import HuggingFaceWorkload
 from ds_tune.objectives.workload.kinds import KINDS, Workload, workload_from_json
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 EXAMPLES: dict[str, Workload] = {
     "hugging_face": HuggingFaceWorkload(

@@ -9,7 +9,8 @@ import pytest
 
 from ds_tune.objectives.ds_config import deepspeed_config
 from ds_tune.objectives.trial import TrialConfig
-from ds_tune.objectives.workload.script import ACCELERATE, PLAIN, TRAINER, ScriptFacts, ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ACCELERATE, PLAIN, TRAINER, ScriptFacts
 
 CONFIG = TrialConfig(zero_stage=2, micro_batch_size=8, gradient_accumulation_steps=1)
 AUTO = {

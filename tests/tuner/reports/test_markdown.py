@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from ds_tune.objectives.trial import Measurement, Provenance
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptStart, ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 from ds_tune.storage.records import Source, StudySummary, TrialRecord
 from ds_tune.tuner.reports.document import study_document
 from ds_tune.tuner.reports.markdown import duration_words, rate_words, summary_markdown

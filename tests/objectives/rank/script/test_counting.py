@@ -9,7 +9,8 @@ import pytest
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 Objective = Callable[[ScriptWorkload], DeepSpeedObjective]
 

@@ -8,7 +8,8 @@ from ds_tune.objectives.numerics import LossCurve
 from ds_tune.objectives.running.deepspeed_objective import DeepSpeedObjective
 from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.trial import Failure, Measurement, TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 Objective = Callable[[ScriptWorkload], DeepSpeedObjective]
 CONFIG = TrialConfig(zero_stage=1, micro_batch_size=2, gradient_accumulation_steps=1)

@@ -17,7 +17,8 @@ from ds_tune.objectives.running.launch_line import read_launch_line
 from ds_tune.objectives.running.local_launcher import LocalLauncher
 from ds_tune.objectives.timing.step_plan import StepPlan
 from ds_tune.objectives.trial import Measurement, TrialConfig
-from ds_tune.objectives.workload.script import ScriptFacts, ScriptWorkload
+from ds_tune.objectives.workload.script import ScriptWorkload
+from ds_tune.objectives.workload.script_facts import ScriptFacts
 
 
 class Hub(http.server.ThreadingHTTPServer):
