@@ -230,8 +230,10 @@ def print_plan(plan: Plan, console: rich.console.Console, *, details: bool = Fal
             console.print(f"{nearest.config.name} {nearest.reason(plan.hardware)}.", soft_wrap=True)
         kinds = "1 kind" if len(plan.refused) == 1 else f"{len(plan.refused)} kinds"
         console.print(
-            f"{kinds} of configurations do not fit with larger micro-batches, or at all; --details lists them "
-            "and all memory.",
+            in_options(
+                f"{kinds} of configurations do not fit with larger micro-batches, or at all; `details` lists them and "
+                "all memory."
+            ),
             soft_wrap=True,
         )
     if plan.refused and details:

@@ -118,7 +118,7 @@ def test_two_cpu_ranks_are_predicted_too() -> None:
 
 def test_a_model_without_sizes_is_refused_before_anything_is_predicted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(UsageError, match="does not say its hidden"):
+    with pytest.raises(UsageError, match="models of type resnet have no language-model head"):
         CostModel(HuggingFaceWorkload(model=str(tmp_path), seq_len=128, dtype="fp16"), parse_hardware("1xH200"))
 
 
