@@ -27,7 +27,6 @@ from ds_tune.tuner.comparison.tables import (
     comparison_markdown,
     figure_cells,
     reason_lines,
-    warning_lines,
 )
 from ds_tune.tuner.console import Console
 from ds_tune.tuner.observer import Observer
@@ -93,11 +92,11 @@ def run_comparison(request: CompareRequest, *, quiet: bool, as_json: bool) -> En
         # What is here decides the default, as for a study.
         machine = detect_machine(gpus=request.request.gpus, cpu_ranks=1, memory_cap_bytes=None)
         request = request.of_models((DEFAULTS[machine.device].model,))
-    first = request.backend_of(request.models[0])
+    first = request.backend_of(request.models[0], console.say)
     folder.prepare()
     with StudyLock(f"sqlite:///{folder.ledger.resolve()}", "comparison"):
         ledger = Ledger(folder.ledger, request.asked(first))
-        models = [ModelComparison(model, request, ledger) for model in request.models]
+        models = [ModelComparison(model, request, ledger, console.say) for model in request.models]
         console.say(f"{', '.join(request.models)} on {first.machine.description}")
 
         def write() -> list[Path]:
@@ -151,5 +150,3 @@ def _show(figures: Figures, console: Console, show: object) -> None:
     for batch in figures.request.batches:
         for line in reason_lines(figures, batch):
             console.say(line)
-    for line in warning_lines(figures):
-        console.say(line)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,20 @@ class CompareRequest:
         """The same request for these models."""
         return dataclasses.replace(self, models=models)
 
-    def backend_of(self, model: str) -> Backend:
-        """Machine and training of a model.
+    def backend_of(self, model: str, say: Callable[[str], None]) -> Backend:
+        """Machine and training of a model, whose global batch is free.
+
+        Args:
+            say: told in one line what takes a while.
 
         Raises:
             UsageError: it cannot be trained as asked.
         """
-        return measured(dataclasses.replace(self.request, model=model), lambda text: None)
+        return measured(self._of_model(model), say)
+
+    def _of_model(self, model: str) -> TuneRequest:
+        # A person's own configuration holds its global batch unless told otherwise: the first table lets it go.
+        return dataclasses.replace(self.request, model=model, free_batch=self.request.ds_config is not None)
 
     def asked(self, backend: Backend) -> dict[str, Any]:
         """What makes the figures of a comparison comparable, less the models; more trials, rounds and models may be
@@ -77,7 +84,7 @@ class CompareRequest:
         workload = backend.workload.to_json()
         return {
             "hardware": backend.machine.to_json(),
-            "training": {key: value for key, value in workload.items() if key != "model"},
+            "training": {key: value for key, value in workload.items() if key not in ("model", "data")},
             "limits": {
                 "max_micro_batch": backend.limits.max_micro_batch,
                 "max_global_batch": backend.limits.max_global_batch,
@@ -89,13 +96,12 @@ class CompareRequest:
         """The request for the study of one of ds-tune's rows."""
         at_one = batch is Batch.ONE
         return dataclasses.replace(
-            self.request,
-            model=model,
+            self._of_model(model),
             preset=row.value,
             trials=self.speed_trials if row is Row.SPEED else self.request.trials,
             global_batch=global_batch if at_one else None,
+            free_batch=self.request.ds_config is not None and not at_one,
             max_global_batch=None if at_one else self.request.max_global_batch,
-            free_batch=not at_one and self.request.ds_config is not None,
             results=self.folder(model, row, batch),
         )
 

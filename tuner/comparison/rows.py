@@ -2,8 +2,6 @@
 
 import dataclasses
 import enum
-from collections.abc import Mapping
-from typing import Any
 
 from ds_tune.objectives.running.protocol import DEEPSPEED, VANILLA
 from ds_tune.objectives.trial import Measurement, TrialConfig
@@ -73,32 +71,6 @@ def base_of_row(row: Row, workload: HuggingFaceWorkload) -> str:
     if row is Row.VANILLA:
         return VANILLA
     return DEEPSPEED if workload_of_row(row, workload) == workload else "deepspeed_defaults"
-
-
-def own_config(document: Mapping[str, Any], ranks: int) -> TrialConfig | str:
-    """The configuration that a person's DeepSpeed file trains with; or the reason why it cannot be told."""
-
-    def number(key: str) -> int | None:
-        value = document.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-    zero = document.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-    size, accumulation = number("train_micro_batch_size_per_gpu"), number("gradient_accumulation_steps")
-    whole = number("train_batch_size")
-    if size is None and whole is not None and whole % (ranks * (accumulation or 1)) == 0:
-        size = whole // (ranks * (accumulation or 1))
-    if size is not None and accumulation is None and whole is not None and whole % (ranks * size) == 0:
-        accumulation = whole // (ranks * size)
-    if size is None:
-        return "its file does not say train_micro_batch_size_per_gpu"
-    if stage not in (0, 1, 2, 3):
-        return "its file does not say which ZeRO stage it is"
-    return TrialConfig(
-        zero_stage=int(stage),
-        micro_batch_size=size,
-        gradient_accumulation_steps=1 if accumulation is None else accumulation,
-    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,6 @@ from ds_tune.tuner.comparison.rows import (
     Row,
     base_of_row,
     configuration_words,
-    own_config,
     workload_of_row,
 )
 from ds_tune.tuner.comparison.sweep import Sweep, failure_words, fastest_first
@@ -50,15 +49,20 @@ MakeObserver: TypeAlias = Callable[[], contextlib.AbstractContextManager[Observe
 class ModelComparison:
     """Everything that is compared for one model."""
 
-    def __init__(self, model: str, request: CompareRequest, ledger: Ledger) -> None:
+    def __init__(
+        self, model: str, request: CompareRequest, ledger: Ledger, say: Callable[[str], None] = ignore
+    ) -> None:
         """
+        Args:
+            say: told in one line what takes a while.
+
         Raises:
             UsageError: the model cannot be trained as asked.
         """
         self.model = model
         self.request = request
         self.ledger = ledger
-        self.backend = request.backend_of(model)
+        self.backend = request.backend_of(model, say)
         workload = self.backend.workload
         assert isinstance(workload, HuggingFaceWorkload)
         self.workload = workload
@@ -88,17 +92,17 @@ class ModelComparison:
         """Configurations of a sweep, up to the first one that has not run."""
         known = self.known(row)
         if row is Row.OWN:
-            config = own_config(self.workload.base_ds_config, self.machine.ranks)
-            return [] if isinstance(config, str) or self.own_fault(batch) else [config]
+            config = self.backend.own
+            return [] if config is None or self.own_fault(batch) else [config]
         if batch is Batch.ONE and self.one_batch is None:
             return []
         return self._sweep(row, batch).path(known)
 
     def own_fault(self, batch: Batch) -> str | None:
         """Why the person's own configuration is not in a table; None where it is."""
-        config = own_config(self.workload.base_ds_config, self.machine.ranks)
-        if isinstance(config, str):
-            return config
+        config = self.backend.own
+        if config is None:
+            return "its file says nothing of ZeRO stage and batch sizes"
         samples = config.global_batch_size(self.machine.ranks)
         if batch is Batch.ONE and samples != self.one_batch:
             return f"its global batch is {samples}"
@@ -319,8 +323,16 @@ class Runner:
         at = f", at a global batch of {of.one_batch}" if batch is Batch.ONE else ""
         self._say(f"{of.model}: {row.words}{at}")
         request = of.request.study(of.model, row, batch, of.one_batch)
-        backend = measured(request, self._say)
-        spec = make_spec(request, dataclasses.replace(backend, notes=self._new(backend.notes)))
+        try:
+            backend = measured(request, self._say)
+            spec = make_spec(request, dataclasses.replace(backend, notes=self._new(backend.notes)))
+        except UsageError as error:
+            if batch is Batch.FREE:
+                raise
+            # Own micro-batches need not make the others' global batch.
+            self._say(f"{of.model}: {row.words} left out: {error}")
+            of.ledger.set_fault(of.model, row, batch, str(error))
+            return
         fault: str | None = None
         with storage_faults(spec.storage_url):
             try:

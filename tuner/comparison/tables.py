@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import tabulate
 
-from ds_tune.objectives.loss_scale import STAGE_0_LEFT_OUT, forgets_loss_scale
 from ds_tune.objectives.machine import GIB, software_versions
 from ds_tune.objectives.metric import METRICS, metric_context
 from ds_tune.objectives.timing.intervals import is_answer
@@ -44,7 +43,6 @@ def comparison_markdown(figures: Figures) -> str:
             "".join(f"\n- {line}" for line in reason_lines(figures, batch)),
             "",
         ]
-    sections += [f"{line}\n" for line in warning_lines(figures)]
     sections.append("## Every figure\n")
     for each in figures.models:
         for batch in figures.request.batches:
@@ -89,17 +87,6 @@ def reason_lines(figures: Figures, batch: Batch) -> list[str]:
         for each in figures.models
         for row in figures.of(each.model, batch)
         if row.reason is not None
-    ]
-
-
-def warning_lines(figures: Figures) -> list[str]:
-    """Rows whose times are no training's: stage 0 of a person's own configuration, where DeepSpeed loses gradients."""
-    return [
-        f"{row.model}, {row.row.words}: {STAGE_0_LEFT_OUT.removeprefix('ZeRO stage 0 is left out: ')} Its figure is of "
-        "steps that learn nothing."
-        for each in figures.models
-        for row in figures.of(each.model, Batch.FREE)
-        if row.row is Row.OWN and row.config and forgets_loss_scale(row.config.zero_stage, each.workload.dtype)
     ]
 
 

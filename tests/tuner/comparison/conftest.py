@@ -72,7 +72,7 @@ def comparison(tmp_path: Path) -> Callable[..., ModelComparison]:
             ),
             **fields,
         )
-        asked = request.asked(request.backend_of(models[0]))
+        asked = request.asked(request.backend_of(models[0], lambda text: None))
         return ModelComparison(models[0], request, Ledger(ComparisonFolder(tmp_path).ledger, asked))
 
     return make

@@ -113,6 +113,8 @@ def test_own_configuration_is_a_row_of_the_table_at_its_own_batch_only(
     file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}))
     of = comparison(ds_config=file, free_only=False, global_batch=8)
     assert of.next_of_sweep(Row.OWN, Batch.FREE) == config(1, 2)
+    assert of.next_of_sweep(Row.VANILLA, Batch.FREE) == config(0, 1)  # whose batch the own file does not hold
+    assert of.next_of_sweep(Row.VANILLA, Batch.ONE) == config(0, 1, 4)
     sweep(of, Row.OWN, {config(1, 2): ran(config(1, 2), 9)})
     figures = figures_of(of.request, [of])
     assert of_row(figures, Row.OWN).config == config(1, 2)
