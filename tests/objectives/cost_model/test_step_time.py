@@ -79,7 +79,7 @@ def test_zero_3_launches_longer_the_more_matrices_a_block_has_and_where_there_ar
     assert alone == pytest.approx(XL.layers * 4 * ZERO3_MATRIX_SECONDS)
     assert of_two - alone == pytest.approx(XL.layers * 4 * ZERO3_GATHER_SECONDS)
     assert of_eight == of_two
-    gated = dataclasses.replace(XL, model_type="llama", gated_mlp=True)
+    gated = dataclasses.replace(XL, model_type="llama", gated_mlp=True, block_matrices=7)
     assert estimate(3, of=gated).launch - estimate(0).launch == pytest.approx(7 / 4 * alone)
 
 
