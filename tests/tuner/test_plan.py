@@ -284,7 +284,7 @@ def test_a_family_that_transformers_does_not_have_is_refused_as_ranks_refuse_it(
     ("model", "sentence"),
     [
         ("owner/name", "--model owner/name: its config.json cannot be had from the hub"),
-        ("sizes", "models of type resnet have no language-model head"),
+        ("sizes", "sizes cannot be loaded: "),
     ],
     ids=["not on the hub", "no sizes"],
 )
@@ -292,7 +292,7 @@ def test_a_model_whose_sizes_cannot_be_had_is_refused_in_one_sentence(
     plan: Run, folder: Path, model: str, sentence: str
 ) -> None:
     (folder / "sizes").mkdir()
-    (folder / "sizes" / "config.json").write_text('{"model_type": "resnet", "hidden_sizes": [8]}')
+    (folder / "sizes" / "config.json").write_text('{"model_type": "new", "hidden_size": 8}')
     status, output, error = plan("--hardware", "H100", "--model", model)
     assert (status, output) == (2, "")
     assert error.startswith("ds-tune: ") and sentence in error
