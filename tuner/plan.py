@@ -217,11 +217,8 @@ def print_plan(plan: Plan, console: rich.console.Console, *, details: bool = Fal
         if not plan.fitting:
             console.print(f"{nearest.config.name} {nearest.reason(plan.hardware)}.", soft_wrap=True)
         kinds = "1 kind" if len(plan.refused) == 1 else f"{len(plan.refused)} kinds"
-        console.print(
-            f"{kinds} of configurations do not fit with larger micro-batches, or at all; --details lists them "
-            "and all memory.",
-            soft_wrap=True,
-        )
+        words = "of configurations do not fit with larger micro-batches, or at all; `details=True` lists them"
+        console.print(in_options(f"{kinds} {words}, with all memory."), soft_wrap=True)
     if plan.refused and details:
         console.print(_memory_table("Does not fit: the smallest micro-batch of each kind, GiB", plan.refused))
         for row in plan.refused:
