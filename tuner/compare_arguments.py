@@ -74,6 +74,12 @@ def compare_parser() -> argparse.ArgumentParser:
     work.add_argument("--dtype", choices=DTYPES, help="precision (default fp16; on CPU fp32)")
     work.add_argument("--seq-len", type=positive, metavar="S", help="tokens a sample (default 1024; on CPU 128)")
     work.add_argument("--dataset", metavar="FILES", help="as for tune (default: synthetic tokens)")
+    work.add_argument("--text-column", metavar="NAME", help="column of --dataset to train on (default: found out)")
+    work.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        help="cut the samples of --dataset, joined, into full sequences, instead of padding each (default)",
+    )
     work.add_argument("--tokenizer", metavar="NAME", help="folder or hub id of the tokenizer for --dataset")
     work.add_argument("--pretrained", action="store_true", help="load the models' weights")
     work.add_argument(
