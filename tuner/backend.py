@@ -93,6 +93,8 @@ class Backend:
     """Which recording answers, where one does."""
     versions: Mapping[str, str] | None = None
     """The software that the figures are of, where it is not what is installed here."""
+    keep: Callable[[ResultsFolder], None] = lambda results: None
+    """Keeps what was found out so far in the results folder; called when that has turned out to be the study's."""
     notes: Sequence[str] = ()
     """Lines for the person before the study begins."""
 

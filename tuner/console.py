@@ -209,7 +209,8 @@ class Console:
                 self.say(f"  {path}", whole=True)
         self.say(f"Browse the trials:  {dashboard}", whole=True)
         if launch is not None:
-            self.say(f"Train with it:  {launch}", whole=True)
+            edits = summary.best is not None and summary.workload.by_hand(summary.best.config)
+            self.say(f"Train with it{', when that is written' if edits else ''}:  {launch}", whole=True)
 
     def _say_batch_difference(self, summary: StudySummary) -> None:
         """Says so where the best is faster with a larger batch, which is not the same training."""

@@ -51,11 +51,7 @@ def scripted(request: TuneRequest, say: Callable[[str], None]) -> Backend:
         EnvironmentFault: the machine does not say what it has.
     """
     start, ranks = read_launch_line(request.script)
-    machine = detect_machine(
-        gpus=request.gpus if request.gpus is not None else ranks,
-        cpu_ranks=request.ranks or ranks or DEFAULT_CPU_RANKS,
-        memory_cap_bytes=request.memory_cap_bytes,
-    )
+    machine = _machine(request, ranks)
     if ranks is not None and machine.ranks != ranks:
         raise UsageError(f"the launch line starts {ranks} ranks, and {machine.ranks} were asked for; leave one out")
     request, said = with_autotuning_block(request, _autotuning_block(start))
@@ -71,11 +67,27 @@ def scripted(request: TuneRequest, say: Callable[[str], None]) -> Backend:
         workload=workload,
         limits=limits,
         objectives=_objectives(request, workload, machine, shown),
+        keep=shown.remember,
         verifies=True,
         restricted_to=fixed,
         own=own,
         notes=[*_notes(workload, own, limits, machine, request, is_fixed=fixed is not None), *said],
     )
+
+
+def _machine(request: TuneRequest, ranks: int | None) -> Machine:
+    """The ranks to train on.
+
+    Args:
+        ranks: as many as the launch line starts; None where it does not say.
+    """
+    cpu_ranks = request.ranks or ranks or DEFAULT_CPU_RANKS
+    gpus = request.gpus
+    if gpus is None and ranks is not None:
+        # Where there are none the line's ranks are on the CPU, as they are without a launcher.
+        has_gpus = detect_machine(gpus=None, cpu_ranks=cpu_ranks, memory_cap_bytes=None).device == "cuda"
+        gpus = ranks if has_gpus else 0
+    return detect_machine(gpus=gpus, cpu_ranks=cpu_ranks, memory_cap_bytes=request.memory_cap_bytes)
 
 
 def _objectives(request: TuneRequest, workload: ScriptWorkload, machine: Machine, shown: FirstRun) -> MakeObjectives:
@@ -90,7 +102,6 @@ def _objectives(request: TuneRequest, workload: ScriptWorkload, machine: Machine
     def objectives(
         results: ResultsFolder, notice: Callable[[str], None], resources: contextlib.ExitStack
     ) -> Objectives:
-        shown.remember(results)
         return inner(results, each_once(notice), resources)
 
     return objectives

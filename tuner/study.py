@@ -92,6 +92,7 @@ class Study:
             )
             # Not before: a storage that turned out to be of no use owns nothing.
             claim(spec.results, request.study, spec.storage_url)
+            spec.backend.keep(spec.results)
             self._sampler.learn_from(earlier_records(store, identity))
             again = store.recover(self._space.config_of)
             begins_more = request.more is not None and not store.more_pending

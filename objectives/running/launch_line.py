@@ -26,6 +26,11 @@ CAPTURE_SECONDS = 120.0
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 """Programs that start ranks; likewise `python -m torch.distributed.run` and its like."""
 
+LAUNCHER_MODULES = (
+    "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
+    "accelerate.commands.launch",
+)  # fmt: skip
+
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 _LOCAL_RANK = re.compile(r"(--local[_-]rank)(?:=(\d+))?")
 
@@ -41,6 +46,10 @@ _OF_ONE_RUN = ("TORCHELASTIC_", "NCCL_ASYNC", "TORCH_NCCL_ASYNC", "DS_TUNE_")
 
 CAPTURE = """\
 import json, os, sys
+words = [word for word in sys.orig_argv[1:] if word != "-m" and not word.startswith("-")]
+is_launcher = not words or os.path.basename(words[0]) in {launchers!r} or words[0] in {modules!r}
+if "RANK" not in os.environ and not is_launcher and "-c" not in sys.orig_argv:
+    os.environ.update(RANK="0", WORLD_SIZE="1")  # the script, which a launcher of one process starts plainly
 if "RANK" in os.environ:
     with open(os.path.join({folder!r}, os.environ["RANK"] + ".part"), "w") as file:
         json.dump({{"argv": sys.orig_argv, "environment": dict(os.environ), "folder": os.getcwd()}}, file)
@@ -70,8 +79,7 @@ def read_launch_line(words: Sequence[str]) -> tuple[ScriptStart, int | None]:
 
 
 def _is_launcher_module(words: Sequence[str]) -> bool:
-    modules = {"torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.runner"}
-    return words[1:2] == ["-m"] and (words[2:3] or [""])[0] in {*modules, "accelerate.commands.launch"}
+    return words[1:2] == ["-m"] and (words[2:3] or [""])[0] in LAUNCHER_MODULES
 
 
 def _start(program: str, arguments: Sequence[str], *, is_module: bool) -> ScriptStart:
@@ -90,12 +98,19 @@ def _start(program: str, arguments: Sequence[str], *, is_module: bool) -> Script
 
 
 def _check_script(path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such training script; write the line after -- as you launch it")
+    if path.is_file():
+        return
+    if path.suffix != ".py" and (shutil.which(str(path)) or "=" in path.name):
+        raise UsageError(
+            f"{path} is no launcher that ds-tune knows; behind -- come deepspeed, torchrun, accelerate launch, python "
+            "or the script itself, and variables belong in front of the command"
+        )
+    raise UsageError(f"{path}: there is no such training script; write the line after -- as you launch it")
 
 
 def _captured(words: Sequence[str]) -> tuple[ScriptStart, int]:
     """Runs a launcher up to where the script would begin."""
+    _check_one_machine(words)
     program = shutil.which(words[0], path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     if program is None:
         raise UsageError(f"{words[0]} is not installed beside this Python; install it, or leave the launcher out")
@@ -103,7 +118,9 @@ def _captured(words: Sequence[str]) -> tuple[ScriptStart, int]:
         site, dumps = Path(scratch, "site"), Path(scratch, "ranks")
         site.mkdir()
         dumps.mkdir()
-        (site / "sitecustomize.py").write_text(CAPTURE.format(folder=str(dumps)))
+        (site / "sitecustomize.py").write_text(
+            CAPTURE.format(folder=str(dumps), launchers=LAUNCHERS, modules=LAUNCHER_MODULES)
+        )
         paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**without_job(os.environ), "PYTHONPATH": os.pathsep.join(paths)}
         environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
@@ -119,6 +136,21 @@ def _captured(words: Sequence[str]) -> tuple[ScriptStart, int]:
         )
     _check_devices(ranks[0]["environment"].get("CUDA_VISIBLE_DEVICES"), len(ranks))
     return _start_of(ranks[0], words), len(ranks)
+
+
+def _check_one_machine(words: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: a launcher is told of several machines, and would wait for the others.
+    """
+    for index, word in enumerate(words):
+        option, _, value = word.partition("=")
+        if option.replace("_", "-") in ("--nnodes", "--num-nodes", "--num-machines"):
+            value = value or (words[index + 1] if index + 1 < len(words) else "")
+            if value.rpartition(":")[2] not in ("1", "-1", ""):
+                raise UsageError(
+                    f"the launch line is for {value} machines ({option}): ds-tune tunes on one; leave that option out"
+                )
 
 
 def _check_devices(chosen: str | None, ranks: int) -> None:

@@ -219,13 +219,16 @@ class ScriptWorkload:
     def by_hand(self, config: TrialConfig) -> list[str]:
         facts, lines = self.known, []
         reaches = self.start.ds_config_argument() is not None or (self._launcher_decides and not config.knobs_on)
+        missing = {"micro_batch_size", "gradient_accumulation_steps"} - set(self.flags)
+        if facts.loop == TRAINER:
+            words = [] if reaches else ['deepspeed="ds_config_optimal.json"']
+            if missing:
+                words.append(f"per_device_train_batch_size={config.micro_batch_size}")
+                words.append(f"gradient_accumulation_steps={config.gradient_accumulation_steps}")
+            return [f"Write TrainingArguments({', '.join(words)})."] if words else []
         if not reaches:
             where = facts.initialized_at
             lines.append(f"Put ds_config_optimal.json in the place of the DeepSpeed settings that reach {where}.")
-        missing = {"micro_batch_size", "gradient_accumulation_steps"} - set(self.flags)
-        if facts.loop == TRAINER and missing:
-            values = f"{config.micro_batch_size}, gradient_accumulation_steps={config.gradient_accumulation_steps}"
-            lines.append(f"Write TrainingArguments(per_device_train_batch_size={values}).")
         return lines
 
     def in_code(self, config: TrialConfig) -> list[str]:
@@ -297,7 +300,11 @@ class ScriptWorkload:
         return start
 
     def to_json(self) -> dict[str, Any]:
-        return {"type": self.kind, **dataclasses.asdict(self)}
+        document = {"type": self.kind, **dataclasses.asdict(self)}
+        del document["start"]["early"]  # scripts put tokens there
+        if document["facts"] is not None:
+            del document["facts"]["prepare_seconds"]  # a timing of one run: who goes on with a study has another
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:

@@ -224,8 +224,11 @@ def export(report: Report, folder: ResultsFolder) -> list[Path]:
     for name, text in extra.items():
         write_atomically(folder.root / name, text)
     command = training_command(summary.workload, best.machine, folder.optimal_config, best.config)
-    said = [*summary.workload.by_hand(best.config), *summary.workload.in_code(best.config)]
-    comments = "".join(f"# {line}\n" for line in said)
+    by_hand = summary.workload.by_hand(best.config)
+    comments = "".join(f"# {line}\n" for line in (*by_hand, *summary.workload.in_code(best.config)))
+    if by_hand:
+        first = shlex.quote(f"First: {' '.join(by_hand)} Then remove this line.")
+        comments += f"echo {first} >&2; exit 1\n"
     write_atomically(folder.optimal_command, _origin(summary) + comments + shell_line(command, best.machine))
     return [folder.optimal_config, folder.optimal_command, *(folder.root / name for name in extra), *written]
 
