@@ -54,6 +54,9 @@ _OPTUNA_STATES = {
     TrialState.FAILED: optuna.trial.TrialState.FAIL,
 }
 
+MOST_DIFFERENCES = 4
+"""Differences between two studies that are told: the first are of what is trained."""
+
 
 class StudyStore:
     """One study in its storage."""
@@ -90,9 +93,10 @@ class StudyStore:
             if found and any(record.counts for record in store.records()):
                 other = all(difference.startswith("metric ") for difference in found)
                 has = "maximises another metric" if other else "measured something else"
+                more = f"; and {len(found) - MOST_DIFFERENCES} more" if len(found) > MOST_DIFFERENCES else ""
                 raise UsageError(
-                    f"study {name} {has} ({'; '.join(found)}): repeat its command to go on with it, "
-                    "or begin another one with `study=NAME` `results=DIR`"
+                    f"study {name} {has} ({'; '.join(found[:MOST_DIFFERENCES])}{more}): repeat its command to go on "
+                    "with it, or begin another one with `study=NAME` `results=DIR`"
                 )
             if not found:
                 store._set(VERSIONS, dict(versions))

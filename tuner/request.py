@@ -253,8 +253,10 @@ class TuneRequest(SearchRequest):
         found = {}
         for word in self.map:
             key, _, option = word.partition("=")
-            if key not in MAPPED_KEYS or not option.startswith("-"):
+            if key not in MAPPED_KEYS:
                 raise UsageError(f"`map={word}`: write KEY=OPTION, with KEY one of {', '.join(MAPPED_KEYS)}")
+            if not option.startswith("-"):
+                raise UsageError(f"`map={word}`: {option or 'nothing'} is no option, which begins with a dash")
             found[key] = option
         return found
 

@@ -45,7 +45,8 @@ _OF_ONE_RUN = ("TORCHELASTIC_", "NCCL_ASYNC", "TORCH_NCCL_ASYNC", "DS_TUNE_")
 """Beginnings of others; with TORCHELASTIC_USE_AGENT_STORE rank 0 would wait for a store that nobody hosts."""
 
 CAPTURE = """\
-import json, os, sys
+import ctypes, json, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: whoever waits for something ends with who started it
 words = [word for word in sys.orig_argv[1:] if word != "-m" and not word.startswith("-")]
 is_launcher = not words or os.path.basename(words[0]) in {launchers!r} or words[0] in {modules!r}
 if "RANK" not in os.environ and not is_launcher and "-c" not in sys.orig_argv:
@@ -123,6 +124,8 @@ def _captured(words: Sequence[str]) -> tuple[ScriptStart, int]:
         )
         paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**without_job(os.environ), "PYTHONPATH": os.pathsep.join(paths)}
+        if (size := os.environ.get("LOCAL_SIZE")) is not None:
+            environment["LOCAL_SIZE"] = size  # for DeepSpeed's launcher it is how many ranks a CPU has
         environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
         said = _run(program, words[1:], environment)
         ranks = [json.loads(path.read_text()) for path in sorted(dumps.glob("*.json"), key=lambda p: int(p.stem))]

@@ -74,6 +74,10 @@ def test_gpus_chosen_by_a_launcher_are_to_be_chosen_for_ds_tune_too(monkeypatch:
         (["--epochs", "3"], "names no training script"),
         (["torchrun", "--nproc_per_node=2", "nothere.py"], "nothere.py: there is no such training script"),
         (["torchrun", "--no-such-option", "own_loop.py"], "torchrun started no rank of a script: "),
+        (["torchrun", "--nnodes", "2", "own_loop.py"], "for 2 machines (--nnodes): ds-tune tunes on one"),
+        (["deepspeed", "--num_nodes=2", "own_loop.py"], "for 2 machines (--num_nodes): ds-tune tunes on one"),
+        (["bash", "run.sh"], "bash is no launcher that ds-tune knows"),
+        (["FOO=1", "python", "own_loop.py"], "FOO=1 is no launcher that ds-tune knows"),
     ],
 )
 def test_line_that_starts_no_script_is_refused_in_a_sentence(line: list[str], sentence: str) -> None:
@@ -81,3 +85,13 @@ def test_line_that_starts_no_script_is_refused_in_a_sentence(line: list[str], se
         read_launch_line(line)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_launcher_of_one_process_starts_the_script_without_a_rank_and_nothing_of_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "writes.py").write_text("import pathlib; pathlib.Path('I_RAN').touch()")
+    start, ranks = read_launch_line(["accelerate", "launch", "--cpu", "--num_processes", "1", "writes.py", "--x", "1"])
+    assert (Path(start.program), start.arguments, ranks) == (tmp_path / "writes.py", ("--x", "1"), 1)
+    assert not (tmp_path / "I_RAN").exists()
