@@ -94,7 +94,9 @@ class ScriptRank:
         self._device = claim_device(machine, local_rank())
         self._meter = meter_for(self._device)
         self._options: dict[str, Any] = {}
-        """Options of the script's own parser, with their values."""
+        """Options of the script's own parser that may be batch sizes, with their values."""
+        self._spelled: set[str] = set()
+        """All options of its parsers."""
 
     def run(self, command: Time | Losses | Learn) -> NoReturn:
         """Runs the script and tells the tuner what was wanted of it, or why there is nothing."""
@@ -134,6 +136,8 @@ class ScriptRank:
         except SystemExit as ended:
             if ended.code not in (None, 0):
                 self._fail(UsageError(f"it ended with status {ended.code}"))
+            if listener.engine is None:
+                self._fail(UsageError("it ended by sys.exit before it called deepspeed.initialize"))
         except EOFError:
             self._fail(UsageError("it waits for input, and in a trial nobody types: have it take that from an option"))
         except BaseException as error:
@@ -174,6 +178,7 @@ class ScriptRank:
         found, rest = original(*args, **kwargs)
         known = {*MICRO_BATCH_FLAGS, *ACCUMULATION_FLAGS}
         for action in args[0]._actions:
+            self._spelled.update(action.option_strings)
             for option in action.option_strings:
                 if option.replace("-", "_").replace("__", "--", 1) in known:
                     self._options[option] = getattr(found, action.dest, None)
@@ -188,7 +193,12 @@ class ScriptRank:
         )
 
     def _flags(self, seen: Listening) -> dict[str, str]:
-        """Options whose values are the batch sizes that the script trained with."""
+        """Options whose values are the batch sizes that the script trained with.
+
+        Does not return where an option that the person has named is none of the script's.
+        """
+        if self._spelled and (unknown := sorted({*self._workload.mapped.values()} - self._spelled)):
+            self._fail(UsageError(f"`map` names {unknown[0]}, which is no option of it"))
         fields = {
             "micro_batch_size": (MICRO_BATCH_FLAGS, seen.engine.train_micro_batch_size_per_gpu()),
             "gradient_accumulation_steps": (ACCUMULATION_FLAGS, seen.engine.gradient_accumulation_steps()),

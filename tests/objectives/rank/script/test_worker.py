@@ -153,6 +153,16 @@ def test_script_that_does_not_train_says_why(
     assert sentence in failure.message
 
 
+def test_an_option_that_the_script_lacks_is_refused_in_the_first_run(
+    objective: Objective, folder: Path, logs: Path
+) -> None:
+    start, _ = read_launch_line(LINES["plain, file"])
+    mapped = {"train_micro_batch_size_per_gpu": "--rows"}
+    failure = objective(ScriptWorkload(start=start, mapped=mapped)).learn(logs)
+    assert isinstance(failure, Failure)
+    assert "`map` names --rows, which is no option of it" in failure.message
+
+
 def test_of_two_engines_the_one_that_trains_is_meant(objective: Objective, folder: Path, logs: Path) -> None:
     start, _ = read_launch_line(["two_engines.py"])
     facts = objective(ScriptWorkload(start=start)).learn(logs)
