@@ -12,6 +12,7 @@ from typing import Any
 
 import tabulate
 
+from ds_tune.objectives.ds_document import knobs_of
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.files import write_atomically
 from ds_tune.objectives.machine import GIB
@@ -39,10 +40,14 @@ def trial_of(ds_config: Mapping[str, Any], device: str) -> tuple[TrialConfig, di
     zero = {key: value for key, value in ds_config.get("zero_optimization", {}).items() if key != "stage"}
     if device == "cpu":
         zero = {**DEEPSPEED_BUCKETS, **zero}
-    config = TrialConfig(
-        zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
-        micro_batch_size=ds_config["train_micro_batch_size_per_gpu"],
-        gradient_accumulation_steps=ds_config.get("gradient_accumulation_steps", 1),
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    config = TrialConfig.from_json(
+        {
+            "zero_stage": stage,
+            "micro_batch_size": ds_config["train_micro_batch_size_per_gpu"],
+            "gradient_accumulation_steps": ds_config.get("gradient_accumulation_steps", 1),
+            **knobs_of(ds_config, zero_stage=stage),
+        }
     )
     base = {key: value for key, value in ds_config.items() if key not in TRIAL_KEYS}
     return config, {**base, "zero_optimization": zero}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ds_tune.objectives.ds_config import deepspeed_config
+from ds_tune.objectives.ds_document import NEVER_PRINT
 from ds_tune.objectives.errors import UsageError
 from ds_tune.objectives.machine import GIB
 from ds_tune.objectives.trial import Failure, FailureKind, Measurement, TrialConfig
@@ -147,8 +148,10 @@ def written(comparison: ModuleType, ds_config: dict[str, Any], dtype: str, devic
 
 def test_a_winner_s_configuration_is_run_with_nothing_lost_or_added(comparison: ModuleType) -> None:
     config, _ = comparison.trial_of(GPU_WINNER, "cuda")
-    assert config == TrialConfig(zero_stage=1, micro_batch_size=11, gradient_accumulation_steps=2)
-    assert written(comparison, GPU_WINNER, "fp16", "cuda") == GPU_WINNER
+    assert config == TrialConfig(
+        zero_stage=1, micro_batch_size=11, gradient_accumulation_steps=2, offload_optimizer="cpu"
+    )
+    assert written(comparison, GPU_WINNER, "fp16", "cuda") == {**GPU_WINNER, "steps_per_print": NEVER_PRINT}
 
 
 def test_on_a_cpu_the_autotuner_s_winner_keeps_deepspeed_s_buckets(comparison: ModuleType) -> None:
@@ -157,6 +160,7 @@ def test_on_a_cpu_the_autotuner_s_winner_keeps_deepspeed_s_buckets(comparison: M
     winner["zero_optimization"] = {"stage": 2}
     assert written(comparison, winner, "fp32", "cpu") == {
         **winner,
+        "steps_per_print": NEVER_PRINT,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000},
     }
 

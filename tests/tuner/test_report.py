@@ -112,7 +112,8 @@ def test_a_pipe_gets_plain_lines(tune: Tune) -> None:
         assert heading.index(words) + len(words) == re.search(value, first).end()  # type: ignore[union-attr]
     assert "Speed-up over the baseline: " in done.stdout
     assert "  autotuning_results/ds_config_optimal.json" in lines
-    assert lines[-1] == "Browse the trials:  ds-tune dashboard --results autotuning_results"
+    assert lines[-2] == "Browse the trials:  ds-tune dashboard --results autotuning_results"
+    assert lines[-1].startswith("Train with it:  deepspeed --num_gpus 2 --module ds_tune.objectives.rank.train --model")
 
 
 def test_a_pruned_trial_says_why(tune: Tune) -> None:

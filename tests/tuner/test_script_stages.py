@@ -87,10 +87,9 @@ def test_study_goes_on_without_a_stage_and_libraries_are_imported_under_the_vari
     said = " ".join(done.stdout.split())
     assert "Stage 3 left out: the script fails there (IndexError in _init_weights, stage_3_fails.py:26)." in said
     document = json.loads((results / "summary.json").read_text())
-    assert [(each["name"], each["state"]) for each in document["trials"]] == [
-        ("z1_gas4_tmbspg2", "complete"),
-        ("z1_gas8_tmbspg1", "complete"),
-        ("z3_gas8_tmbspg1", "failed"),
-    ]
+    names = ["z1_gas4_tmbspg2", "z1_gas8_tmbspg1", "z3_gas8_tmbspg1"]
+    assert [each["name"] for each in document["trials"]] == names
+    # The second may be given up for its speed.
+    assert [each["state"] == "failed" for each in document["trials"]] == [False, False, True]
     assert "every configuration of the space has been tried" in said
     assert not list(results.rglob("scratch"))
