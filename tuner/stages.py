@@ -5,7 +5,7 @@ refused where DeepSpeed partitions gradients; a model whose `_init_weights` look
 are partitioned as they are made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from optuna.trial import FrozenTrial
 
@@ -30,21 +30,15 @@ def refused_stages(records: Sequence[TrialRecord]) -> dict[int, str]:
 
     It has trained nothing there; or has refused twice alike where it has. What a script raises is none of this.
     """
-    found = {}
-    for stage in {record.config.zero_stage for record in records}:
-        of_stage = [record for record in records if record.config.zero_stage == stage]
-        said = [text for record in of_stage if (text := _refusal(record))]
-        repeated = [text for text in said if said.count(text) > 1]
-        if decisive := repeated if any(record.counts for record in of_stage) else said:
-            found[stage] = decisive[0]
-    return found
+    return _decided(records, _refusal)
 
 
 def _refusal(record: TrialRecord) -> str:
     """DeepSpeed's words where it refused a configuration of a built-in training."""
     failure = record.outcome
-    is_refusal = isinstance(failure, Failure) and failure.kind is FailureKind.INVALID_CONFIG and not failure.raised
-    return failure.message if is_refusal and isinstance(failure, Failure) else ""
+    if not isinstance(failure, Failure) or failure.kind is not FailureKind.INVALID_CONFIG or failure.raised:
+        return ""
+    return failure.message
 
 
 def failing_stages(records: Sequence[TrialRecord], *, own_stage: int) -> dict[int, str]:
@@ -57,17 +51,26 @@ def failing_stages(records: Sequence[TrialRecord], *, own_stage: int) -> dict[in
     """
     if not any(isinstance(record.outcome, Measurement) for record in records):
         return {}
-    found = {}
-    for stage in {record.config.zero_stage for record in records} - {own_stage}:
-        of_stage = [record for record in records if record.config.zero_stage == stage]
-        raised = [text for record in of_stage if (text := _raised(record))]
-        repeated = [text for text in raised if raised.count(text) > 1]
-        if decisive := repeated if any(record.counts for record in of_stage) else raised:
-            found[stage] = decisive[0]
-    return found
+    return _decided([record for record in records if record.config.zero_stage != own_stage], _raised)
 
 
 def _raised(record: TrialRecord) -> str:
     """What a script raised for another reason than its memory."""
     failure = record.outcome
     return failure.raised if isinstance(failure, Failure) and failure.kind is not FailureKind.OUT_OF_MEMORY else ""
+
+
+def _decided(records: Sequence[TrialRecord], reason: Callable[[TrialRecord], str]) -> dict[int, str]:
+    """Stages whose trials failed for a reason, by it: one such failure where nothing has ended, else two alike.
+
+    Args:
+        reason: words for a failure; empty for one of another kind.
+    """
+    found = {}
+    for stage in {record.config.zero_stage for record in records}:
+        of_stage = [record for record in records if record.config.zero_stage == stage]
+        said = [words for record in of_stage if (words := reason(record))]
+        repeated = [words for words in said if said.count(words) > 1]
+        if decisive := repeated if any(record.counts for record in of_stage) else said:
+            found[stage] = decisive[0]
+    return found
